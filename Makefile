@@ -1,0 +1,44 @@
+# Wraps the plain pip and python commands of README.md; nothing happens here that is not shown there.
+#
+#   make demo    install, then run the whole chain on the built-in model
+#   make test    install what the tests need, then run them
+#   make lint    ruff, check and format
+#   make types   mypy
+#
+# VENV and PYTHON can be set: make test VENV=/tmp/env PYTHON=python3.11
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= demo-out
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+SOURCES := actstore pipelines benchmarks tests cli.py
+
+.PHONY: demo test lint types clean
+.NOTPARALLEL:
+
+demo: $(VENV)/.installed
+	$(BIN)/python cli.py demo --out $(OUT)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/python -m ruff check $(SOURCES)
+	$(BIN)/python -m ruff format --check $(SOURCES)
+
+types: $(VENV)/.installed-dev
+	$(BIN)/python -m mypy
+
+clean:
+	rm -rf $(VENV) build actstore.egg-info
+
+# A stamp in the environment says what was installed from which pyproject.toml and constraints.txt.
+$(VENV)/.installed: EXTRA =
+$(VENV)/.installed-test: EXTRA = [test]
+$(VENV)/.installed-dev: EXTRA = [dev]
+$(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e ".$(EXTRA)"
+	touch $@

@@ -1,0 +1,56 @@
+"""Errors that a user can mend. Each message names the thing, both values where there are two, and the remedy.
+
+A bug in this project raises anything else; the command line shows these as one line and a bug as a traceback.
+"""
+
+
+class ActstoreError(Exception):
+    """Base of everything a user, their input or their disk can cause."""
+
+
+class InputError(ActstoreError):
+    """A stage was asked for something its input cannot give."""
+
+
+class StoreError(ActstoreError):
+    """Base of what can be wrong with a store on disk."""
+
+
+class NotAStore(StoreError):
+    """The path holds no store, or one of another kind or format version."""
+
+
+class IncompleteStore(StoreError):
+    """The store is half-written: some shards have no commit record yet."""
+
+
+class DamagedStore(StoreError):
+    """An object is missing, or its bytes differ from what was committed."""
+
+
+class IdentityMismatch(StoreError):
+    """Two things that must come from the same model, corpus or policy do not."""
+
+
+class WidthMismatch(StoreError):
+    """Two things that must have the same width do not."""
+
+
+class OutputExists(StoreError):
+    """The output is already there; nothing is overwritten."""
+
+
+class NoSpace(StoreError):
+    """The disk cannot hold what was asked for."""
+
+
+class LockedStore(StoreError):
+    """Another process is writing this store."""
+
+
+class EncodingError(StoreError):
+    """A value cannot be kept in the chosen encoding; `row` is its row in the array that was to be encoded."""
+
+    def __init__(self, message: str, row: int):
+        super().__init__(message)
+        self.row = row

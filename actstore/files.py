@@ -1,0 +1,101 @@
+"""Small durable files: atomic JSON, checksums of objects, free space.
+
+What is published here is complete or absent: bytes go to a temporary name, are flushed to the disk, and are renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+
+from actstore.errors import DamagedStore, NoSpace
+
+RESERVE_BYTES = 64 << 20
+"""Left free on a disk, so that records and metrics can always still be written."""
+BLOCK_BYTES = 8 << 20
+
+
+def canonical_json(value: Any) -> str:
+    """The one JSON text of `value`: sorted keys, no spaces; what content hashes are taken of."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def content_hash(value: Any) -> str:
+    """sha256 (hex) of the canonical JSON of `value`."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """Raises DamagedStore, naming the file, when it holds no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedStore(f"{path}: not readable as JSON ({error}); restore it from a copy.") from error
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader, or a crash, sees the whole file or none.
+
+    Only one process may publish a path at a time: the temporary name is the same, so that what a kill left behind is
+    written over and not left lying.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    fsync_path(path.parent)
+
+
+def publish_json(path: Path, value: Any) -> None:
+    """`publish_bytes` of readable JSON."""
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    publish_bytes(path, (text + "\n").encode())
+
+
+def object_record(path: Path) -> dict[str, Any]:
+    """Length and crc32c of an object on disk, as commit records hold them."""
+    n_bytes = checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            n_bytes += len(block)
+            checksum = google_crc32c.extend(checksum, block)
+    return {"bytes": n_bytes, "crc32c": f"{checksum:08x}"}
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes a user may still write where `path` is, or will be."""
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def require_free_space(path: Path, needed_bytes: int, what: str) -> None:
+    """Refuse, before anything is written, what the disk cannot hold.
+
+    Raises NoSpace when fewer than `needed_bytes` plus a reserve of 64 MiB are free.
+    """
+    available = free_bytes(path)
+    if available < needed_bytes + RESERVE_BYTES:
+        raise NoSpace(
+            f"{path}: {what} needs {needed_bytes / 1e6:,.0f} MB and {RESERVE_BYTES / 1e6:,.0f} MB in reserve, the disk has "
+            f"{available / 1e6:,.0f} MB free; free some space, ask for fewer tokens, or write to another disk."
+        )

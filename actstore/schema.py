@@ -1,0 +1,195 @@
+"""What a store says of itself: its manifest (identity and provenance) and the records of its segments.
+
+Frozen dataclasses on one side, versioned JSON on the other, nothing pickled. The identity is what two collections
+must share to be the same store; provenance (where the model folder was, which libraries ran) is kept but never
+compared. docs/FORMAT.md is the normative description of the JSON.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+
+from actstore.errors import InputError, NotAStore
+from actstore.files import content_hash
+from actstore.layout import Layout
+
+FORMAT_VERSION = 1
+PARTS = ("train", "heldout")
+"""The two splits of a segment; the index is the `part` of the plan."""
+
+
+@dataclass(frozen=True)
+class RowArray:
+    """One value per row: `width` numbers each, or one scalar where width is 0."""
+
+    name: str
+    width: int
+    dtype: str
+    encoding: str
+
+    @property
+    def tail(self) -> tuple[int, ...]:
+        """The shape of one row."""
+        return (self.width,) if self.width else ()
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which weights the rows came from."""
+
+    architecture: str
+    n_layer: int
+    d_model: int
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
+class CorpusIdentity:
+    """Which text: the specification the user gave, and a hash of what it named."""
+
+    spec: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class WindowPolicy:
+    """How text becomes windows, and which positions of a window are kept as rows."""
+
+    context: int
+    bos: bool
+    packing: str
+    keep_special: bool
+    bos_token_id: int
+    separator_token_id: int
+
+    @property
+    def stride(self) -> int:
+        """Tokens of the table that one window takes."""
+        return self.context - int(self.bos)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Identity and provenance of a store; immutable once written.
+
+    `kind` is "activations" or "codes". `source` is empty for activations; for codes it names the store, its
+    snapshot and the run they were made from. `provenance` is free-form and no part of the identity.
+    """
+
+    kind: str
+    model: ModelIdentity
+    tokenizer_sha256: str
+    corpus: CorpusIdentity
+    policy: WindowPolicy
+    arrays: tuple[RowArray, ...]
+    compute_dtype: str
+    seed: int
+    source: dict[str, str] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that make two stores the same one, as plain JSON values."""
+        values = asdict(self)
+        del values["provenance"]
+        return {**values, "arrays": list(values["arrays"])}
+
+    @property
+    def store_id(self) -> str:
+        """Sixteen hex digits of the identity's sha256."""
+        return content_hash(self.identity())[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        body = {"format": "actstore", "version": FORMAT_VERSION, "identity": self.identity(), "provenance": self.provenance}
+        return {**body, "store_id": self.store_id, "content_sha256": content_hash(body)}
+
+    @classmethod
+    def from_json(cls, value: Any, where: str) -> Manifest:
+        """Raises NotAStore for another format or version, or when the content hash does not match."""
+        if not isinstance(value, dict) or value.get("format") != "actstore":
+            raise NotAStore(f"{where}: not an actstore manifest; pass a folder that `collect` or `encode` wrote.")
+        if value.get("version") != FORMAT_VERSION:
+            raise NotAStore(
+                f"{where}: format version {value.get('version')}, this program reads {FORMAT_VERSION}; "
+                "use the actstore version that wrote it."
+            )
+        body = {key: value.get(key) for key in ("format", "version", "identity", "provenance")}
+        if content_hash(body) != value.get("content_sha256"):
+            raise NotAStore(f"{where}: the manifest was changed after it was written; restore it from a copy.")
+        identity = cast(dict[str, Any], value["identity"])
+        return cls(
+            kind=identity["kind"],
+            model=ModelIdentity(**identity["model"]),
+            tokenizer_sha256=identity["tokenizer_sha256"],
+            corpus=CorpusIdentity(**identity["corpus"]),
+            policy=WindowPolicy(**identity["policy"]),
+            arrays=tuple(RowArray(**array) for array in identity["arrays"]),
+            compute_dtype=identity["compute_dtype"],
+            seed=identity["seed"],
+            source=identity["source"],
+            provenance=value["provenance"],
+        )
+
+    def array(self, name: str) -> RowArray:
+        """Raises InputError when the store has no such array."""
+        for array in self.arrays:
+            if array.name == name:
+                return array
+        raise InputError(f"no array {name} here; there are {', '.join(array.name for array in self.arrays)}.")
+
+
+def differing_fields(ours: Manifest, theirs: Manifest) -> list[str]:
+    """One `field: ours, theirs` line for every leaf of the identity in which two manifests differ."""
+
+    def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+        if isinstance(value, dict):
+            found: dict[str, Any] = {}
+            for key, inner in value.items():
+                found |= leaves(inner, f"{prefix}.{key}" if prefix else key)
+            return found
+        if prefix == "arrays":
+            return {prefix: ", ".join("{name} ({width} x {dtype}, {encoding})".format(**array) for array in value)}
+        return {prefix: value}
+
+    left, right = leaves(ours.identity()), leaves(theirs.identity())
+    return [f"{key}: {left.get(key)} / {right.get(key)}" for key in sorted(left | right) if left.get(key) != right.get(key)]
+
+
+@dataclass(frozen=True)
+class PartRecord:
+    """One split of a segment: how many windows and rows it has and how the rows are cut."""
+
+    n_windows: int
+    n_rows: int
+    shard_rows: int
+    chunk_rows: int
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.n_rows, self.shard_rows, self.chunk_rows)
+
+
+@dataclass(frozen=True)
+class SegmentRecord:
+    """A segment whose token tables are complete; published before its first row is written.
+
+    `first_document` is how many documents of the corpus earlier segments took. `objects` maps every table object
+    to its length and crc32c. `environment` says what computed the rows.
+    """
+
+    index: int
+    first_document: int
+    n_documents: int
+    n_tokens: int
+    heldout_modulus: int
+    parts: dict[str, PartRecord]
+    environment: dict[str, Any]
+    objects: dict[str, dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> SegmentRecord:
+        parts = {name: PartRecord(**part) for name, part in value["parts"].items()}
+        return cls(**{**value, "parts": parts})

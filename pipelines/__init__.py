@@ -1,0 +1,1 @@
+"""Runnable pipelines over text that every machine already has: the Python standard library."""

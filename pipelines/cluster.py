@@ -1,0 +1,76 @@
+"""Where Dask tasks run: local worker processes, or a scheduler that is already there; and the two ways to use them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from actstore.errors import InputError
+from pipelines.progress import track
+
+CONNECT_TIMEOUT_S = 10
+
+
+@contextmanager
+def connect(scheduler: str | None, workers: int) -> Iterator[Any]:
+    """A Dask client of the scheduler at an address such as tcp://host:8786, or of `workers` local processes.
+
+    Raises InputError when the scheduler does not answer within ten seconds, or has no worker.
+    """
+    import dask
+    from distributed import Client, LocalCluster
+
+    if workers < 1:
+        raise InputError(f"workers {workers}: need at least 1.")
+    if scheduler is None:
+        with (
+            dask.config.set({"distributed.worker.daemon": True}),
+            LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=40) as cluster,
+            Client(cluster) as client,
+        ):
+            yield client
+        return
+    try:
+        client = Client(scheduler, timeout=CONNECT_TIMEOUT_S)
+    except (OSError, ValueError, TimeoutError) as error:
+        raise InputError(
+            f"scheduler {scheduler}: does not answer within {CONNECT_TIMEOUT_S} s; check the address and that `dask scheduler` "
+            "runs there, or leave --scheduler out to use this machine."
+        ) from error
+    with client:
+        if not client.scheduler_info(n_workers=-1)["workers"]:
+            raise InputError(f"scheduler {scheduler}: has no workers; start `dask worker {scheduler}` first.")
+        yield client
+
+
+def run_tasks(client: Any, label: str, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """`function(*task)` for every task, results in the order of the tasks; a failed task's error is raised here."""
+    from distributed import as_completed
+
+    futures = [client.submit(function, *task, pure=False) for task in tasks]
+    with track(label, len(futures), "shards") as progress:
+        for future in as_completed(futures):
+            future.result()
+            progress.advance(1)
+    return [future.result() for future in futures]
+
+
+def reduce_tasks(client: Any, label: str, function: Callable[..., Any], merge: Callable[[Any, Any], Any], tasks: Iterable[Any]) -> Any:
+    """Merge `function(*task)` of every task in one fixed binary tree, whatever worker ran what; gives the root.
+
+    Neighbours are merged in pairs, level by level, so that floating-point sums do not depend on the cluster either.
+    """
+    from distributed import wait
+
+    level = [client.submit(function, *task, pure=False) for task in tasks]
+    total = 2 * len(level) - 1
+    with track(label, total, "tasks") as progress:
+        while len(level) > 1:
+            merged = [client.submit(merge, a, b, pure=False) for a, b in zip(level[::2], level[1::2], strict=False)]
+            wait(level)
+            progress.advance(len(level))
+            level = merged + level[len(merged) * 2 :]
+        result = level[0].result()
+        progress.advance(1)
+    return result

@@ -1,0 +1,148 @@
+"""In: a store and a run. Out: a code store, the k largest codes of every row, in the format of the store.
+
+One task encodes one shard and puts its rows back into (window, position) order. Like every store, a code store is
+committed shard by shard, continued by running the command again, and stands alone: it copies the token table and
+the tokenizer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from actstore import paths
+from actstore.files import require_free_space
+from actstore.reader import ActivationStore, Shard, Store
+from actstore.schema import PARTS, Manifest, RowArray, SegmentRecord
+from actstore.writer import StoreWriter, require_store_place, write_shard
+from pipelines.cluster import connect, run_tasks
+from pipelines.sae.checkpoint import RunRecord, load_run, require_match
+from pipelines.sae.topk import TopKSae
+
+ENCODE_ROWS = 4096
+
+
+class CodeStore(Store):
+    """A store of codes: `codes/index` and `codes/value`, (rows, k) each; a value of 0 is no firing."""
+
+    kind = "codes"
+
+    @property
+    def n_features(self) -> int:
+        n_features: int = self.manifest.provenance["n_features"]
+        return n_features
+
+    @property
+    def k(self) -> int:
+        return self.manifest.array("codes/index").width
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """What `encode` is asked for; the names are the command's options."""
+
+    store: Path
+    run: Path
+    out: Path
+    workers: int = 2
+    scheduler: str | None = None
+
+
+def encode(config: EncodeConfig, client: Any = None) -> dict[str, Any]:
+    """Encode every row of both splits once; continues a code store that was interrupted.
+
+    `client` is a Dask client to use instead of the one the configuration asks for. Raises what `require_match`
+    raises, and OutputExists, NoSpace, IdentityMismatch.
+    """
+    require_store_place(config.out)
+    store = ActivationStore(config.store)
+    _, record = load_run(config.run)
+    require_match(config.run, record, store)
+    manifest = _manifest(store, record, config.run)
+    n_rows = sum(store.n_rows(part) for part in PARTS)
+    require_free_space(config.out, n_rows * record.k * 8, f"the codes of {n_rows:,} rows")
+    tokenizer_files = {file.name: file.read_bytes() for file in sorted((store.path / paths.TOKENIZER).iterdir())}
+    with StoreWriter.open(config.out, manifest, tokenizer_files) as writer:
+        for segment in store.segments[len(writer.segments()) :]:
+            writer.add_segment(segment, _tables(store, segment))
+        tasks = [
+            (config.store, config.run, config.out, segment.index, part, shard)
+            for segment in store.segments
+            for part, shard in writer.missing_shards(segment.index)
+        ]
+        if tasks and client is None:
+            with connect(config.scheduler, config.workers) as own_client:
+                run_tasks(own_client, "encode", encode_shard, tasks)
+        elif tasks:
+            run_tasks(client, "encode", encode_shard, tasks)
+        for segment in store.segments:
+            if not paths.sealed_record(config.out, segment.index).exists():
+                writer.seal(segment.index)
+    codes = CodeStore(config.out)
+    return {
+        "codes": str(config.out),
+        "store_id": codes.store_id,
+        "rows": n_rows,
+        "features": record.n_features,
+        "k": record.k,
+        "disk_bytes": codes.disk_bytes,
+    }
+
+
+def encode_shard(store_path: Path, run_path: Path, out: Path, segment: int, part: str, index: int) -> None:
+    """Encode one shard of a store into the same shard of a code store, and commit it. Runs on a worker."""
+    store, sae, record = _opened(store_path, run_path)
+    target = Store(out, partial=True)
+    shard = next(s for s in store.shards(part) if (s.segment, s.index) == (segment, index))
+    window, position = store.read(shard, "rows/window"), store.read(shard, "rows/position")
+    order = np.lexsort((position, window))
+    index_array, value_array = target.manifest.array("codes/index"), target.manifest.array("codes/value")
+    indices = np.empty((shard.n_rows, record.k), index_array.dtype)
+    values = np.empty((shard.n_rows, record.k), value_array.dtype)
+    for start in range(0, shard.n_rows, ENCODE_ROWS):
+        rows = store.read(shard, f"acts/{record.site}", start, min(start + ENCODE_ROWS, shard.n_rows))
+        with torch.inference_mode():
+            found_values, found_indices = sae.encode(torch.from_numpy(rows))
+        values[start : start + len(rows)] = found_values.numpy()
+        indices[start : start + len(rows)] = found_indices.numpy()
+    arrays = {"rows/window": window[order], "rows/position": position[order]}
+    arrays |= {"codes/index": indices[order], "codes/value": values[order]}
+    write_shard(out, target.manifest, target.segments[segment], part, index, arrays)
+
+
+@lru_cache(maxsize=4)
+def _opened(store_path: Path, run_path: Path) -> tuple[ActivationStore, TopKSae, RunRecord]:
+    sae, record = load_run(run_path)
+    return ActivationStore(store_path), sae, record
+
+
+def _manifest(store: ActivationStore, record: RunRecord, run_path: Path) -> Manifest:
+    index_dtype = np.min_scalar_type(record.n_features - 1).name
+    return replace(
+        store.manifest,
+        kind="codes",
+        arrays=(
+            RowArray("rows/window", 0, "uint32", "raw"),
+            RowArray("rows/position", 0, "uint16", "raw"),
+            RowArray("codes/index", record.k, index_dtype, "packed"),
+            RowArray("codes/value", record.k, "float32", "packed"),
+        ),
+        source={"store_id": store.store_id, "snapshot": store.snapshot, "run_id": record.run_id, "site": record.site},
+        provenance={**store.manifest.provenance, "n_features": record.n_features, "run": str(run_path), "store": str(store.path)},
+    )
+
+
+def _tables(store: Store, segment: SegmentRecord) -> dict[str, NDArray[Any]]:
+    names = [*paths.TABLES, *(f"{part}/windows/{name}" for part in PARTS for name in paths.WINDOW_TABLES)]
+    return {name: store.table(segment.index, name) for name in names}
+
+
+def read_codes(codes: CodeStore, shard: Shard) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """(indices, values), each (rows, k), of a shard in (window, position) order."""
+    return codes.read(shard, "codes/index").astype(np.int64), codes.read(shard, "codes/value")

@@ -1,0 +1,55 @@
+"""Progress of long work: a rich bar on a terminal, one plain line every few seconds in a log; always on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+LOG_INTERVAL_S = 10.0
+
+
+class Tracker:
+    """What a stage tells of itself: how much is done, and a short note such as `FVE 0.91`."""
+
+    def __init__(self, label: str, total: int, unit: str, bar: Progress | None):
+        self.label, self.total, self.unit, self.done = label, total, unit, 0
+        self._bar = bar
+        self._task = bar.add_task(label, total=total, note="") if bar else None
+        self._started = self._last = time.monotonic()
+
+    @property
+    def rate(self) -> float:
+        """Units a second since the start."""
+        return self.done / max(time.monotonic() - self._started, 1e-9)
+
+    def advance(self, n: int, note: str = "") -> None:
+        self.done += n
+        note = f"{self.rate:,.0f} {self.unit}/s  {note}"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self.done, note=note)
+        elif time.monotonic() - self._last >= LOG_INTERVAL_S or self.done >= self.total:
+            self._last = time.monotonic()
+            print(f"{self.label}: {self.done:,} of {self.total:,} {self.unit}  {note}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def track(label: str, total: int, unit: str = "rows") -> Iterator[Tracker]:
+    """Show a stage's progress while the block runs."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Tracker(label, total, unit, None)
+        return
+    columns = (
+        TextColumn("{task.description:<9}"),
+        BarColumn(bar_width=30),
+        TaskProgressColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        yield Tracker(label, total, unit, bar)

@@ -1,0 +1,99 @@
+"""A training run on disk: `sae.safetensors` and `run.json`, the record that makes the run exist.
+
+The weights are in raw units: whatever scaling the trainer used is folded in, and recorded.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from actstore.errors import IdentityMismatch, InputError, NotAStore, OutputExists, WidthMismatch
+from actstore.files import content_hash, fsync_path, publish_json, read_json
+from actstore.reader import ActivationStore
+from pipelines.sae.topk import TopKSae
+
+RUN_VERSION = 1
+RECORD, WEIGHTS, METRICS = "run.json", "sae.safetensors", "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Where an SAE came from and what it is. `weights_sha256` is the language model's, not the SAE's."""
+
+    architecture: str
+    d_model: int
+    n_features: int
+    k: int
+    site: str
+    store_id: str
+    snapshot: str
+    weights_sha256: str
+    model: str
+    input_scale: float
+    rows_seen: int
+    config: dict[str, Any]
+    metrics: dict[str, float]
+
+    @property
+    def run_id(self) -> str:
+        """Sixteen hex digits of the record's sha256."""
+        return content_hash(asdict(self))[:16]
+
+
+def require_new_run(path: Path) -> None:
+    """Raises OutputExists when a run, or anything else, is at `path`."""
+    if path.exists() and (not path.is_dir() or any(item.name != METRICS for item in path.iterdir())):
+        raise OutputExists(f"{path}: exists; choose another --out, or move it away.")
+
+
+def save_run(path: Path, sae: TopKSae, record: RunRecord) -> None:
+    """Publish a run: weights first, flushed, then the record."""
+    path.mkdir(parents=True, exist_ok=True)
+    temporary = path / f".{WEIGHTS}.tmp"
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()}, temporary)
+    fsync_path(temporary)
+    os.replace(temporary, path / WEIGHTS)
+    publish_json(path / RECORD, {"format": "actstore-run", "version": RUN_VERSION, **asdict(record), "run_id": record.run_id})
+
+
+def load_run(path: Path) -> tuple[TopKSae, RunRecord]:
+    """The SAE of a run, in raw units, and its record. Raises NotAStore when `path` holds no finished run."""
+    if not (path / RECORD).exists():
+        raise NotAStore(f"{path}: not a finished run (no {RECORD}); pass a folder that `train` wrote.")
+    value = read_json(path / RECORD)
+    if value.pop("format", None) != "actstore-run" or value.pop("version", None) != RUN_VERSION:
+        raise NotAStore(f"{path}: not a run of format version {RUN_VERSION}; use the actstore version that wrote it.")
+    run_id = value.pop("run_id")
+    record = RunRecord(**value)
+    if run_id != record.run_id:
+        raise NotAStore(f"{path / RECORD}: was changed after it was written; restore it from a copy.")
+    sae = TopKSae(record.d_model, record.n_features, record.k)
+    try:
+        sae.load_state_dict(load_file(path / WEIGHTS))
+    except Exception as error:
+        raise NotAStore(f"{path / WEIGHTS}: not this run's weights ({type(error).__name__}); restore them from a copy.") from error
+    return sae.eval().requires_grad_(False), record
+
+
+def require_match(path: Path, record: RunRecord, store: ActivationStore) -> None:
+    """Raises InputError, WidthMismatch or IdentityMismatch unless a run's SAE reads rows such as the store's."""
+    if record.site not in store.sites:
+        raise InputError(
+            f"{path}: the SAE reads {record.site}, {store.path} holds {', '.join(store.sites)}; "
+            "pass a store of that site, or train on this one."
+        )
+    if record.d_model != store.d_model(record.site):
+        raise WidthMismatch(
+            f"{path}: the SAE has d_model={record.d_model}, {store.path} has d_model={store.d_model(record.site)}; "
+            "train a new SAE, or pass a store of the same model."
+        )
+    if record.weights_sha256 != store.manifest.model.weights_sha256:
+        raise IdentityMismatch(
+            f"{path}: the SAE was trained on a model with weights {record.weights_sha256[:12]}, {store.path} comes from "
+            f"{store.manifest.model.weights_sha256[:12]}; pass a store of the same model."
+        )

@@ -1,0 +1,81 @@
+"""The standard library's own sources, as a text corpus that needs no download.
+
+`stdlib_files()` lists the hand-written `.py` files of the running Python, sorted by module name, so that
+the same Python always gives the same list.  Left out are: tests, third-party and bundled packages, build
+configuration, and tables that a machine wrote (they are data in the shape of source, and would teach a
+language model nothing but digits).  Only the standard library is imported here.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+TEST_DIRECTORIES = frozenset({"test", "tests", "idle_test"})
+OTHER_DIRECTORIES = frozenset({"__pycache__", "site-packages", "dist-packages", "_bundled", "lib-dynload"})
+TABLE_MODULES = frozenset({"html.entities", "pydoc_data.topics", "stringprep"})
+CHARMAP_MARKS = (b"charmap_build(", b"decoding_map = ", b"gencodec.py")
+
+
+@dataclass(frozen=True)
+class StdlibFile:
+    """One source file: dotted module name, its top-level package or module, and where it lies."""
+
+    name: str
+    package: str
+    path: Path
+
+
+def is_test_module(relative: Path) -> bool:
+    """Whether a path (relative to the library) is a test: in a test folder, or named like a test."""
+    if not TEST_DIRECTORIES.isdisjoint(relative.parts[:-1]):
+        return True
+    return any(
+        part in TEST_DIRECTORIES or part.startswith("test_") or part.endswith(("_test", "_tests"))
+        for part in relative.with_suffix("").parts
+    )
+
+
+def is_machine_made(name: str, content: bytes) -> bool:
+    """Whether a module is a table written by a program.
+
+    True for the listed table modules, for `_sysconfigdata*` (the recorded build variables), and for every
+    module of `encodings` that holds a character map (all of them come from `gencodec.py` or follow it).
+    """
+    if name in TABLE_MODULES or name.startswith("_sysconfigdata"):
+        return True
+    return name.startswith("encodings.") and any(mark in content for mark in CHARMAP_MARKS)
+
+
+def module_name(relative: Path) -> str:
+    """The dotted name of a source file given relative to the library, e.g. `json/__init__.py` -> `json`."""
+    parts = list(relative.with_suffix("").parts)
+    if parts[-1] == "__init__" and len(parts) > 1:
+        parts.pop()
+    return ".".join(parts)
+
+
+def stdlib_files(root: Path | None = None) -> list[StdlibFile]:
+    """The hand-written modules of the standard library under `root`, sorted by name.
+
+    `root` is the library's folder; by default that of the running Python.
+    """
+    library = Path(sysconfig.get_path("stdlib")) if root is None else root
+    if not library.is_dir():
+        raise FileNotFoundError(
+            f"standard library folder {library} does not exist; use a Python installed with its sources"
+        )
+    found = []
+    for path in library.rglob("*.py"):
+        relative = path.relative_to(library)
+        folders = relative.parts[:-1]
+        if not OTHER_DIRECTORIES.isdisjoint(folders) or any(f.startswith("config-") for f in folders):
+            continue
+        if is_test_module(relative):
+            continue
+        name = module_name(relative)
+        content = path.read_bytes()
+        if content and not is_machine_made(name, content):
+            found.append(StdlibFile(name=name, package=relative.with_suffix("").parts[0], path=path))
+    return sorted(found, key=lambda file: file.name)
