@@ -193,9 +193,15 @@ def _create_row_array(data: Path, name: str, array: RowArray, layout: Layout) ->
         chunks=(layout.chunk_rows, *array.tail),
         shards=(layout.shard_rows, *array.tail),
         dtype=array.dtype,
+        fill_value=_no_row_value(np.dtype(array.dtype)),
         compressors=_compressors(encoding.compressed, np.dtype(array.dtype).itemsize),
-        config={"write_empty_chunks": True},
     )
+
+
+def _no_row_value(dtype: np.dtype[Any]) -> float:
+    """NaN or the largest integer (for bf16 a NaN as well). Zarr leaves out chunks that hold nothing but the fill value:
+    so a chunk with a row is always written, and those behind the end of a short last shard take no space."""
+    return float("nan") if dtype.kind == "f" else int(np.iinfo(dtype).max)
 
 
 def _write_table(data: Path, name: str, values: NDArray[Any]) -> None:

@@ -107,6 +107,11 @@ class Analysis:
         return sp.csr_array(tuple(parts), shape=(self.n_features, self.n_features))
 
     @cached_property
+    def _together(self) -> sp.csr_array:
+        """(F, F) CSR: `cooccurrence` in both triangles, so that a feature's partners are one row."""
+        return (self.cooccurrence + self.cooccurrence.T).tocsr()
+
+    @cached_property
     def token_counts(self) -> sp.csr_array:
         """(F, vocabulary) CSR: firings of each feature on each token."""
         parts = [self._get(f"tokens/{name}") for name in ("count", "columns", "starts")]
@@ -180,8 +185,8 @@ class Analysis:
 
         Lift is P(a, b) / (P(a) P(b)): how many times more often than if the two were independent.
         """
-        both = self.cooccurrence
-        together = np.asarray((both[[feature]] + both[:, [feature]].T).todense()).ravel()
-        order = np.argsort(-together, kind="stable")[:n]
-        lift = together * self.n_rows / np.maximum(self.fires[feature] * self.fires, 1)
-        return [(int(i), int(together[i]), float(lift[i])) for i in order if together[i]]
+        row = self._together[[feature]]
+        order = np.lexsort((row.indices, -row.data))[:n]
+        partner, together = row.indices[order], row.data[order]
+        lift = together * self.n_rows / (self.fires[feature] * self.fires[partner])
+        return list(zip(partner.tolist(), together.tolist(), lift.tolist(), strict=True))

@@ -24,7 +24,7 @@ from actstore.reader import Shard
 from actstore.schema import PARTS
 from pipelines.analysis import ANALYSIS_VERSION, RECORD, require_new_analysis
 from pipelines.cluster import connect, reduce_tasks, run_tasks
-from pipelines.codes import CodeStore, read_codes
+from pipelines.code_store import CodeStore, open_codes, read_codes
 from pipelines.statistics import CodeBlock, Survey, frequency_bands
 from pipelines.tokens import store_tokenizer
 
@@ -112,7 +112,7 @@ def _analyze(config: AnalyzeConfig, codes: CodeStore, client: Any) -> dict[str, 
 
 def survey_shard(codes_path: Path, shard: Shard, n_examples: int) -> Survey:
     """All statistics of one shard. Runs on a worker."""
-    codes = _opened(codes_path)
+    codes = open_codes(codes_path)
     survey = Survey(codes.n_features, _n_vocabulary(codes), n_examples)
     indices, values = read_codes(codes, shard)
     tokens = codes.token_ids(shard)
@@ -138,7 +138,7 @@ def example_values(
     after: int,
 ) -> NDArray[np.float32]:
     """(n, before + 1 + after) values of each example's feature around it, 0 where this shard has no row. On a worker."""
-    codes = _opened(codes_path)
+    codes = open_codes(codes_path)
     indices, values = read_codes(codes, shard)
     row_window = codes.read(shard, "rows/window").astype(np.int64) + _window_base(codes, shard)
     row_position = codes.read(shard, "rows/position").astype(np.int64)
@@ -151,11 +151,6 @@ def example_values(
         fired = np.where(indices[rows] == feature[example], values[rows], 0).max(axis=1, initial=0)
         found[example, place[shown]] = fired[shown]
     return found
-
-
-@lru_cache(maxsize=2)
-def _opened(codes_path: Path) -> CodeStore:
-    return CodeStore(codes_path)
 
 
 @lru_cache(maxsize=8)

@@ -18,29 +18,15 @@ from numpy.typing import NDArray
 
 from actstore import paths
 from actstore.files import require_free_space
-from actstore.reader import ActivationStore, Shard, Store
+from actstore.reader import ActivationStore, Store
 from actstore.schema import PARTS, Manifest, RowArray, SegmentRecord
 from actstore.writer import StoreWriter, require_store_place, write_shard
 from pipelines.cluster import connect, run_tasks
+from pipelines.code_store import CodeStore
 from pipelines.sae.checkpoint import RunRecord, load_run, require_match
 from pipelines.sae.topk import TopKSae
 
 ENCODE_ROWS = 4096
-
-
-class CodeStore(Store):
-    """A store of codes: `codes/index` and `codes/value`, (rows, k) each; a value of 0 is no firing."""
-
-    kind = "codes"
-
-    @property
-    def n_features(self) -> int:
-        n_features: int = self.manifest.provenance["n_features"]
-        return n_features
-
-    @property
-    def k(self) -> int:
-        return self.manifest.array("codes/index").width
 
 
 @dataclass(frozen=True)
@@ -141,8 +127,3 @@ def _manifest(store: ActivationStore, record: RunRecord, run_path: Path) -> Mani
 def _tables(store: Store, segment: SegmentRecord) -> dict[str, NDArray[Any]]:
     names = [*paths.TABLES, *(f"{part}/windows/{name}" for part in PARTS for name in paths.WINDOW_TABLES)]
     return {name: store.table(segment.index, name) for name in names}
-
-
-def read_codes(codes: CodeStore, shard: Shard) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """(indices, values), each (rows, k), of a shard in (window, position) order."""
-    return codes.read(shard, "codes/index").astype(np.int64), codes.read(shard, "codes/value")

@@ -63,9 +63,7 @@ def stdlib_files(root: Path | None = None) -> list[StdlibFile]:
     """
     library = Path(sysconfig.get_path("stdlib")) if root is None else root
     if not library.is_dir():
-        raise FileNotFoundError(
-            f"standard library folder {library} does not exist; use a Python installed with its sources"
-        )
+        raise FileNotFoundError(f"standard library folder {library} does not exist; use a Python installed with its sources")
     found = []
     for path in library.rglob("*.py"):
         relative = path.relative_to(library)

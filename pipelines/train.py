@@ -102,6 +102,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         snapshot=store.snapshot,
         weights_sha256=store.manifest.model.weights_sha256,
         model=store.manifest.provenance["model"],
+        bos=store.manifest.policy.bos,
         input_scale=scale,
         rows_seen=n_steps * config.batch,
         config={**asdict(config), "store": str(config.store), "out": str(config.out), "lr": config.learning_rate},

@@ -68,7 +68,9 @@ def test_encoding_what_was_decoded_changes_nothing(encoding: str, data: st.DataO
 def test_a_value_that_is_not_finite_is_refused_with_its_place(encoding: str, value: float) -> None:
     rows = np.zeros((5, 4), np.float32)
     rows[3, 2] = rows[4, 0] = value
-    with pytest.raises(EncodingError, match=rf"value {value} at row 3, channel 2 does not fit {encoding}; the model gave it"):
+    with pytest.raises(
+        EncodingError, match=rf"value {value} at row 3, channel 2 does not fit {encoding}; the model gave it"
+    ):
         encode_rows(rows, encoding)
 
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from storekit import BOS, POLICY, StoreSpec, build_segment, row_ids, row_values, shard_arrays, write_store
+from storekit import BOS, StoreSpec, build_segment, row_ids, row_values, shard_arrays, write_store
 
 from actstore.codecs import decode_rows, encode_rows
 from actstore.errors import (
@@ -39,7 +40,9 @@ SPEC = StoreSpec(n_segments=2, n_documents=30, document_tokens=20)
 SITE = "acts/resid_post.0"
 SITE_SHARD = "data.zarr/segments/0000/train/acts/resid_post.0/c/0/0"
 
-CopyOf = Callable[[], Path]
+PROCESSES = multiprocessing.get_context("forkserver")
+"""Processes of their own that start fast: zarr is imported once, in the server they are forked from."""
+PROCESSES.set_forkserver_preload(["zarr", "zarr.codecs", "actstore.reader"])
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +136,29 @@ def test_moments_are_those_of_all_committed_rows(path: Path) -> None:
     np.testing.assert_allclose(second, np.square(rows).mean(0), rtol=1e-12)
 
 
+def test_rows_of_nothing_but_zeros_are_written_too(tmp_path: Path) -> None:
+    """Zarr leaves out chunks that hold only the fill value; what is left out has no checksum."""
+    out = write_store(tmp_path / "store", StoreSpec(n_documents=5), n_shards=0)
+    segment = build_segment(StoreSpec(n_documents=5), 0)
+    zeros = {name: np.zeros_like(kept) for name, kept in shard_arrays(StoreSpec(n_documents=5), segment, "train", 0).items()}
+    write_shard(out, StoreSpec(n_documents=5).manifest, segment.record, "train", 0, zeros)
+    store = ActivationStore(out, partial=True)
+    (shard,) = store.shards()
+    assert not store.read(shard, SITE).any()
+    flip_bit(out / SITE_SHARD, 0)
+    with pytest.raises(DamagedStore):
+        store.read(shard, SITE)
+
+
+def test_a_short_last_shard_takes_no_more_space_than_its_chunks(path: Path) -> None:
+    store = ActivationStore(path)
+    for shard in store.shards():
+        file = path / f"data.zarr/segments/{shard.segment:04d}/train/{SITE}/c/{shard.index}/0"
+        chunks_bytes = shard.n_chunks * (SPEC.chunk_rows * SPEC.d_model * 4 + 4)
+        index_bytes = SPEC.shard_rows // SPEC.chunk_rows * 16 + 4
+        assert file.stat().st_size == chunks_bytes + index_bytes
+
+
 def test_any_zarr_library_can_walk_the_store(path: Path) -> None:
     group = zarr.open_group(path / "data.zarr", mode="r")
     arrays = {name for name, member in group.members(max_depth=None) if isinstance(member, zarr.Array)}
@@ -174,8 +200,6 @@ def test_a_segment_record_comes_back_from_json(path: Path) -> None:
 
 
 def test_provenance_is_no_part_of_the_identity() -> None:
-    from dataclasses import replace
-
     moved = replace(SPEC.manifest, provenance={"folder": "elsewhere"})
     assert moved.store_id == SPEC.manifest.store_id
     assert differing_fields(moved, SPEC.manifest) == []
@@ -183,8 +207,6 @@ def test_provenance_is_no_part_of_the_identity() -> None:
 
 @pytest.mark.parametrize("array", [RowArray("a", 4, "uint16", "raw"), RowArray("a", 5, "float32", "raw")])
 def test_every_difference_of_an_array_is_a_difference_of_identity(array: RowArray) -> None:
-    from dataclasses import replace
-
     ours = replace(SPEC.manifest, arrays=(RowArray("a", 4, "float32", "raw"),))
     theirs = replace(SPEC.manifest, arrays=(array,))
     (line,) = differing_fields(ours, theirs)
@@ -201,9 +223,7 @@ def test_every_difference_of_an_array_is_a_difference_of_identity(array: RowArra
         ("{", "", DamagedStore, r"manifest\.json: not readable as JSON"),
     ],
 )
-def test_a_manifest_edited_by_hand_is_refused(
-    own: Path, old: str, new: str, error: type[Exception], message: str
-) -> None:
+def test_a_manifest_edited_by_hand_is_refused(own: Path, old: str, new: str, error: type[Exception], message: str) -> None:
     file = own / "manifest.json"
     text = file.read_text()
     assert old in text
@@ -223,7 +243,7 @@ def test_the_same_identity_continues_and_changes_nothing_that_is_there(own: Path
 
 
 def test_another_identity_is_refused_and_the_fields_are_named(own: Path) -> None:
-    other = StoreSpec(**{**vars(SPEC), "seed": 5, "sites": (("resid_post.0", "fp16"),)})
+    other = replace(SPEC, seed=5, sites=(("resid_post.0", "fp16"),))
     message = r"arrays: .*resid_post\.0 \(4 x float32, fp32\).* / .*resid_post\.0 \(4 x float16, fp16\); seed: 0 / 5;"
     with pytest.raises(IdentityMismatch, match=message):
         StoreWriter.open(own, other.manifest, {})
@@ -233,7 +253,10 @@ def test_another_identity_is_refused_and_the_fields_are_named(own: Path) -> None
 
 def test_a_published_segment_is_never_replaced(own: Path) -> None:
     segment = build_segment(SPEC, 1)
-    with StoreWriter.open(own, SPEC.manifest, {}) as writer, pytest.raises(ValueError, match="segment 1 is not the next one"):
+    with (
+        StoreWriter.open(own, SPEC.manifest, {}) as writer,
+        pytest.raises(ValueError, match="segment 1 is not the next one"),
+    ):
         writer.add_segment(segment.record, segment.tables)
     assert Store(own).verify() == []
 
@@ -286,12 +309,12 @@ def test_a_store_that_another_process_writes_is_refused_and_a_killed_writer_is_n
 def test_only_committed_shards_are_there(tmp_path: Path) -> None:
     spec = StoreSpec(n_documents=30)
     write_store(tmp_path / "store", spec, n_shards=2)
-    with pytest.raises(IncompleteStore, match="half-written, 2 of 6 shards are committed"):
+    with pytest.raises(IncompleteStore, match="half-written, 2 of 5 shards are committed"):
         ActivationStore(tmp_path / "store")
     store = ActivationStore(tmp_path / "store", partial=True)
-    assert [shard.index for shard in store.shards()] == [0, 1]
-    assert store.n_rows() == 2 * spec.shard_rows
-    assert store.n_rows("heldout") == 0
+    committed = store.shards("heldout") + store.shards()
+    assert [(shard.part, shard.index) for shard in committed] == [("heldout", 0), ("train", 0)]
+    assert store.n_rows() == spec.shard_rows
     assert store.verify() == []
     snapshot = store.snapshot
     write_store(tmp_path / "store", spec)
@@ -301,7 +324,7 @@ def test_only_committed_shards_are_there(tmp_path: Path) -> None:
 
 
 def test_snapshots_of_different_stores_differ(path: Path, tmp_path: Path) -> None:
-    other = write_store(tmp_path / "other", StoreSpec(**{**vars(SPEC), "sites": (("resid_post.0", "fp32"),)}))
+    other = write_store(tmp_path / "other", replace(SPEC, sites=(("resid_post.0", "fp32"),)))
     assert len(Store(other).shards()) == len(Store(path).shards())
     assert Store(other).snapshot != Store(path).snapshot
 
@@ -393,7 +416,6 @@ def test_no_flipped_bit_goes_unseen(path: Path, tmp_path: Path) -> None:
             parts = name.split("/")
             array = "/".join(parts[4 : parts.index("c")]) if "c" in parts else None
             if array in {row_array.name for row_array in SPEC.manifest.arrays}:
-                shard = store.shards(parts[3])[0]
                 damaged = next(
                     shard
                     for shard in store.shards(parts[3])
@@ -416,14 +438,33 @@ def test_a_damaged_commit_record_is_named(own: Path) -> None:
 
 # kill -9
 
-PROCESSES = multiprocessing.get_context("forkserver")
-"""Processes of their own that start fast: zarr is imported once, in the server they are forked from."""
-PROCESSES.set_forkserver_preload(["zarr", "zarr.codecs", "actstore.reader"])
-
 KILLED = StoreSpec(n_segments=2, n_documents=30, document_tokens=12)
 
 
+def test_a_record_is_published_after_everything_it_names_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Objects and the folders that lead to them: so that a power cut leaves no record of what is not there."""
+    flushed: set[int] = set()
+    published: list[str] = []
+    rename = os.replace
+
+    def replace_after_check(source: Path, target: Path) -> None:
+        if Path(target).parent.is_relative_to(tmp_path / "store/commits"):
+            assert os.stat(source).st_ino in flushed
+            for name in json.loads(Path(source).read_text()).get("objects", {}):
+                file = tmp_path / "store" / name
+                for path in (file, *file.parents[: len(Path(name).parents) - 1]):
+                    assert path.stat().st_ino in flushed, path
+            published.append(Path(target).name)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.add(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(os, "replace", replace_after_check)
+    write_store(tmp_path / "store", StoreSpec(n_documents=10))
+    assert published == ["segment.json", "000000.json", "000000.json", "sealed.json"]
+
+
 def _write(path: Path, ready: Connection) -> None:
+    os.fsync = lambda descriptor: None
     ready.send(True)
     write_store(path, KILLED)
 
@@ -454,14 +495,10 @@ def test_a_writer_killed_at_any_moment_and_continued_ends_with_the_same_bytes(tm
 
 def test_the_same_bytes_are_written_in_any_order_of_shards(own: Path, path: Path) -> None:
     segment = build_segment(SPEC, 0)
-    shards: list[tuple[str, int]] = [("heldout", 0), ("train", 3), ("train", 0), ("train", 2)]
+    shards: list[tuple[str, int]] = [("heldout", 0), ("train", 2), ("train", 0), ("train", 1)]
     for part, shard in shards:
         (own / f"commits/0000/{part}/{shard:06d}.json").unlink()
         _truncate(own / f"data.zarr/segments/0000/{part}/{SITE}/c/{shard}/0")
         arrays: dict[str, Any] = shard_arrays(SPEC, segment, part, shard)
         write_shard(own, SPEC.manifest, segment.record, part, shard, arrays)
     assert files_of(own) == files_of(path)
-
-
-def test_the_policy_of_the_kit_is_that_of_a_store() -> None:
-    assert POLICY.stride == POLICY.context - 1

@@ -69,8 +69,8 @@ and the code that made them are under the MIT licence, as this project.
 
 def command_line(config: dict) -> str:
     """The training command with every setting that the command line takes."""
-    names = ("steps", "seed", "batch_windows", "threads", "warmup_steps", "muon_lr", "adam_lr", "weight_decay",
-             "dropout")
+    names = ("steps", "seed", "batch_windows", "threads", "warmup_steps")
+    names += ("muon_lr", "adam_lr", "weight_decay", "dropout")
     options = " ".join(f"--{name.replace('_', '-')} {config[name]}" for name in names)
     return f"python -m pipelines.builtin.train --out builtin_out {options}"
 
@@ -97,7 +97,7 @@ def card_text(folder: Path, run: dict, report: BitsReport) -> str:
 
 
 def write_card(folder: Path, run: dict) -> BitsReport:
-    """Measure the model in `folder` on the test modules and write its `README.md`; returns the measurement."""
+    """Measure the model in `folder` on the test modules, write its `README.md`, return the measurement."""
     report = measure(folder)
     (folder / "README.md").write_text(card_text(folder, run, report), encoding="utf-8")
     print(report.table(), flush=True)

@@ -44,9 +44,7 @@ class CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value, probabilities = ctx.saved_tensors
         batch, heads, n_tokens, size = query.shape
-        grads = tuple(
-            torch.empty(batch, n_tokens, heads, size, dtype=query.dtype).transpose(1, 2) for _ in range(3)
-        )
+        grads = tuple(torch.empty(batch, n_tokens, heads, size, dtype=query.dtype).transpose(1, 2) for _ in range(3))
         shape = (-1, heads, n_tokens, size)
         for start in range(0, batch, ATTENTION_WINDOWS):
             rows = slice(start, start + ATTENTION_WINDOWS)

@@ -80,12 +80,10 @@ class KneserNey:
                 f"choose an order from 1 to {int(MAX_KEY_BITS // np.log2(n_vocab))}"
             )
         if not any(len(ids) > 1 for ids in documents):
-            raise ValueError(f"{len(documents)} documents without a token to count; give one of 2 tokens or more")
+            raise ValueError(f"{len(documents)} documents, none of 2 tokens or more to count; give at least one")
         self.order = order
         self.n_vocab = n_vocab
-        keys, counts = np.unique(
-            np.concatenate([self.ngram_keys(ids) for ids in documents]), return_counts=True
-        )
+        keys, counts = np.unique(np.concatenate([self.ngram_keys(ids) for ids in documents]), return_counts=True)
         levels = [build_level(keys, counts, n_vocab)]
         for below in range(order - 1, 0, -1):
             keys, counts = np.unique(keys % n_vocab**below, return_counts=True)

@@ -29,8 +29,9 @@ class Window:
     first_target: int
 
 
-def sliding_windows(n_tokens: int, document: int = 0, context: int = CONTEXT_TOKENS,
-                    stride: int = STRIDE_TOKENS) -> list[Window]:
+def sliding_windows(
+    n_tokens: int, document: int = 0, context: int = CONTEXT_TOKENS, stride: int = STRIDE_TOKENS
+) -> list[Window]:
     """The windows that score targets `1 .. n_tokens - 1` of a document exactly once each.
 
     Inputs of a window predict the tokens one further on, so a document of `n_tokens` has
@@ -46,8 +47,13 @@ def sliding_windows(n_tokens: int, document: int = 0, context: int = CONTEXT_TOK
 
 
 @torch.no_grad()
-def document_bits(model: nn.Module, documents: Sequence[np.ndarray], batch_windows: int = 32,
-                  context: int = CONTEXT_TOKENS, stride: int = STRIDE_TOKENS) -> np.ndarray:
+def document_bits(
+    model: nn.Module,
+    documents: Sequence[np.ndarray],
+    batch_windows: int = 32,
+    context: int = CONTEXT_TOKENS,
+    stride: int = STRIDE_TOKENS,
+) -> np.ndarray:
     """Bits of each document under `model`, float64 `[n_documents]`.
 
     `documents` are token ids, int64 `[n_tokens]`, first the begin-of-text token.  Windows are padded to

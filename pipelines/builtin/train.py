@@ -204,8 +204,14 @@ def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def save_state(out: Path, step: int, seconds: float, config: TrainConfig, model: GPT2LMHeadModel,
-               optimizers: list[torch.optim.Optimizer]) -> None:
+def save_state(
+    out: Path,
+    step: int,
+    seconds: float,
+    config: TrainConfig,
+    model: GPT2LMHeadModel,
+    optimizers: list[torch.optim.Optimizer],
+) -> None:
     """Write all that `--resume` needs to `out/state.pt`, replacing the former file in one step."""
     state = {
         "step": step,
@@ -218,8 +224,14 @@ def save_state(out: Path, step: int, seconds: float, config: TrainConfig, model:
     os.replace(out / "state.new", out / "state.pt")
 
 
-def train_step(model: GPT2LMHeadModel, optimizers: list[torch.optim.Optimizer], config: TrainConfig,
-               step: int, inputs: torch.Tensor, targets: torch.Tensor) -> float:
+def train_step(
+    model: GPT2LMHeadModel,
+    optimizers: list[torch.optim.Optimizer],
+    config: TrainConfig,
+    step: int,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+) -> float:
     """One update; returns the mean training loss of the batch in nats per token."""
     masks = np.random.default_rng([config.seed, 2, step])
     for module in model.modules():
@@ -240,8 +252,7 @@ def train_step(model: GPT2LMHeadModel, optimizers: list[torch.optim.Optimizer], 
     return float(loss.detach())
 
 
-def train(out: Path, config: TrainConfig, schedule: Schedule, resume: bool = False,
-          stop_step: int | None = None) -> None:
+def train(out: Path, config: TrainConfig, schedule: Schedule, resume: bool = False, stop_step: int | None = None) -> None:
     """Train to `config.steps`, then write `out/model` with its card; a trial may end at `stop_step`."""
     torch.set_num_threads(config.threads)
     out.mkdir(parents=True, exist_ok=True)
@@ -263,8 +274,11 @@ def train(out: Path, config: TrainConfig, schedule: Schedule, resume: bool = Fal
         step, seconds_before = state["step"], state["seconds"]
     stream = WindowStream(train_ids, config)
     tokens_per_step = config.batch_windows * config.window_tokens
-    print(f"{config}\n{n_train_tokens} training tokens, {model.num_parameters()} parameters, "
-          f"{config.steps * tokens_per_step / n_train_tokens:.1f} passes, from step {step}", flush=True)
+    print(
+        f"{config}\n{n_train_tokens} training tokens, {model.num_parameters()} parameters, "
+        f"{config.steps * tokens_per_step / n_train_tokens:.1f} passes, from step {step}",
+        flush=True,
+    )
 
     def dev_bits_per_byte() -> float:
         return float(document_bits(model, dev_ids).sum()) / n_dev_bytes
@@ -280,8 +294,11 @@ def train(out: Path, config: TrainConfig, schedule: Schedule, resume: bool = Fal
         if now - last_report >= schedule.report_seconds:
             rate = len(losses) * tokens_per_step / (now - last_report)
             left = (n_steps_to_run - step) * tokens_per_step / rate / 60
-            print(f"step {step}/{config.steps} {rate:.0f} tokens/s train {np.mean(losses):.4f} nats/token "
-                  f"lr x{lr_factor(step, config):.3f} {left:.0f} min left", flush=True)
+            print(
+                f"step {step}/{config.steps} {rate:.0f} tokens/s train {np.mean(losses):.4f} nats/token "
+                f"lr x{lr_factor(step, config):.3f} {left:.0f} min left",
+                flush=True,
+            )
             losses, last_report = [], time.monotonic()
         if now - last_dev >= schedule.dev_seconds:
             print(f"step {step} dev {dev_bits_per_byte():.4f} bits/byte", flush=True)
@@ -299,10 +316,16 @@ def train(out: Path, config: TrainConfig, schedule: Schedule, resume: bool = Fal
     folder = out / "model"
     save_model(model, tokenizer, folder)
     write_json(folder / "data.json", record)
-    write_json(out / "run.json", {
-        "config": asdict(config), "train_tokens": n_train_tokens, "tokens_seen": step * tokens_per_step,
-        "seconds": round(seconds), "dev_bits_per_byte": dev_bits_per_byte(),
-    })
+    write_json(
+        out / "run.json",
+        {
+            "config": asdict(config),
+            "train_tokens": n_train_tokens,
+            "tokens_seen": step * tokens_per_step,
+            "seconds": round(seconds),
+            "dev_bits_per_byte": dev_bits_per_byte(),
+        },
+    )
     from pipelines.builtin.card import write_card
 
     write_card(folder, json.loads((out / "run.json").read_text(encoding="utf-8")))

@@ -23,7 +23,8 @@ RECORD, WEIGHTS, METRICS = "run.json", "sae.safetensors", "metrics.jsonl"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Where an SAE came from and what it is. `weights_sha256` is the language model's, not the SAE's."""
+    """Where an SAE came from and what it is. `weights_sha256` is the language model's, not the SAE's;
+    `bos` says whether its windows began with a start-of-text token."""
 
     architecture: str
     d_model: int
@@ -34,6 +35,7 @@ class RunRecord:
     snapshot: str
     weights_sha256: str
     model: str
+    bos: bool
     input_scale: float
     rows_seen: int
     config: dict[str, Any]

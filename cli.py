@@ -1,0 +1,403 @@
+"""The command line: parse, build one frozen config, call a stage, print; nothing else.
+
+Every stage is imported inside its command, so that `--help` loads no torch, dask or zarr.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from actstore.errors import ActstoreError
+
+STORE_ARGUMENT = click.argument("store", type=click.Path(path_type=Path))
+RUN_ARGUMENT = click.argument("run", type=click.Path(path_type=Path))
+OUT_OPTION = click.option("--out", required=True, type=click.Path(path_type=Path), help="Where to write it; must be free.")
+DEVICE_OPTION = click.option("--device", default="auto", show_default=True, help="cpu, cuda, mps, or auto: the best there is.")
+JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+WORKERS_OPTION = click.option("--workers", default=2, show_default=True, help="Local Dask worker processes.")
+SCHEDULER_OPTION = click.option("--scheduler", help="Address of a running Dask scheduler, such as tcp://host:8786.")
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+class _Commands(click.Group):
+    """Turns every expected failure into one line and its exit status."""
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
+        debug = "--debug" in sys.argv
+        try:
+            super().main(*args, **{**kwargs, "standalone_mode": False})
+        except click.exceptions.Exit as stop:
+            sys.exit(stop.exit_code)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("stopped; everything committed is kept, the same command continues it.", err=True)
+            sys.exit(130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except (ActstoreError, OSError) as error:
+            if debug or (isinstance(error, OSError) and not error.filename and error.errno not in FULL_DISK):
+                raise
+            click.echo(f"error: {_one_line(error)}", err=True)
+            sys.exit(1)
+        sys.exit(0)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and not isinstance(error, ActstoreError):
+        where = error.filename or "the output"
+        remedy = "free some space and run the same command again" if error.errno in FULL_DISK else "check the path and its permissions"
+        return f"{where}: {error.strerror}; {remedy}; everything committed is kept."
+    return " ".join(str(error).split())
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="actstore")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Run a language model once, keep its activations, train sparse autoencoders, see what the features do.
+
+    \b
+    Example:
+      actstore demo --out demo-out
+    """
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@cli.command()
+@OUT_OPTION
+@click.option("--tokens", default=1_100_000, show_default=True, help="Tokens of the corpus to collect.")
+@click.option("--rows", default=3_000_000, show_default=True, help="Rows to train on; a row is seen several times.")
+@click.option("--random-weights", is_flag=True, help="The same model with random weights: what training it adds.")
+@WORKERS_OPTION
+@click.option("--seed", default=0, show_default=True)
+@JSON_OPTION
+def demo(as_json: bool, **options: Any) -> None:
+    """The whole chain on the built-in GPT-2 and the Python sources on this machine; offline.
+
+    \b
+    Example:
+      actstore demo --out demo-out
+    """
+    from pipelines.demo import DemoConfig, demo_lines, run_demo
+
+    result = run_demo(_shown("demo", DemoConfig(**options)))
+    _print(result, as_json, demo_lines)
+
+
+@cli.command()
+@OUT_OPTION
+@click.option("--model", default="gpt2", show_default=True, help="`builtin`, a hub id, or a local transformers folder.")
+@click.option("--corpus", default="stdlib", show_default=True, help="stdlib, a path or glob[#column], or hf:name[:config][:split][#column].")
+@click.option("--layer", multiple=True, type=int, help="Block to read; repeat for several. Default: the middle one.")
+@click.option("--site", multiple=True, default=["resid_post"], show_default=True, help="resid_pre, resid_post, attn_out or mlp_out; repeatable.")
+@click.option("--tokens", default=1_000_000, show_default=True, help="Tokens of text the store shall hold.")
+@click.option("--context", default=128, show_default=True, help="Positions the model sees at once, start token included.")
+@click.option("--encoding", default="fp16", show_default=True, help="How rows are kept: fp16, fp32 or bf16.")
+@click.option("--compute-dtype", default="fp32", show_default=True, help="What the model computes in: fp32 or bf16.")
+@DEVICE_OPTION
+@click.option("--batch-windows", default=32, show_default=True, help="Windows in one forward pass.")
+@click.option("--seed", default=0, show_default=True, help="Seed of every order in the store.")
+@click.option("--packing", default="packed", show_default=True, help="packed: documents one after another; document: each on its own.")
+@click.option("--bos/--no-bos", default=True, show_default=True, help="Begin every window with the start-of-text token.")
+@click.option("--keep-special", is_flag=True, help="Keep position 0 and separators as rows, too.")
+@click.option("--mixed-hardware", is_flag=True, help="Continue on a machine whose rows differ in their last bits.")
+@click.option("--resume", is_flag=True, help="Say that a store is there to be continued; a plain re-run does the same.")
+@JSON_OPTION
+def collect(as_json: bool, resume: bool, **options: Any) -> None:
+    """Run the model once over a corpus and write, extend or finish a store.
+
+    \b
+    Example:
+      actstore collect --out gpt2.store --model gpt2 --corpus 'books/*.txt' --layer 6 --tokens 1000000
+    """
+    from actstore.errors import NotAStore
+    from pipelines.collect import CollectConfig
+    from pipelines.collect import collect as stage
+
+    if resume and not (options["out"] / "manifest.json").exists():
+        raise NotAStore(f"{options['out']}: nothing to resume; leave --resume out to begin a new store.")
+    _print(stage(_shown("collect", CollectConfig(**options))), as_json, _key_lines)
+
+
+@cli.command()
+@STORE_ARGUMENT
+@JSON_OPTION
+def info(store: Path, as_json: bool) -> None:
+    """What a store of activations or codes is, where it came from, and how large it is.
+
+    \b
+    Example:
+      actstore info gpt2.store
+    """
+    from actstore.reader import Store
+
+    opened = Store(store, partial=True)
+    manifest = opened.manifest
+    planned = sum(record.layout.n_shards for segment in opened.segments for record in segment.parts.values())
+    committed = sum(len(opened.shards(part)) for part in ("train", "heldout"))
+    rows = {part: opened.n_rows(part) for part in ("train", "heldout")}
+    tokens = sum(segment.n_tokens for segment in opened.segments)
+    values = {
+        "store_id": opened.store_id,
+        "snapshot": opened.snapshot,
+        "kind": manifest.kind,
+        "model": manifest.provenance.get("model"),
+        "weights": manifest.model.weights_sha256[:16],
+        "corpus": manifest.corpus.spec,
+        "tokens": tokens,
+        "rows": rows,
+        "shards_committed": committed,
+        "shards_planned": planned,
+        "arrays": {array.name: f"{array.width or 1} x {array.encoding} ({array.dtype})" for array in manifest.arrays},
+        "context": manifest.policy.context,
+        "compute_dtype": manifest.compute_dtype,
+        "seed": manifest.seed,
+        "disk_bytes": opened.disk_bytes,
+        "disk_bytes_per_million_tokens": round(opened.disk_bytes * 1e6 / max(tokens, 1)),
+        "source": manifest.source,
+    }
+    _print(values, as_json, _key_lines)
+
+
+@cli.command()
+@STORE_ARGUMENT
+@JSON_OPTION
+def verify(store: Path, as_json: bool) -> None:
+    """Read every committed object and compare its length and crc32c; exit 1 when one differs.
+
+    \b
+    Example:
+      actstore verify gpt2.store
+    """
+    from actstore.errors import DamagedStore
+    from actstore.reader import Store
+
+    faults = Store(store, partial=True).verify()
+    _print({"store": str(store), "faults": faults}, as_json, lambda value: value["faults"] or [f"{store}: no fault found"])
+    if faults:
+        raise DamagedStore(f"{store}: {len(faults)} objects differ from what was committed; restore them, or collect again.")
+
+
+@cli.command()
+@STORE_ARGUMENT
+@OUT_OPTION
+@click.option("--layer", type=int, help="Which layer of the store; needed when it holds several.")
+@click.option("--site", default="resid_post", show_default=True, help="Which site of that layer.")
+@click.option("--features", default=4096, show_default=True, help="Width of the SAE.")
+@click.option("--k", default=32, show_default=True, help="Features active in each row.")
+@click.option("--tokens", default=0, help="Rows to train on; 0: as many as --epochs says.")
+@click.option("--epochs", default=1.0, show_default=True, help="Passes over the store's rows.")
+@click.option("--batch", default=4096, show_default=True, help="Rows in a step.")
+@click.option("--lr", default=0.0, help="Learning rate; 0: 2e-4 / sqrt(features / 16384).")
+@click.option("--l1", default=0.0, show_default=True, help="Coefficient of the mean absolute code in the loss.")
+@click.option("--clip", default=1.0, show_default=True, help="Largest gradient norm.")
+@click.option("--seed", default=0, show_default=True)
+@DEVICE_OPTION
+@JSON_OPTION
+def train(as_json: bool, **options: Any) -> None:
+    """Train a TopK sparse autoencoder on batches streamed from a store.
+
+    \b
+    Example:
+      actstore train gpt2.store --out run --features 24576 --k 32 --epochs 2
+    """
+    from pipelines.train import TrainConfig
+    from pipelines.train import train as stage
+
+    _print(stage(_shown("train", TrainConfig(**options))), as_json, _key_lines)
+
+
+@cli.command()
+@RUN_ARGUMENT
+@STORE_ARGUMENT
+@click.option("--windows", default=128, show_default=True, help="Held-out windows to run the language model on.")
+@click.option("--pca", default=16, show_default=True, help="Components of the PCA that the SAE is compared with.")
+@click.option("--model", help="Where the language model is, if it was moved.")
+@DEVICE_OPTION
+@JSON_OPTION
+def evaluate(as_json: bool, **options: Any) -> None:
+    """How well an SAE explains held-out rows, and what its reconstruction does to the model's loss.
+
+    \b
+    Example:
+      actstore evaluate run gpt2.store
+    """
+    from pipelines.evaluate import EvaluateConfig
+    from pipelines.evaluate import evaluate as stage
+
+    _print(stage(_shown("evaluate", EvaluateConfig(**options))), as_json, _key_lines)
+
+
+@cli.command()
+@STORE_ARGUMENT
+@RUN_ARGUMENT
+@OUT_OPTION
+@WORKERS_OPTION
+@SCHEDULER_OPTION
+@JSON_OPTION
+def encode(as_json: bool, **options: Any) -> None:
+    """Turn every row of a store into its k largest codes: the code store.
+
+    \b
+    Example:
+      actstore encode gpt2.store run --out codes
+    """
+    from pipelines.codes import EncodeConfig
+    from pipelines.codes import encode as stage
+
+    _print(stage(_shown("encode", EncodeConfig(**options))), as_json, _key_lines)
+
+
+@cli.command()
+@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CODES | STORE RUN")
+@OUT_OPTION
+@click.option("--examples", default=8, show_default=True, help="Strongest firings kept for each feature.")
+@click.option("--before", default=24, show_default=True, help="Tokens of context shown before a firing.")
+@click.option("--after", default=8, show_default=True, help="Tokens of context shown after it.")
+@WORKERS_OPTION
+@SCHEDULER_OPTION
+@JSON_OPTION
+def analyze(sources: tuple[Path, ...], as_json: bool, **options: Any) -> None:
+    """What every feature does over the whole corpus: frequency, co-occurrence, tokens, examples.
+
+    With STORE RUN the codes are made first and kept beside the analysis, as OUT.codes.
+
+    \b
+    Example:
+      actstore analyze codes --out analysis
+      actstore analyze gpt2.store run --out analysis --scheduler tcp://head:8786
+    """
+    from pipelines.analysis import require_new_analysis
+    from pipelines.analyze import AnalyzeConfig
+    from pipelines.analyze import analyze as stage
+    from pipelines.codes import EncodeConfig
+    from pipelines.codes import encode as encode_stage
+
+    if len(sources) > 2:
+        raise click.UsageError("pass CODES, or STORE and RUN.")
+    require_new_analysis(options["out"])
+    codes = sources[0]
+    if len(sources) == 2:
+        codes = options["out"].with_name(options["out"].name + ".codes")
+        where = {name: options[name] for name in ("workers", "scheduler")}
+        encode_stage(_shown("encode", EncodeConfig(store=sources[0], run=sources[1], out=codes, **where)))
+    _print(stage(_shown("analyze", AnalyzeConfig(codes=codes, **options))), as_json, _key_lines)
+
+
+@cli.command()
+@click.argument("analysis", type=click.Path(path_type=Path))
+@click.option("--sort", default="frequency", show_default=True, help="frequency, mean, peak or id.")
+@click.option("--top", default=20, show_default=True, help="How many to list.")
+@JSON_OPTION
+def features(analysis: Path, sort: str, top: int, as_json: bool) -> None:
+    """List features with their firing frequency, strength and tokens.
+
+    \b
+    Example:
+      actstore features analysis --sort peak --top 50
+    """
+    from pipelines.analysis import Analysis
+    from pipelines.terminal import feature_rows, features_lines
+
+    _print(feature_rows(Analysis(analysis), sort, top), as_json, features_lines)
+
+
+@cli.command()
+@click.argument("analysis", type=click.Path(path_type=Path))
+@click.argument("feature_id", type=int, metavar="ID")
+@JSON_OPTION
+def feature(analysis: Path, feature_id: int, as_json: bool) -> None:
+    """Show one feature: how often it fires, on which tokens, with which others, and its strongest firings.
+
+    \b
+    Example:
+      actstore feature analysis 317
+    """
+    from pipelines.analysis import Analysis
+    from pipelines.terminal import feature_card, feature_lines
+
+    _print(feature_card(Analysis(analysis), feature_id), as_json, feature_lines)
+
+
+@cli.command()
+@RUN_ARGUMENT
+@click.option("--texts", required=True, type=click.Path(path_type=Path), help="A file with one text on each line.")
+@click.option("--features", default=20, show_default=True, help="How many features to show, by mean activation.")
+@click.option("--tokens", default=5, show_default=True, help="How many firings of each.")
+@click.option("--model", help="Where the language model is, if it was moved.")
+@DEVICE_OPTION
+@JSON_OPTION
+def inspect(as_json: bool, **options: Any) -> None:
+    """Which features are most active on new sentences, and which tokens fire them.
+
+    \b
+    Example:
+      actstore inspect run --texts sentences.txt
+    """
+    from pipelines.inspect import InspectConfig
+    from pipelines.inspect import inspect as stage
+    from pipelines.terminal import inspect_lines
+
+    _print(stage(_shown("inspect", InspectConfig(**options))), as_json, inspect_lines)
+
+
+@cli.command()
+@click.argument("analysis", type=click.Path(path_type=Path))
+@OUT_OPTION
+@click.option("--examples", default=5, show_default=True, help="Examples shown for each feature.")
+@JSON_OPTION
+def report(as_json: bool, **options: Any) -> None:
+    """One self-contained HTML page of an analysis.
+
+    \b
+    Example:
+      actstore report analysis --out report.html
+    """
+    from pipelines.report.page import ReportConfig
+    from pipelines.report.page import report as stage
+
+    _print(stage(ReportConfig(**options)), as_json, _key_lines)
+
+
+def _shown(command: str, config: Any) -> Any:
+    """Say on stderr what a command runs with, defaults included."""
+    fields = " ".join(f"{name}={value}" for name, value in vars(config).items() if value not in (None, ()))
+    click.echo(f"{command}: {fields}", err=True)
+    return config
+
+
+def _print(value: Any, as_json: bool, lines: Callable[[Any], Any]) -> None:
+    if as_json:
+        click.echo(json.dumps(value, indent=1, default=str, ensure_ascii=False))
+    else:
+        for line in lines(value):
+            click.echo(line)
+
+
+def _key_lines(values: dict[str, Any], indent: str = "") -> list[str]:
+    lines = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{key}"] + _key_lines(value, indent + "  ") if value else []
+        else:
+            shown = f"{value:,}" if type(value) is int else f"{value:.4f}" if type(value) is float else value
+            lines.append(f"{indent}{key:<{max(1, 30 - len(indent))}} {shown}")
+    return lines
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,37 @@
+"""A code store opened for reading: the k largest codes of every row, in (window, position) order inside each shard."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actstore.reader import Shard, Store
+
+
+class CodeStore(Store):
+    """A store of codes: `codes/index` and `codes/value`, (rows, k) each; a value of 0 is no firing."""
+
+    kind = "codes"
+
+    @property
+    def n_features(self) -> int:
+        n_features: int = self.manifest.provenance["n_features"]
+        return n_features
+
+    @property
+    def k(self) -> int:
+        return self.manifest.array("codes/index").width
+
+
+def read_codes(codes: CodeStore, shard: Shard) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """(indices, values), each (rows, k), of a shard."""
+    return codes.read(shard, "codes/index").astype(np.int64), codes.read(shard, "codes/value")
+
+
+@lru_cache(maxsize=2)
+def open_codes(path: Path) -> CodeStore:
+    """A finished code store, opened once a process: what a worker's tasks share."""
+    return CodeStore(path)

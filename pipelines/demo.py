@@ -1,0 +1,172 @@
+"""The whole chain on the built-in GPT-2 and the Python sources on this machine: collect, train, evaluate, encode,
+analyze, find rules, report. It knows nothing that the commands do not: each step is the stage a user would call.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from actstore.errors import InputError, OutputExists
+from actstore.files import publish_json, read_json
+from pipelines.analysis import RECORD as ANALYSIS_RECORD
+from pipelines.analysis import Analysis
+from pipelines.analyze import AnalyzeConfig, analyze
+from pipelines.builtin import model_path
+from pipelines.cluster import connect
+from pipelines.code_store import CodeStore
+from pipelines.codes import EncodeConfig, encode
+from pipelines.collect import CollectConfig, collect
+from pipelines.concepts import Finding, find_rules, findings_json
+from pipelines.evaluate import EvaluateConfig, evaluate
+from pipelines.report.page import ReportConfig, report
+from pipelines.sae.checkpoint import RECORD as RUN_RECORD
+from pipelines.tokens import store_tokenizer
+from pipelines.train import TrainConfig, train
+
+LAYER, FEATURES, K, BATCH = 3, 2048, 16, 2048
+GOOD_F1 = 0.7
+SHOWN_FINDINGS = 20
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What `demo` is asked for; the names are the command's options."""
+
+    out: Path
+    tokens: int = 1_100_000
+    rows: int = 3_000_000
+    random_weights: bool = False
+    workers: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tokens < 20_000 or self.rows < BATCH:
+            raise InputError(f"tokens {self.tokens}, rows {self.rows}: need at least 20,000 and {BATCH:,}.")
+
+
+def run_demo(config: DemoConfig) -> dict[str, Any]:
+    """Run every step that has no output yet, below `config.out`; returns the figures and the findings.
+
+    An interrupted demo is continued by running it again. Raises OutputExists when a finished one is there.
+    """
+    out = config.out
+    page, result_file = out / "report.html", out / "demo.json"
+    store, run, codes, analysis = (out / name for name in ("store", "run", "codes", "analysis"))
+    if result_file.exists():
+        raise OutputExists(f"{out}: holds a finished demo (see {page}); choose another --out, or move it away.")
+    started = time.monotonic()
+    model = _random_model(out / "model", config.seed) if config.random_weights else "builtin"
+    collected = collect(CollectConfig(out=store, model=model, layer=(LAYER,), tokens=config.tokens, seed=config.seed))
+    if not (run / RUN_RECORD).exists():
+        train(
+            TrainConfig(store=store, out=run, features=FEATURES, k=K, tokens=config.rows, batch=BATCH, seed=config.seed)
+        )
+    figures = evaluate(EvaluateConfig(run=run, store=store))
+    with connect(None, config.workers) as client:
+        encode(EncodeConfig(store=store, run=run, out=codes), client)
+        if not (analysis / ANALYSIS_RECORD).exists():
+            analyze(AnalyzeConfig(codes=codes, out=analysis), client)
+        opened = CodeStore(codes)
+        policy = opened.manifest.policy
+        codec = store_tokenizer(codes, policy.bos_token_id, policy.separator_token_id)
+        findings = find_rules(opened, codec, client)
+    publish_json(analysis / "findings.json", findings_json([f for f in findings if f.f1 >= GOOD_F1]))
+    if not page.exists():
+        report(ReportConfig(analysis=analysis, out=page))
+    record = Analysis(analysis).record
+    result = {
+        "out": str(out),
+        "page": str(page),
+        "model": "random weights" if config.random_weights else "builtin",
+        "tokens": collected["tokens"],
+        "rows": record["n_rows"],
+        "store_bytes_per_million_tokens": _bytes_of(store) * 1e6 / collected["tokens"],
+        "codes_bytes_per_million_tokens": _bytes_of(codes) * 1e6 / collected["tokens"],
+        "features": FEATURES,
+        "k": K,
+        "bands": record["bands"],
+        "evaluation": figures,
+        "rules": rule_counts(findings),
+        "findings": [asdict(finding) for finding in shown_findings(findings)],
+        "seconds": time.monotonic() - started,
+    }
+    publish_json(result_file, result)
+    return result
+
+
+def rule_counts(findings: list[Finding]) -> dict[str, int]:
+    """How many features follow a rule with F1 of at least 0.7, and how many different rules those are, by kind."""
+    good = [finding for finding in findings if finding.f1 >= GOOD_F1]
+    kinds = {kind: len({f.rule for f in good if f.kind == kind}) for kind in ("place", "after", "token")}
+    return {"features": len(good), "rules": sum(kinds.values()), **{f"rules_{kind}": n for kind, n in kinds.items()}}
+
+
+def shown_findings(findings: list[Finding]) -> list[Finding]:
+    """The best feature of each rule: rules of place first, then of the token before, then of the token itself."""
+    best: dict[str, Finding] = {}
+    for finding in findings:
+        if finding.f1 >= GOOD_F1:
+            best.setdefault(finding.rule, finding)
+    order = {"place": 0, "after": 1, "token": 2}
+    ranked = sorted(best.values(), key=lambda finding: (order[finding.kind], -finding.f1))
+    return ranked[:SHOWN_FINDINGS]
+
+
+def demo_lines(result: dict[str, Any]) -> list[str]:
+    """The short table the demo ends with."""
+    figures, rules, bands = result["evaluation"], result["rules"], result["bands"]
+    width = max([len(finding["rule"]) for finding in result["findings"]] or [4])
+    lines = [
+        "",
+        f"{result['rows']:,} rows of layer {LAYER} ({result['model']}), {result['features']:,} features, k = {result['k']}",
+        f"  variance explained (held out)   {figures['fve']:.1%}; a {figures['pca_components']}-component PCA: {figures['pca_fve']:.1%}; "
+        f"unexplained, ratio: {figures['unexplained_over_pca']:.2f}",
+        f"  loss with the reconstruction    {figures['ce_sae']:.3f} nat, clean {figures['ce_clean']:.3f}: {figures['delta_ce']:+.3f}",
+        f"  silent features                 {figures['silent_share']:.1%} over the last {figures['silent_window_rows']:,} training rows",
+        "  firing frequency                " + ", ".join(f"{name} {n:,}" for name, n in bands.items()),
+        f"  features that follow a rule     {rules['features']:,} of {result['features']:,} with F1 >= {GOOD_F1} on documents the rule "
+        f"was not chosen on ({rules['rules']} rules)",
+        "",
+        f"{'feature':>8}  {'fires on':<{width}}  precision  recall    F1",
+    ]
+    for finding in result["findings"]:
+        lines.append(
+            f"{finding['feature']:>8}  {finding['rule']:<{width}}  {finding['precision']:>9.2f}  {finding['recall']:>6.2f}  {finding['f1']:.2f}"
+        )
+    lines += [
+        "",
+        f"disk per million tokens: store {result['store_bytes_per_million_tokens'] / 1e6:,.0f} MB, "
+        f"codes {result['codes_bytes_per_million_tokens'] / 1e6:,.0f} MB",
+        f"took {result['seconds']:.0f} s. Look at {result['page']}",
+    ]
+    return lines
+
+
+def _random_model(folder: Path, seed: int) -> str:
+    """A GPT-2 of the built-in model's shape and tokenizer, with the weights it had before any training."""
+    if (folder / "config.json").exists():
+        return str(folder)
+    import torch
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = GPT2LMHeadModel(GPT2Config.from_pretrained(model_path()))
+    AutoTokenizer.from_pretrained(model_path()).save_pretrained(folder)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def read_demo(out: Path) -> dict[str, Any]:
+    """The result of a finished demo."""
+    if not (out / "demo.json").exists():
+        raise InputError(f"{out}: holds no finished demo; run `demo --out {out}` first.")
+    result: dict[str, Any] = read_json(out / "demo.json")
+    return result

@@ -1,0 +1,263 @@
+"""In: Python source. Out: what every token of it is, in the language's own terms; labels that cost nothing.
+
+Each label is one line that a reader can check in the text. A language-model token takes the labels of its first
+character that is not white space (of its first character, if all are).
+"""
+
+from __future__ import annotations
+
+import builtins
+import io
+import keyword
+import tokenize
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+LABELS = (
+    "the name after `def`",
+    "the name after `class`",
+    "a name after `import`",
+    "the module after `from`",
+    "an attribute: the name after a dot",
+    "an attribute of `self`",
+    "the decorator's name after `@`",
+    "a parameter in a `def` header",
+    "the name of a keyword argument",
+    "the name of what is called, before `(`",
+    "the exception after `except` or `raise`",
+    "the loop variable after `for`",
+    "the name after `return`",
+    "the target of an assignment",
+    "a builtin's name",
+    "a name in CamelCase",
+    "a name in ALL_CAPS",
+    "a name with a leading underscore",
+    "a __dunder__ name",
+    "any name",
+    "a keyword",
+    "a number",
+    "inside a string",
+    "the quotes that open a string",
+    "the quotes that close a string",
+    "inside a docstring",
+    "the quotes that open a docstring",
+    "the quotes that close a docstring",
+    "the first word of a docstring",
+    "inside a comment",
+    "the `#` that begins a comment",
+    "an opening bracket",
+    "a closing bracket",
+    "the `(` of a call",
+    "the `(` of a `def` header",
+    "the colon that ends a block header",
+    "a colon inside brackets",
+    "the comma between arguments or items",
+    "the `=` of an assignment",
+    "the `=` of a keyword argument or default",
+    "a comparison operator",
+    "an arithmetic operator",
+    "inside round brackets",
+    "inside square brackets",
+    "inside curly brackets",
+    "inside brackets within brackets",
+    "inside a `def` header",
+    "the indentation of a line",
+    "the first word of a line",
+    "the end of a line",
+    "an empty line's end",
+)
+BIT = {name: np.uint64(1) << np.uint64(i) for i, name in enumerate(LABELS)}
+NONE = np.uint64(0)
+BUILTINS = frozenset(name for name in dir(builtins) if not name.startswith("_"))
+COMPARISONS = frozenset({"==", "!=", "<", ">", "<=", ">="})
+ARITHMETIC = frozenset({"+", "-", "*", "/", "//", "%", "**"})
+AFTER = {
+    "def": "the name after `def`",
+    "class": "the name after `class`",
+    "import": "a name after `import`",
+    "from": "the module after `from`",
+    "@": "the decorator's name after `@`",
+    "except": "the exception after `except` or `raise`",
+    "raise": "the exception after `except` or `raise`",
+    "for": "the loop variable after `for`",
+    "return": "the name after `return`",
+}
+LAYOUT = frozenset({tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT, tokenize.ENCODING})
+
+
+def label_characters(source: str) -> NDArray[np.uint64]:
+    """(len(source),) one bit for each label that holds at a character.
+
+    Source that cannot be tokenised to its end (a file cut off in a string) is labelled as far as it can be.
+    """
+    labels = np.zeros(len(source), np.uint64)
+    line_starts = np.cumsum([0, *(len(line) for line in io.StringIO(source, newline=""))])
+    _label_lines(source, line_starts, labels)
+    tokens = []
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(source, newline="").readline):
+            tokens.append(token)
+    except (tokenize.TokenError, SyntaxError):
+        pass
+    _Labeller(source, line_starts, labels).run(tokens)
+    return labels
+
+
+def label_tokens(source: str, token_bytes: list[bytes]) -> NDArray[np.uint64]:
+    """(n_tokens,) labels of a document's tokens, given the bytes each stands for, in order."""
+    by_character = label_characters(source)
+    by_byte = np.repeat(by_character, [len(character.encode()) for character in source])
+    starts = np.concatenate([[0], np.cumsum([len(piece) for piece in token_bytes])])
+    lead = np.array([len(piece) - len(piece.lstrip()) if piece.strip() else 0 for piece in token_bytes], np.int64)
+    place = starts[:-1] + lead
+    inside = place < len(by_byte)
+    return np.where(inside, by_byte[np.where(inside, place, 0)], NONE) if len(by_byte) else np.zeros(len(place), np.uint64)
+
+
+def _label_lines(source: str, line_starts: NDArray[np.int64], labels: NDArray[np.uint64]) -> None:
+    for start, stop in zip(line_starts[:-1].tolist(), line_starts[1:].tolist(), strict=True):
+        line = source[start:stop]
+        text = line.lstrip(" \t")
+        indent = len(line) - len(text)
+        labels[start : start + indent] |= BIT["the indentation of a line"]
+        body = text.rstrip("\r\n")
+        word = len(body) - len(body.lstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_0123456789"))
+        labels[start + indent : start + indent + word] |= BIT["the first word of a line"]
+        labels[start + indent + len(body) : stop] |= BIT["the end of a line" if body else "an empty line's end"]
+
+
+@dataclass
+class _Labeller:
+    """Walks Python's own tokens once, remembering brackets and the last significant tokens."""
+
+    source: str
+    line_starts: NDArray[np.int64]
+    labels: NDArray[np.uint64]
+
+    def run(self, tokens: list[tokenize.TokenInfo]) -> None:
+        significant = [t for t in tokens if t.type not in LAYOUT]
+        following = {id(t): after for t, after in zip(significant, significant[1:], strict=False)}
+        brackets: list[str] = []
+        before, before_that = "", ""
+        at_statement, header = True, ""
+        for token in tokens:
+            start, stop = self._span(token)
+            if token.type == tokenize.COMMENT:
+                self._mark(start, stop, "inside a comment")
+                self._mark(start, start + 1, "the `#` that begins a comment")
+            if token.type in LAYOUT:
+                at_statement |= token.type == tokenize.NEWLINE
+                header = "" if token.type == tokenize.NEWLINE else header
+                continue
+            if token.type == tokenize.STRING:
+                self._string(start, stop, at_statement and not brackets)
+            elif token.type == tokenize.NUMBER:
+                self._mark(start, stop, "a number")
+            elif token.type == tokenize.NAME:
+                after = following.get(id(token))
+                self._name(start, stop, token.string, before, before_that, after.string if after else "", brackets, header)
+            elif token.type == tokenize.OP:
+                self._operator(start, stop, token.string, before, brackets, header)
+            self._inside(start, stop, brackets, header)
+            if token.type == tokenize.OP and token.string in "([{":
+                brackets.append(token.string)
+            elif token.type == tokenize.OP and token.string in ")]}" and brackets:
+                brackets.pop()
+            if token.type == tokenize.NAME and token.string in ("def", "class", "lambda"):
+                header = token.string
+            elif token.string == ":" and not brackets:
+                header, at_statement = "", True
+                before_that, before = before, token.string
+                continue
+            at_statement = token.string == ";"
+            before_that, before = before, token.string
+
+    def _span(self, token: tokenize.TokenInfo) -> tuple[int, int]:
+        lines = len(self.line_starts) - 1
+        first, last = (min(row - 1, lines) for row in (token.start[0], token.end[0]))
+        return int(self.line_starts[first]) + token.start[1], int(self.line_starts[last]) + token.end[1]
+
+    def _mark(self, start: int, stop: int, label: str) -> None:
+        self.labels[start:stop] |= BIT[label]
+
+    def _string(self, start: int, stop: int, is_docstring: bool) -> None:
+        text = self.source[start:stop]
+        prefix = len(text) - len(text.lstrip("rRbBuUfF"))
+        quotes = 3 if text[prefix : prefix + 3] in ('"""', "'''") else 1
+        kind = "docstring" if is_docstring else "string"
+        self._mark(start, start + prefix + quotes, f"the quotes that open a {kind}")
+        self._mark(start + prefix + quotes, stop - quotes, f"inside a {kind}")
+        self._mark(stop - quotes, stop, f"the quotes that close a {kind}")
+        if is_docstring:
+            body = text[prefix + quotes : len(text) - quotes]
+            lead = len(body) - len(body.lstrip())
+            first = start + prefix + quotes + lead
+            self._mark(first, first + len(body[lead:].split(None, 1)[0]) if body.strip() else first, "the first word of a docstring")
+
+    def _name(
+        self, start: int, stop: int, name: str, before: str, before_that: str, after: str, brackets: list[str], header: str
+    ) -> None:
+        if keyword.iskeyword(name):
+            self._mark(start, stop, "a keyword")
+            return
+        found = ["any name"]
+        if before in AFTER:
+            found.append(AFTER[before])
+        if before == ".":
+            found.append("an attribute: the name after a dot")
+            if before_that == "self":
+                found.append("an attribute of `self`")
+        elif name in BUILTINS:
+            found.append("a builtin's name")
+        if header == "def" and len(brackets) == 1 and before in ("(", ",", "*", "**"):
+            found.append("a parameter in a `def` header")
+        elif brackets and brackets[-1] == "(" and after == "=" and before in ("(", ","):
+            found.append("the name of a keyword argument")
+        if after == "(" and before not in ("def", "class"):
+            found.append("the name of what is called, before `(`")
+        if after == "=" and not brackets:
+            found.append("the target of an assignment")
+        if name.startswith("__") and name.endswith("__"):
+            found.append("a __dunder__ name")
+        elif name.startswith("_"):
+            found.append("a name with a leading underscore")
+        if len(name) > 1 and name.isupper():
+            found.append("a name in ALL_CAPS")
+        elif name[0].isupper() and any(character.islower() for character in name):
+            found.append("a name in CamelCase")
+        for label in found:
+            self._mark(start, stop, label)
+
+    def _operator(self, start: int, stop: int, text: str, before: str, brackets: list[str], header: str) -> None:
+        found = []
+        if text in "([{":
+            found.append("an opening bracket")
+            if text == "(" and header == "def" and not brackets:
+                found.append("the `(` of a `def` header")
+            elif text == "(" and (before.isidentifier() or before in (")", "]")) and not keyword.iskeyword(before):
+                found.append("the `(` of a call")
+        elif text in ")]}":
+            found.append("a closing bracket")
+        elif text == ":":
+            found.append("a colon inside brackets" if brackets else "the colon that ends a block header")
+        elif text == ",":
+            found.append("the comma between arguments or items")
+        elif text == "=":
+            found.append("the `=` of a keyword argument or default" if brackets else "the `=` of an assignment")
+        elif text in COMPARISONS:
+            found.append("a comparison operator")
+        elif text in ARITHMETIC:
+            found.append("an arithmetic operator")
+        for label in found:
+            self._mark(start, stop, label)
+
+    def _inside(self, start: int, stop: int, brackets: list[str], header: str) -> None:
+        names = {"(": "inside round brackets", "[": "inside square brackets", "{": "inside curly brackets"}
+        if brackets:
+            self._mark(start, stop, names[brackets[-1]])
+        if len(brackets) > 1:
+            self._mark(start, stop, "inside brackets within brackets")
+        if header == "def":
+            self._mark(start, stop, "inside a `def` header")
