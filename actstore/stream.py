@@ -26,9 +26,8 @@ class BatchStream:
     """Endless float32 batches (batch_rows, d_model) of one site.
 
     A round pools the next G chunks, as many as `budget_bytes` holds but no more than there are shards, and permutes
-    the pool; the next round is read while this one is consumed, so peak memory is about three rounds of float32
-    rows. Batches run on over round and epoch ends: none is short, no row is skipped or repeated. A batch may be a view
-    of its round, and is the caller's to change.
+    the pool; the next round is read while this one is consumed, so peak memory is about two rounds of float32
+    rows. Batches run on over round and epoch ends: none is short, no row is skipped or repeated.
 
     >>> stream = BatchStream(store, "resid_post.3", batch_rows=4096, seed=0)  # doctest: +SKIP
     >>> next(iter(stream)).shape  # doctest: +SKIP
@@ -78,18 +77,18 @@ class BatchStream:
     def __iter__(self) -> Iterator[Rows]:
         """Batches from where the stream stands; closing the iterator stops the prefetch."""
         with ThreadPoolExecutor(1, thread_name_prefix="actstore-stream") as pool:
-            rounds = self._prefetched(pool)
-            rows, used = next(rounds), 0
-            while True:
-                parts, wanted = [], self.batch_rows
-                while wanted:
-                    if used == len(rows):
-                        rows, used = next(rounds), 0
-                    parts.append(rows[used : used + wanted])
-                    used += len(parts[-1])
-                    wanted -= len(parts[-1])
-                self._next_row += self.batch_rows
-                yield parts[0] if len(parts) == 1 else np.concatenate(parts)
+            batch, filled = np.empty((self.batch_rows, self.d_model), np.float32), 0
+            for rows in self._prefetched(pool):
+                used = 0
+                while used < len(rows):
+                    n_taken = min(self.batch_rows - filled, len(rows) - used)
+                    batch[filled : filled + n_taken] = rows[used : used + n_taken]
+                    filled, used = filled + n_taken, used + n_taken
+                    if filled == self.batch_rows:
+                        self._next_row += self.batch_rows
+                        yield batch
+                        batch, filled = np.empty_like(batch), 0
+                del rows  # before another round is read: two are enough in memory
 
     def _prefetched(self, pool: ThreadPoolExecutor) -> Iterator[Rows]:
         epoch, skip = divmod(self._next_row, self.n_rows)

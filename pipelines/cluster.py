@@ -18,17 +18,12 @@ def connect(scheduler: str | None, workers: int) -> Iterator[Any]:
 
     Raises InputError when the scheduler does not answer within ten seconds, or has no worker.
     """
-    import dask
     from distributed import Client, LocalCluster
 
     if workers < 1:
         raise InputError(f"workers {workers}: need at least 1.")
     if scheduler is None:
-        with (
-            dask.config.set({"distributed.worker.daemon": True}),
-            LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=40) as cluster,
-            Client(cluster) as client,
-        ):
+        with LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=":0") as cluster, Client(cluster) as client:
             yield client
         return
     try:

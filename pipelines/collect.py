@@ -189,14 +189,14 @@ class _Run:
         """Compute and commit every missing shard of a segment, then seal it."""
         missing = writer.missing_shards(segment.index)
         if missing:
-            tables = {part: self._windows(writer.path, segment, part) for part in PARTS}
-            self._require_same_hardware(segment, tables[PARTS[0]])
+            windows = {part: self._windows(writer.path, segment, part) for part in PARTS}
+            plans = {part: self._plan(segment, part, windows[part]) for part in PARTS}
+            self._require_same_hardware(segment, windows[PARTS[0]])
             n_rows = sum(stop - start for start, stop in (segment.parts[p].layout.shard_range(s) for p, s in missing))
             with track("collect", n_rows) as progress, ThreadPoolExecutor(1) as pool:
                 pending: Future[None] | None = None
                 for part, shard in missing:
-                    plan = self._plan(segment, part, tables[part])
-                    arrays = self._shard(plan, tables[part], shard, progress)
+                    arrays = self._shard(plans[part], windows[part], shard, progress)
                     if pending is not None:
                         pending.result()
                     pending = pool.submit(write_shard, writer.path, self.manifest, segment, part, shard, arrays)

@@ -37,7 +37,7 @@ def is_test_module(relative: Path) -> bool:
     )
 
 
-def is_machine_made(name: str, content: bytes) -> bool:
+def is_machine_made(name: str, path: Path) -> bool:
     """Whether a module is a table written by a program.
 
     True for the listed table modules, for `_sysconfigdata*` (the recorded build variables), and for every
@@ -45,7 +45,10 @@ def is_machine_made(name: str, content: bytes) -> bool:
     """
     if name in TABLE_MODULES or name.startswith("_sysconfigdata"):
         return True
-    return name.startswith("encodings.") and any(mark in content for mark in CHARMAP_MARKS)
+    if not name.startswith("encodings."):
+        return False
+    content = path.read_bytes()
+    return any(mark in content for mark in CHARMAP_MARKS)
 
 
 def module_name(relative: Path) -> str:
@@ -73,7 +76,6 @@ def stdlib_files(root: Path | None = None) -> list[StdlibFile]:
         if is_test_module(relative):
             continue
         name = module_name(relative)
-        content = path.read_bytes()
-        if content and not is_machine_made(name, content):
+        if path.stat().st_size > 0 and not is_machine_made(name, path):
             found.append(StdlibFile(name=name, package=relative.with_suffix("").parts[0], path=path))
     return sorted(found, key=lambda file: file.name)

@@ -113,9 +113,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 
 def input_scale(store: ActivationStore, site: str) -> float:
-    """What rows are multiplied by, so that their root mean square norm is sqrt(d_model)."""
+    """What rows are multiplied by, so that a channel's variance is 1 on average: the loss is then about 1 − FVE.
+
+    Raises InputError when the rows do not vary.
+    """
     _, mean, second = store.moments(site)
-    return float(math.sqrt(len(mean) / second.sum()))
+    variance = float((second - np.square(mean)).mean())
+    if variance <= 0:
+        raise InputError(f"{store.path}: the rows of {site} are all the same; there is nothing to train on.")
+    return 1.0 / math.sqrt(variance)
 
 
 def sample_rows(store: ActivationStore, site: str, n_rows: int, seed: int) -> np.ndarray:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from modelkit import build_model, write_texts
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -14,3 +17,35 @@ def _no_fsync() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 24 small text files."""
+    return write_texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> Path:
+    """A tiny GPT-2 with its tokenizer, as a transformers folder."""
+    return build_model(tmp_path_factory.mktemp("model"), texts)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory, texts: Path, model_folder: Path) -> Path:
+    """A collected store of the tiny model: `resid_post` after blocks 0 and 2, fp32, all of the texts. Read-only."""
+    from pipelines.collect import CollectConfig, collect
+
+    out = tmp_path_factory.mktemp("collected") / "store"
+    collect(CollectConfig(out=out, model=str(model_folder), corpus=str(texts), layer=(0, 2), context=32, encoding="fp32"))
+    return out
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
+    """A run trained on the store's `resid_post.2`: 64 features, k = 4. Read-only."""
+    from pipelines.train import TrainConfig, train
+
+    out = tmp_path_factory.mktemp("trained") / "run"
+    train(TrainConfig(store=store, out=out, layer=2, features=64, k=4, epochs=4, batch=256))
+    return out

@@ -6,8 +6,14 @@ a test can say exactly which rows it was given.
 
 from __future__ import annotations
 
+import itertools
+import os
+import signal
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +163,24 @@ def write_store(
                 write_shard(path, writer.manifest, record, part, shard, shard_arrays(spec, segment, part, shard))
             writer.seal(index)
     return path
+
+
+# For processes of their own
+
+
+def write_and_hold(path: Path, spec: StoreSpec, locked: Connection) -> None:
+    """Take the store's lock, tell, and keep it until killed."""
+    write_store(path, spec, on_locked=lambda: (locked.send(True), time.sleep(600)))  # type: ignore[func-returns-value]
+
+
+def write_and_die(path: Path, spec: StoreSpec, n_operations: int) -> None:
+    """`write_store`, killed by SIGKILL when it is about to do its n-th thing to the file system."""
+    os.fsync = lambda descriptor: None
+    left = itertools.count(n_operations - 1, -1)
+
+    def count(event: str, arguments: object) -> None:
+        if event in {"open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir"} and not next(left):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    write_store(path, spec)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,22 @@ STORE_LIBRARIES = frozenset({"numpy", "zarr", "numcodecs", "google_crc32c"})
 """What `actstore/` may import besides the standard library and itself."""
 
 LEAVES = frozenset(
-    {"analysis", "builtin", "capture", "cluster", "corpus", "progress", "sae", "statistics", "stdlib", "tokens", "windows"}
+    {
+        "analysis",
+        "builtin",
+        "capture",
+        "cluster",
+        "code_store",
+        "corpus",
+        "progress",
+        "python_labels",
+        "sae",
+        "statistics",
+        "stdlib",
+        "terminal",
+        "tokens",
+        "windows",
+    }
 )
 """Modules (or subpackages) of `pipelines` that any other may import."""
 
@@ -131,9 +145,11 @@ for name in cli.commands:
 
 
 def test_the_help_takes_under_half_a_second() -> None:
+    """Processor time, best of three: the wall clock of an idle machine, and no false alarm on a busy one."""
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "cli.py", "--help"], cwd=ROOT, capture_output=True, check=True, env={**os.environ})
-        seconds.append(time.perf_counter() - start)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "cli.py", "--help"], cwd=ROOT, capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
     assert min(seconds) < HELP_SECONDS

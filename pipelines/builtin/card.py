@@ -51,7 +51,7 @@ document has them.  The n-gram models are interpolated modified Kneser–Ney on 
 {command}
 ```
 
-Seed {seed}; bfloat16 sums differ between processors, so another machine gives other weights of the same
+{schedule}Seed {seed}; bfloat16 sums differ between processors, so another machine gives other weights of the same
 quality.
 
 ## Limits
@@ -69,10 +69,21 @@ and the code that made them are under the MIT licence, as this project.
 
 def command_line(config: dict) -> str:
     """The training command with every setting that the command line takes."""
-    names = ("steps", "seed", "batch_windows", "threads", "warmup_steps")
-    names += ("muon_lr", "adam_lr", "weight_decay", "dropout")
+    integers = ["steps", "seed", "batch_windows", "threads", "warmup_steps"]
+    names = [*integers, "muon_lr", "adam_lr", "weight_decay", "dropout"]
     options = " ".join(f"--{name.replace('_', '-')} {config[name]}" for name in names)
     return f"python -m pipelines.builtin.train --out builtin_out {options}"
+
+
+def schedule_text(segments: list[list[int]]) -> str:
+    """A sentence on a run that was resumed with another number of steps; empty for one that was not.
+
+    `segments` lists `[first step, steps of the schedule]`.
+    """
+    if len(segments) < 2:
+        return ""
+    parts = [f"for {steps} steps from step {first}" for first, steps in segments]
+    return f"The rate's linear decay to 0 was planned {', and then '.join(parts)} (`--resume`).\n"
 
 
 def card_text(folder: Path, run: dict, report: BitsReport) -> str:
@@ -93,6 +104,7 @@ def card_text(folder: Path, run: dict, report: BitsReport) -> str:
         minutes=run["seconds"] / 60,
         table=report.table(),
         command=command_line(run["config"]),
+        schedule=schedule_text(run.get("segments", [])),
     )
 
 

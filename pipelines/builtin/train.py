@@ -208,14 +208,20 @@ def save_state(
     out: Path,
     step: int,
     seconds: float,
+    segments: list[list[int]],
     config: TrainConfig,
     model: GPT2LMHeadModel,
     optimizers: list[torch.optim.Optimizer],
 ) -> None:
-    """Write all that `--resume` needs to `out/state.pt`, replacing the former file in one step."""
+    """Write all that `--resume` needs to `out/state.pt`, replacing the former file in one step.
+
+    `segments` lists `[first step, steps of the schedule]`: one pair, or more where a run was resumed with
+    another number of steps.
+    """
     state = {
         "step": step,
         "seconds": seconds,
+        "segments": segments,
         "config": asdict(config),
         "model": model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
@@ -265,13 +271,16 @@ def train(out: Path, config: TrainConfig, schedule: Schedule, resume: bool = Fal
     n_train_tokens = sum(map(len, train_ids))
     model = build_model(config, tokenizer.token_to_id(END_OF_TEXT))
     optimizers = build_optimizers(model, config)
-    step, seconds_before = 0, 0.0
+    step, seconds_before, segments = 0, 0.0, [[0, config.steps]]
     if resume:
         state = torch.load(out / "state.pt", weights_only=True)
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         step, seconds_before = state["step"], state["seconds"]
+        segments = state["segments"]
+        if segments[-1][1] != config.steps:
+            segments.append([step, config.steps])
     stream = WindowStream(train_ids, config)
     tokens_per_step = config.batch_windows * config.window_tokens
     print(
@@ -306,13 +315,13 @@ def train(out: Path, config: TrainConfig, schedule: Schedule, resume: bool = Fal
             losses = []
         if now - last_save >= schedule.save_seconds:
             publish_partial(model, tokenizer, record, out, step)
-            save_state(out, step, seconds_before + now - begun, config, model, optimizers)
+            save_state(out, step, seconds_before + now - begun, segments, config, model, optimizers)
             last_save = time.monotonic()
     seconds = seconds_before + time.monotonic() - begun
     print(f"step {step} dev {dev_bits_per_byte():.4f} bits/byte after {seconds:.0f} s", flush=True)
     if step < config.steps:
         return
-    save_state(out, step, seconds, config, model, optimizers)
+    save_state(out, step, seconds, segments, config, model, optimizers)
     folder = out / "model"
     save_model(model, tokenizer, folder)
     write_json(folder / "data.json", record)
@@ -320,6 +329,7 @@ def train(out: Path, config: TrainConfig, schedule: Schedule, resume: bool = Fal
         out / "run.json",
         {
             "config": asdict(config),
+            "segments": segments,
             "train_tokens": n_train_tokens,
             "tokens_seen": step * tokens_per_step,
             "seconds": round(seconds),

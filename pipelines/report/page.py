@@ -2,7 +2,7 @@
 
 The page loads nothing: style, script and data are inside it. The data is one JSON object:
 
-    n_rows, band_names, focus
+    n_rows, band_names
     fires, mean, peak   one number a feature
     bands               one digit a feature: the place of its band in band_names
     vocabulary          token texts, the most used first; tokens below are places in it
@@ -163,15 +163,15 @@ def frequency_density(fires: NDArray[np.int64], n_rows: int) -> dict[str, Any]:
 
 
 def round_up(count: int) -> int:
-    """The next number of the form 2, 4 or 10 times a power of ten, so that an axis and its middle are round.
+    """The next even multiple, 2 to 20, of a power of ten, so that an axis and its middle are round.
 
-    >>> [round_up(n) for n in (0, 1, 3, 10, 11, 37, 41)]
-    [2, 2, 4, 10, 20, 40, 100]
+    >>> [round_up(n) for n in (0, 1, 3, 10, 37, 116, 2007)]
+    [2, 2, 4, 10, 40, 120, 4000]
     """
     step = 1
-    while count > 10 * step:
+    while count > 20 * step:
         step *= 10
-    return next(top * step for top in (2, 4, 10) if count <= top * step)
+    return max(-(-count // (2 * step)), 1) * 2 * step
 
 
 def _shown(example: Example) -> Example:

@@ -1,0 +1,69 @@
+"""Small real things that tests of the stages share: a tiny GPT-2 with its own tokenizer, text, and a command runner.
+
+The model has random weights with outlier channels and a large first position planted, as trained GPT-2s have them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+END_OF_TEXT = "<|endoftext|>"
+N_LAYER, D_MODEL, N_POSITIONS = 3, 32, 64
+
+
+def write_texts(folder: Path, n_files: int = 24) -> Path:
+    """Some files of small stories, each different; gives the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    animals, places = ("fox", "hare", "owl", "newt", "mole"), ("wood", "field", "river", "barn")
+    for i in range(n_files):
+        lines = [
+            f"The {animals[(i + j) % 5]} number {i * 31 + j} went to the {places[(i * j) % 4]}, and it saw {j} of its friends — “déjà vu”.\n"
+            for j in range(8 + i % 7)
+        ]
+        (folder / f"story{i:02}.txt").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def build_model(folder: Path, texts: Path, *, seed: int = 0, outliers: bool = True) -> Path:
+    """A GPT-2 of 3 blocks x 32 with a byte-level BPE of 400 tokens, saved as a transformers folder."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train([str(path) for path in sorted(texts.glob("*.txt"))], vocab_size=400, special_tokens=[END_OF_TEXT], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=N_POSITIONS,
+        n_embd=D_MODEL,
+        n_layer=N_LAYER,
+        n_head=4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = GPT2LMHeadModel(config)
+    if outliers:
+        with torch.no_grad():
+            model.transformer.h[0].mlp.c_proj.bias[[3, 17]] = torch.tensor([40.0, -25.0])
+            model.transformer.wpe.weight[0] *= 30
+    model.save_pretrained(folder)
+    return folder
+
+
+def run_cli(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python cli.py …` in a process of its own, offline."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)],
+        cwd=cwd or ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
