@@ -21,7 +21,9 @@ from actstore.errors import ActstoreError
 STORE_ARGUMENT = click.argument("store", type=click.Path(path_type=Path))
 RUN_ARGUMENT = click.argument("run", type=click.Path(path_type=Path))
 OUT_OPTION = click.option("--out", required=True, type=click.Path(path_type=Path), help="Where to write it; must be free.")
-DEVICE_OPTION = click.option("--device", default="auto", show_default=True, help="cpu, cuda, mps, or auto: the best there is.")
+DEVICE_OPTION = click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda, mps, or auto: the best there is."
+)
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 WORKERS_OPTION = click.option("--workers", default=2, show_default=True, help="Local Dask worker processes.")
 SCHEDULER_OPTION = click.option("--scheduler", help="Address of a running Dask scheduler, such as tcp://host:8786.")
@@ -57,7 +59,11 @@ class _Commands(click.Group):
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and not isinstance(error, ActstoreError):
         where = error.filename or "the output"
-        remedy = "free some space and run the same command again" if error.errno in FULL_DISK else "check the path and its permissions"
+        remedy = (
+            "free some space and run the same command again"
+            if error.errno in FULL_DISK
+            else "check the path and its permissions"
+        )
         return f"{where}: {error.strerror}; {remedy}; everything committed is kept."
     return " ".join(str(error).split())
 
@@ -102,9 +108,20 @@ def demo(as_json: bool, **options: Any) -> None:
 @cli.command()
 @OUT_OPTION
 @click.option("--model", default="gpt2", show_default=True, help="`builtin`, a hub id, or a local transformers folder.")
-@click.option("--corpus", default="stdlib", show_default=True, help="stdlib, a path or glob[#column], or hf:name[:config][:split][#column].")
+@click.option(
+    "--corpus",
+    default="stdlib",
+    show_default=True,
+    help="stdlib, a path or glob[#column], or hf:name[:config][:split][#column].",
+)
 @click.option("--layer", multiple=True, type=int, help="Block to read; repeat for several. Default: the middle one.")
-@click.option("--site", multiple=True, default=["resid_post"], show_default=True, help="resid_pre, resid_post, attn_out or mlp_out; repeatable.")
+@click.option(
+    "--site",
+    multiple=True,
+    default=["resid_post"],
+    show_default=True,
+    help="resid_pre, resid_post, attn_out or mlp_out; repeatable.",
+)
 @click.option("--tokens", default=1_000_000, show_default=True, help="Tokens of text the store shall hold.")
 @click.option("--context", default=128, show_default=True, help="Positions the model sees at once, start token included.")
 @click.option("--encoding", default="fp16", show_default=True, help="How rows are kept: fp16, fp32 or bf16.")
@@ -112,7 +129,9 @@ def demo(as_json: bool, **options: Any) -> None:
 @DEVICE_OPTION
 @click.option("--batch-windows", default=32, show_default=True, help="Windows in one forward pass.")
 @click.option("--seed", default=0, show_default=True, help="Seed of every order in the store.")
-@click.option("--packing", default="packed", show_default=True, help="packed: documents one after another; document: each on its own.")
+@click.option(
+    "--packing", default="packed", show_default=True, help="packed: documents one after another; document: each on its own."
+)
 @click.option("--bos/--no-bos", default=True, show_default=True, help="Begin every window with the start-of-text token.")
 @click.option("--keep-special", is_flag=True, help="Keep position 0 and separators as rows, too.")
 @click.option("--mixed-hardware", is_flag=True, help="Continue on a machine whose rows differ in their last bits.")
@@ -393,7 +412,7 @@ def _key_lines(values: dict[str, Any], indent: str = "") -> list[str]:
     lines = []
     for key, value in values.items():
         if isinstance(value, dict):
-            lines += [f"{indent}{key}"] + _key_lines(value, indent + "  ") if value else []
+            lines += [f"{indent}{key}", *_key_lines(value, indent + "  ")] if value else []
         else:
             shown = f"{value:,}" if type(value) is int else f"{value:.4f}" if type(value) is float else value
             lines.append(f"{indent}{key:<{max(1, 30 - len(indent))}} {shown}")

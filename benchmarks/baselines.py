@@ -41,7 +41,9 @@ def raw_dimension_findings(store_path: Path, workers: int) -> list[Finding]:
     shards = [shard for part in PARTS for shard in store.shards(part)]
     with connect(None, workers) as client:
         shared = [client.scatter(bits, broadcast=True) for bits in labels]
-        tasks = [(store_path, site, shard, shared[shard.segment], thresholds, codec.backend.get_vocab_size()) for shard in shards]
+        tasks = [
+            (store_path, site, shard, shared[shard.segment], thresholds, codec.backend.get_vocab_size()) for shard in shards
+        ]
         scores = reduce_tasks(client, "raw", score_raw_shard, RuleScores.merge, tasks)
     findings: list[Finding] = scores.finalize(thresholds, codec.token_texts())
     return findings
@@ -89,7 +91,12 @@ def main(demo_out: Path, workers: int, as_json: bool) -> None:
     random = read_demo(random_out)
     raw = rule_counts(raw_dimension_findings(demo_out / "store", workers))
     raw_random = rule_counts(raw_dimension_findings(random_out / "store", workers))
-    result = {"trained": trained, "random_weights": random, "raw_dimensions": raw, "raw_dimensions_random_weights": raw_random}
+    result = {
+        "trained": trained,
+        "random_weights": random,
+        "raw_dimensions": raw,
+        "raw_dimensions_random_weights": raw_random,
+    }
     if as_json:
         click.echo(json.dumps(result, indent=1))
         return
@@ -109,7 +116,9 @@ def main(demo_out: Path, workers: int, as_json: bool) -> None:
     for label, left, right in rows:
         click.echo(f"{label:<46}{left['features']:>12,}{right['features']:>16,}")
         for kind, meaning in (("place", "place in the text"), ("after", "the token before"), ("token", "the token itself")):
-            click.echo(f"{'  different rules about ' + meaning:<46}{left['rules_' + kind]:>12,}{right['rules_' + kind]:>16,}")
+            click.echo(
+                f"{'  different rules about ' + meaning:<46}{left['rules_' + kind]:>12,}{right['rules_' + kind]:>16,}"
+            )
 
 
 if __name__ == "__main__":

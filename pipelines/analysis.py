@@ -133,7 +133,9 @@ class Analysis:
     def require_feature(self, feature: int) -> int:
         """Raises InputError for an id that is not a feature's."""
         if not 0 <= feature < self.n_features:
-            raise InputError(f"feature {feature}: {self.path} has {self.n_features} features; choose 0 to {self.n_features - 1}.")
+            raise InputError(
+                f"feature {feature}: {self.path} has {self.n_features} features; choose 0 to {self.n_features - 1}."
+            )
         return feature
 
     def band(self, feature: int) -> str:
@@ -148,7 +150,9 @@ class Analysis:
             raise InputError(f"sort {sort!r}: choose one of {', '.join(SORTS)}.")
         if sort == "id":
             return np.arange(self.n_features)
-        return np.argsort(-np.asarray({"frequency": self.frequency, "mean": self.mean, "peak": self.peak}[sort]), kind="stable")
+        return np.argsort(
+            -np.asarray({"frequency": self.frequency, "mean": self.mean, "peak": self.peak}[sort]), kind="stable"
+        )
 
     def top_tokens(self, feature: int, n: int = 5) -> list[TokenShare]:
         """The tokens a feature fires on most often."""

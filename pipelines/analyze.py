@@ -45,7 +45,9 @@ class AnalyzeConfig:
 
     def __post_init__(self) -> None:
         if self.examples < 1 or self.before < 0 or self.after < 0:
-            raise InputError(f"examples {self.examples}, before {self.before}, after {self.after}: need at least 1, 0 and 0.")
+            raise InputError(
+                f"examples {self.examples}, before {self.before}, after {self.after}: need at least 1, 0 and 0."
+            )
 
 
 def analyze(config: AnalyzeConfig, client: Any = None) -> dict[str, Any]:
@@ -56,7 +58,9 @@ def analyze(config: AnalyzeConfig, client: Any = None) -> dict[str, Any]:
     """
     require_new_analysis(config.out)
     codes = CodeStore(config.codes)
-    require_free_space(config.out, codes.n_features * config.examples * (config.before + config.after + 1) * 8, "the examples")
+    require_free_space(
+        config.out, codes.n_features * config.examples * (config.before + config.after + 1) * 8, "the examples"
+    )
     if client is not None:
         return _analyze(config, codes, client)
     with connect(config.scheduler, config.workers) as own_client:
@@ -122,7 +126,13 @@ def survey_shard(codes_path: Path, shard: Shard, n_examples: int) -> Survey:
         rows = slice(start, start + BLOCK_ROWS)
         survey.update(
             CodeBlock(
-                codes.n_features, _n_vocabulary(codes), indices[rows], values[rows], tokens[rows], windows[rows], positions[rows]
+                codes.n_features,
+                _n_vocabulary(codes),
+                indices[rows],
+                values[rows],
+                tokens[rows],
+                windows[rows],
+                positions[rows],
             )
         )
     return survey
@@ -264,7 +274,9 @@ def _publish(out: Path, record: dict[str, Any], arrays: dict[str, NDArray[Any]],
             if values.size:
                 root.create_array(name, data=values, chunks=tuple(min(n, 1 << 18) for n in values.shape))
             else:
-                root.create_array(name, shape=values.shape, dtype=values.dtype, chunks=tuple(max(n, 1) for n in values.shape))
+                root.create_array(
+                    name, shape=values.shape, dtype=values.dtype, chunks=tuple(max(n, 1) for n in values.shape)
+                )
         shutil.copytree(codes.path / paths.TOKENIZER, temporary / paths.TOKENIZER)
         publish_json(temporary / RECORD, record)
         os.rename(temporary, out)

@@ -84,7 +84,9 @@ def load_model(name: str, device: str, compute_dtype: str) -> nn.Module:
             config.activation_function = "gelu_pytorch_tanh"
         model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        here = "its folder is not a transformers model" if Path(source).exists() else "no such local folder, and the hub gave"
+        here = (
+            "its folder is not a transformers model" if Path(source).exists() else "no such local folder, and the hub gave"
+        )
         raise InputError(
             f"model {name}: {here}: {first_line(error)}; pass a local folder, `builtin`, or a hub id with the network up."
         ) from error
@@ -149,7 +151,9 @@ def hooked(model: nn.Module, site: Site, edit: Callable[[Tensor], Tensor | None]
     """
     module, reads_input = site_module(model, site)
 
-    def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def on_input(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if args:
             replaced = edit(args[0])
             return None if replaced is None else ((replaced, *args[1:]), kwargs)

@@ -23,15 +23,18 @@ def connect(scheduler: str | None, workers: int) -> Iterator[Any]:
     if workers < 1:
         raise InputError(f"workers {workers}: need at least 1.")
     if scheduler is None:
-        with LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=":0") as cluster, Client(cluster) as client:
+        with (
+            LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=":0") as cluster,
+            Client(cluster) as client,
+        ):
             yield client
         return
     try:
         client = Client(scheduler, timeout=CONNECT_TIMEOUT_S)
     except (OSError, ValueError, TimeoutError) as error:
         raise InputError(
-            f"scheduler {scheduler}: does not answer within {CONNECT_TIMEOUT_S} s; check the address and that `dask scheduler` "
-            "runs there, or leave --scheduler out to use this machine."
+            f"scheduler {scheduler}: does not answer within {CONNECT_TIMEOUT_S} s; check the address and that "
+            "`dask scheduler` runs there, or leave --scheduler out to use this machine."
         ) from error
     with client:
         if not client.scheduler_info(n_workers=-1)["workers"]:
@@ -51,7 +54,9 @@ def run_tasks(client: Any, label: str, function: Callable[..., Any], tasks: Sequ
     return [future.result() for future in futures]
 
 
-def reduce_tasks(client: Any, label: str, function: Callable[..., Any], merge: Callable[[Any, Any], Any], tasks: Iterable[Any]) -> Any:
+def reduce_tasks(
+    client: Any, label: str, function: Callable[..., Any], merge: Callable[[Any, Any], Any], tasks: Iterable[Any]
+) -> Any:
     """Merge `function(*task)` of every task in one fixed binary tree, whatever worker ran what; gives the root.
 
     Neighbours are merged in pairs, level by level, so that floating-point sums do not depend on the cluster either.

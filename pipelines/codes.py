@@ -120,7 +120,12 @@ def _manifest(store: ActivationStore, record: RunRecord, run_path: Path) -> Mani
             RowArray("codes/value", record.k, "float32", "packed"),
         ),
         source={"store_id": store.store_id, "snapshot": store.snapshot, "run_id": record.run_id, "site": record.site},
-        provenance={**store.manifest.provenance, "n_features": record.n_features, "run": str(run_path), "store": str(store.path)},
+        provenance={
+            **store.manifest.provenance,
+            "n_features": record.n_features,
+            "run": str(run_path),
+            "store": str(store.path),
+        },
     )
 
 

@@ -2,7 +2,7 @@
 
 The model runs once over windows in the order of the plan; each shard is computed from the windows that touch it,
 at exactly `context` tokens in batches that start at the shard's first window: the shapes of a shard's forward passes,
-and so its bytes, do not depend on what was computed before it. A shard is written and committed while the next one is computed.
+and so its bytes, do not depend on what was computed before it. A shard is written while the next one is computed.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class CollectConfig:
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.context < 2 or self.batch_windows < 1:
             raise InputError(
-                f"tokens {self.tokens}, context {self.context}, batch windows {self.batch_windows}: need at least 1, 2 and 1."
+                f"tokens {self.tokens}, context {self.context}, batch windows {self.batch_windows}: at least 1, 2 and 1."
             )
         if self.encoding not in ACTIVATION_ENCODINGS or self.compute_dtype not in DTYPES or self.packing not in PACKINGS:
             raise InputError(
@@ -180,7 +180,10 @@ class _Run:
             n_tokens=len(table.ids) - len(table.names),
             heldout_modulus=table.heldout_modulus,
             parts=parts,
-            environment={**_environment(self.device), "probe_crc32c": self._probe(cut_windows(table, PARTS[0], self.manifest.policy))},
+            environment={
+                **_environment(self.device),
+                "probe_crc32c": self._probe(cut_windows(table, PARTS[0], self.manifest.policy)),
+            },
             objects={},
         )
         return writer.add_segment(record, tables)
@@ -274,13 +277,15 @@ class _Run:
         if theirs != ours and not self.config.mixed_hardware:
             raise IdentityMismatch(
                 f"{self.config.out}: segment {segment.index} was begun on hardware whose probe is {theirs} "
-                f"({segment.environment['cpu']}, torch {segment.environment['torch']}), here it is {ours}; continue there, or "
-                "pass --mixed-hardware to accept rows that differ in their last bits."
+                f"({segment.environment['cpu']}, torch {segment.environment['torch']}), here it is {ours}; continue there, "
+                "or pass --mixed-hardware to accept rows that differ in their last bits."
             )
 
     def _at_token(self, error: EncodingError, site: Site, token: int, position: int) -> EncodingError:
         """Say which token of the corpus a row that cannot be kept stands at."""
-        return EncodingError(f"{site.label}: token {token} of the table, position {position} of its window: {error}", error.row)
+        return EncodingError(
+            f"{site.label}: token {token} of the table, position {position} of its window: {error}", error.row
+        )
 
     def _row_bytes(self) -> int:
         """Bytes of one row over all sites, before compression."""

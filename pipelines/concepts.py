@@ -135,7 +135,9 @@ def rule_name(rule: int, token_texts: list[str]) -> tuple[str, str]:
     return (f"the token {text}", "token") if kind == 0 else (f"the token after {text}", "after")
 
 
-def rule_matrix(bits: NDArray[np.uint64], tokens: NDArray[np.int64], previous: NDArray[np.int64], n_vocabulary: int) -> sp.csr_array:
+def rule_matrix(
+    bits: NDArray[np.uint64], tokens: NDArray[np.int64], previous: NDArray[np.int64], n_vocabulary: int
+) -> sp.csr_array:
     """(n, R) 0/1: which rules hold at each row."""
     n = len(bits)
     place_row, place = np.nonzero((bits[:, None] >> np.arange(len(LABELS), dtype=np.uint64)) & np.uint64(1))
@@ -183,7 +185,9 @@ def score_shard(
     fired = []
     for bounds in thresholds:
         row, slot = np.nonzero(values > bounds[indices])
-        fired.append(sp.csr_array((np.ones(len(row), np.int64), (row, indices[row, slot])), shape=(shard.n_rows, codes.n_features)))
+        fired.append(
+            sp.csr_array((np.ones(len(row), np.int64), (row, indices[row, slot])), shape=(shard.n_rows, codes.n_features))
+        )
     scores = RuleScores(codes.n_features, rules.shape[1], len(thresholds))
     scores.update(fired, rules, half)
     return scores

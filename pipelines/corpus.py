@@ -67,7 +67,9 @@ def open_corpus(spec: str, seed: int) -> Corpus:
     pattern, column = (spec, None) if Path(spec).exists() else _split_column(spec)
     paths = _files_of(pattern)
     if not paths:
-        raise InputError(f"corpus {spec}: no {', '.join(SUFFIXES)} file there; check the path, or use `stdlib` or `hf:owner/name`.")
+        raise InputError(
+            f"corpus {spec}: no {', '.join(SUFFIXES)} file there; check the path, or use `stdlib` or `hf:owner/name`."
+        )
     parent = paths[0].parent if len(paths) == 1 else Path(*_common_parts(paths))
     return _local(spec, [(path, path.relative_to(parent).as_posix()) for path in paths], column, seed)
 
@@ -126,7 +128,9 @@ class _ParquetPiece:
         with pyarrow.parquet.ParquetFile(self.path) as file:
             if self.column not in file.schema_arrow.names:
                 raise _no_column(self.column, file.schema_arrow.names, self.path)
-            for index, text in enumerate(file.read_row_group(self.row_group, columns=[self.column])[self.column].to_pylist()):
+            for index, text in enumerate(
+                file.read_row_group(self.row_group, columns=[self.column])[self.column].to_pylist()
+            ):
                 yield Document(f"{self.name}:{index}", text or "")
 
 
@@ -245,7 +249,7 @@ def _hub(spec: str) -> Corpus:
     return Corpus(spec, fingerprint, (_HubPiece(name, config, split, column or DEFAULT_COLUMN),))
 
 
-class _hub_errors:  # noqa: N801 - reads as a statement
+class _hub_errors:
     """Whatever the hub client raises becomes one line; our own errors pass through."""
 
     def __init__(self, name: str):

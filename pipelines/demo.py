@@ -61,9 +61,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     model = _random_model(out / "model", config.seed) if config.random_weights else "builtin"
     collected = collect(CollectConfig(out=store, model=model, layer=(LAYER,), tokens=config.tokens, seed=config.seed))
     if not (run / RUN_RECORD).exists():
-        train(
-            TrainConfig(store=store, out=run, features=FEATURES, k=K, tokens=config.rows, batch=BATCH, seed=config.seed)
-        )
+        train(TrainConfig(store=store, out=run, features=FEATURES, k=K, tokens=config.rows, batch=BATCH, seed=config.seed))
     figures = evaluate(EvaluateConfig(run=run, store=store))
     with connect(None, config.workers) as client:
         encode(EncodeConfig(store=store, run=run, out=codes), client)
@@ -117,32 +115,30 @@ def shown_findings(findings: list[Finding]) -> list[Finding]:
 
 def demo_lines(result: dict[str, Any]) -> list[str]:
     """The short table the demo ends with."""
-    figures, rules, bands = result["evaluation"], result["rules"], result["bands"]
-    width = max([len(finding["rule"]) for finding in result["findings"]] or [4])
-    lines = [
-        "",
-        f"{result['rows']:,} rows of layer {LAYER} ({result['model']}), {result['features']:,} features, k = {result['k']}",
-        f"  variance explained (held out)   {figures['fve']:.1%}; a {figures['pca_components']}-component PCA: {figures['pca_fve']:.1%}; "
-        f"unexplained, ratio: {figures['unexplained_over_pca']:.2f}",
-        f"  loss with the reconstruction    {figures['ce_sae']:.3f} nat, clean {figures['ce_clean']:.3f}: {figures['delta_ce']:+.3f}",
-        f"  silent features                 {figures['silent_share']:.1%} over the last {figures['silent_window_rows']:,} training rows",
-        "  firing frequency                " + ", ".join(f"{name} {n:,}" for name, n in bands.items()),
-        f"  features that follow a rule     {rules['features']:,} of {result['features']:,} with F1 >= {GOOD_F1} on documents the rule "
-        f"was not chosen on ({rules['rules']} rules)",
-        "",
-        f"{'feature':>8}  {'fires on':<{width}}  precision  recall    F1",
-    ]
-    for finding in result["findings"]:
-        lines.append(
-            f"{finding['feature']:>8}  {finding['rule']:<{width}}  {finding['precision']:>9.2f}  {finding['recall']:>6.2f}  {finding['f1']:.2f}"
-        )
-    lines += [
-        "",
-        f"disk per million tokens: store {result['store_bytes_per_million_tokens'] / 1e6:,.0f} MB, "
+    figures, rules = result["evaluation"], result["rules"]
+    facts = {
+        "variance explained, held out": f"{figures['fve']:.1%} (a {figures['pca_components']}-component PCA: {figures['pca_fve']:.1%})",
+        "loss with the reconstruction": f"{figures['ce_sae']:.3f} nat ({figures['delta_ce']:+.3f} over the clean model's)",
+        "silent features": f"{figures['silent_share']:.1%} over the last {figures['silent_window_rows']:,} training rows",
+        "firing frequency": ", ".join(f"{name} {n:,}" for name, n in result["bands"].items()),
+        "features that follow a rule": f"{rules['features']:,} (F1 >= {GOOD_F1}), {rules['rules']} different rules",
+        "disk per million tokens": f"store {result['store_bytes_per_million_tokens'] / 1e6:,.0f} MB, "
         f"codes {result['codes_bytes_per_million_tokens'] / 1e6:,.0f} MB",
-        f"took {result['seconds']:.0f} s. Look at {result['page']}",
+    }
+    width = max([len(finding["rule"]) for finding in result["findings"]] or [4])
+    return [
+        "",
+        f"{result['rows']:,} rows of layer {LAYER} ({result['model']}), {result['features']:,} features, {result['k']} active in each",
+        *(f"  {name:<29} {fact}" for name, fact in facts.items()),
+        "",
+        f"{'feature':>8}  {'fires on':<{width}}  precision  recall    F1   (on documents the rule was not chosen on)",
+        *(
+            f"{f['feature']:>8}  {f['rule']:<{width}}  {f['precision']:>9.2f}  {f['recall']:>6.2f}  {f['f1']:.2f}"
+            for f in result["findings"]
+        ),
+        "",
+        f"took {result['seconds']:.0f} s; look at {result['page']}",
     ]
-    return lines
 
 
 def _random_model(folder: Path, seed: int) -> str:

@@ -58,7 +58,9 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     for number, text in enumerate(texts):
         ids = codec.ids([text])[0]
         if len(ids) + len(lead) > limit:
-            raise InputError(f"{config.texts}: line {number + 1} has {len(ids)} tokens, the model {limit} positions; split the line.")
+            raise InputError(
+                f"{config.texts}: line {number + 1} has {len(ids)} tokens, the model {limit} positions; split the line."
+            )
         rows = capture(model, [site], torch.tensor([lead + ids], device=device))[site.label][0, len(lead) :]
         with torch.inference_mode():
             values, indices = sae.encode(rows.clone())

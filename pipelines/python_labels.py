@@ -11,6 +11,7 @@ import io
 import keyword
 import tokenize
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,7 +139,7 @@ class _Labeller:
 
     def run(self, tokens: list[tokenize.TokenInfo]) -> None:
         significant = [t for t in tokens if t.type not in LAYOUT]
-        following = {id(t): after for t, after in zip(significant, significant[1:], strict=False)}
+        following = {id(t): after for t, after in pairwise(significant)}
         brackets: list[str] = []
         before, before_that = "", ""
         at_statement, header = True, ""
@@ -194,7 +195,9 @@ class _Labeller:
             body = text[prefix + quotes : len(text) - quotes]
             lead = len(body) - len(body.lstrip())
             first = start + prefix + quotes + lead
-            self._mark(first, first + len(body[lead:].split(None, 1)[0]) if body.strip() else first, "the first word of a docstring")
+            self._mark(
+                first, first + len(body[lead:].split(None, 1)[0]) if body.strip() else first, "the first word of a docstring"
+            )
 
     def _name(
         self, start: int, stop: int, name: str, before: str, before_that: str, after: str, brackets: list[str], header: str

@@ -77,7 +77,8 @@ def feature_lines(card: dict[str, Any]) -> list[str]:
     for example in card["examples"]:
         lines.append(f"  {example['value']:.3f}  {example['document']}")
         shown = "".join(
-            f"[{visible(token)}]" if place == example["focus"] else visible(token) for place, token in enumerate(example["tokens"])
+            f"[{visible(token)}]" if place == example["focus"] else visible(token)
+            for place, token in enumerate(example["tokens"])
         )
         levels = "".join(
             BAR[round(8 * value / card["peak"])] * (len(visible(token)) + 2 * (place == example["focus"]))
@@ -93,6 +94,7 @@ def inspect_lines(found: dict[str, Any]) -> list[str]:
     for feature in found["features"]:
         lines.append(f"feature {feature['feature']}: mean {feature['mean']:.4f}")
         lines += [
-            f"  {firing['value']:>8.3f}  {visible(firing['before'])}[{visible(firing['token'])}]" for firing in feature["firings"]
+            f"  {firing['value']:>8.3f}  {visible(firing['before'])}[{visible(firing['token'])}]"
+            for firing in feature["firings"]
         ]
     return lines

@@ -56,7 +56,7 @@ class TextCodec:
         to_byte = {character: byte for byte, character in _byte_alphabet().items()}
         special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
         return [
-            b"" if i in special else bytes(to_byte[c] for c in self.backend.id_to_token(i))
+            b"" if i in special else bytes(to_byte[c] for c in self.backend.id_to_token(i) or "")
             for i in range(self.backend.get_vocab_size())
         ]
 
@@ -97,9 +97,13 @@ def load_tokenizer(name: str) -> tuple[TextCodec, dict[str, bytes]]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
-        raise InputError(f"model {name}: no tokenizer ({first_line(error)}); put the tokenizer's files beside the model.") from error
+        raise InputError(
+            f"model {name}: no tokenizer ({first_line(error)}); put the tokenizer's files beside the model."
+        ) from error
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        raise InputError(f"model {name}: its tokenizer has no fast form or no end-of-text token; use a GPT-2-style tokenizer.")
+        raise InputError(
+            f"model {name}: its tokenizer has no fast form or no end-of-text token; use a GPT-2-style tokenizer."
+        )
     eos = int(tokenizer.eos_token_id)
     bos = eos if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
     with tempfile.TemporaryDirectory() as folder:
@@ -141,9 +145,9 @@ def tokenize_documents(
     heldout = np.array([is_heldout(name, modulus) for name in names], np.uint8)
     order = np.argsort(heldout, kind="stable")
     lengths = np.array([len(tokens[i]) + 1 for i in order], np.int64)
-    ids = np.concatenate([np.append(tokens[i], codec.separator_token_id) for i in order])
+    stream = np.concatenate([np.append(tokens[i], codec.separator_token_id) for i in order])
     return TokenTable(
-        ids=ids.astype(np.min_scalar_type(codec.backend.get_vocab_size() - 1)),
+        ids=stream.astype(np.min_scalar_type(codec.backend.get_vocab_size() - 1)),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         heldout=heldout[order],
         names=[names[i] for i in order],

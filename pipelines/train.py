@@ -175,7 +175,9 @@ def _fit(
 
 
 @torch.no_grad()
-def _metrics(rows: int, x: Tensor, reconstruction: Tensor, values: Tensor, last_fired: Tensor, loss: Tensor) -> dict[str, float]:
+def _metrics(
+    rows: int, x: Tensor, reconstruction: Tensor, values: Tensor, last_fired: Tensor, loss: Tensor
+) -> dict[str, float]:
     """One line of the log; FVE is of this batch, 1 − E‖x−x̂‖² / E‖x−mean x‖²."""
     unexplained = (x - reconstruction).square().sum() / (x - x.mean(dim=0)).square().sum()
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,9 @@ def cut_windows(table: TokenTable, part: str, policy: WindowPolicy) -> Windows:
     The last window of the split (packed) or of each document (`document`) may be short.
     """
     bounds = table.part_documents(part) if policy.packing == "document" else np.array(table.part_range(part))
-    starts = [np.arange(first, last, policy.stride) for first, last in zip(bounds[:-1], bounds[1:], strict=True)]
+    starts = [np.arange(first, last, policy.stride) for first, last in pairwise(bounds)]
     token_start = np.concatenate([*starts, np.empty(0, np.int64)]).astype(np.int64)
-    end = np.concatenate([*(np.full(len(s), b) for s, b in zip(starts, bounds[1:], strict=True)), np.empty(0)]).astype(np.int64)
+    end = np.concatenate([*(np.full(len(s), b) for s, b in zip(starts, bounds[1:], strict=True)), np.empty(0)]).astype(
+        np.int64
+    )
     return Windows(table.ids, token_start, np.minimum(policy.stride, end - token_start), policy)

@@ -25,7 +25,7 @@ def write_texts(folder: Path, n_files: int = 24) -> Path:
     animals, places = ("fox", "hare", "owl", "newt", "mole"), ("wood", "field", "river", "barn")
     for i in range(n_files):
         lines = [
-            f"The {animals[(i + j) % 5]} number {i * 31 + j} went to the {places[(i * j) % 4]}, and it saw {j} of its friends — “déjà vu”.\n"
+            f"The {animals[(i + j) % 5]} number {i * 31 + j} went to the {places[(i * j) % 4]}, and saw {j} friends — “déjà vu”.\n"
             for j in range(8 + i % 7)
         ]
         (folder / f"story{i:02}.txt").write_text("".join(lines), encoding="utf-8")
@@ -35,7 +35,12 @@ def write_texts(folder: Path, n_files: int = 24) -> Path:
 def build_model(folder: Path, texts: Path, *, seed: int = 0, outliers: bool = True) -> Path:
     """A GPT-2 of 3 blocks x 32 with a byte-level BPE of 400 tokens, saved as a transformers folder."""
     bpe = ByteLevelBPETokenizer()
-    bpe.train([str(path) for path in sorted(texts.glob("*.txt"))], vocab_size=400, special_tokens=[END_OF_TEXT], show_progress=False)
+    bpe.train(
+        [str(path) for path in sorted(texts.glob("*.txt"))],
+        vocab_size=400,
+        special_tokens=[END_OF_TEXT],
+        show_progress=False,
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)

@@ -26,6 +26,7 @@ TEXTS = ["self", " self", "\n", "\t", "    ", "def", "\r", "é", "<!--<script>",
 N_ROWS, N_FEATURES, N_EXAMPLES, BEFORE, AFTER = 1000, 9, 3, 4, 2
 FIRES = np.array([950, 500, 100, 40, 10, 3, 1, 0, 0])
 FINDING = {"feature": 3, "rule": f"after `def` {HOSTILE}", "precision": 0.9, "recall": 0.8, "f1": 0.847, "threshold": 0.25}
+OF_ANOTHER_ANALYSIS = json.dumps({"findings": [FINDING | {"feature": 99}]})
 
 CHROMIUM = shutil.which("chromium")
 CHROMIUM_FLAGS = [
@@ -77,9 +78,15 @@ def write_analysis(folder: Path) -> Analysis:
     tokenizer.decoder = decoders.ByteLevel()
     (folder / "tokenizer").mkdir()
     tokenizer.save(str(folder / "tokenizer/tokenizer.json"))
-    record = {"format": "actstore-analysis", "version": 1, "model": HOSTILE, "corpus": "https://example.org/*.py", "site": "resid_post.2"}
-    record |= {"n_rows": N_ROWS, "n_features": N_FEATURES, "k": 8, "focus": BEFORE, "store_id": "store0123", "run_id": "run4567"}
-    record |= {"bands": frequency_bands(FIRES, N_ROWS), "bos_token_id": 0, "separator_token_id": 0}
+    record: dict[str, Any] = {
+        "format": "actstore-analysis",
+        "version": 1,
+        "model": HOSTILE,
+        "corpus": "https://example.org/*.py",
+    }
+    record |= {"site": "resid_post.2", "k": 8, "store_id": "store0123", "run_id": "run4567", "focus": BEFORE}
+    record |= {"n_rows": N_ROWS, "n_features": N_FEATURES, "bands": frequency_bands(FIRES, N_ROWS)}
+    record |= {"bos_token_id": 0, "separator_token_id": 0}
     (folder / "analysis.json").write_text(json.dumps(record))
     return Analysis(folder)
 
@@ -127,7 +134,8 @@ def test_the_page_loads_nothing_from_elsewhere(analysis: Analysis) -> None:
         assert "src" not in attributes
         assert (attributes.get("href") or "#").startswith("#")
     own_code = html.inside("style") + html.inside("script")[1:]
-    assert not any(word in text for text in own_code for word in ("@import", "url(", "http:", "https:", "fetch(", "XMLHttpRequest"))
+    for word in ("@import", "url(", "http:", "https:", "fetch(", "XMLHttpRequest", "innerHTML"):
+        assert not any(word in text for text in own_code)
     policy = next(attributes["content"] for tag, attributes in html.elements if attributes.get("http-equiv"))
     assert policy is not None
     assert policy.startswith("default-src 'none'")
@@ -153,7 +161,8 @@ def test_the_data_in_the_page_equals_the_analysis(analysis: Analysis) -> None:
             outside = example.focus - focus
             assert [text[t] for t in shown] == list(example.tokens[outside:])
             assert not any(example.tokens[:outside])
-            assert [level / 99 * data["peak"][i] for level in levels] == pytest.approx(example.values[outside:], abs=data["peak"][i] / 99)
+            step = data["peak"][i] / 99
+            assert [level * step for level in levels] == pytest.approx(example.values[outside:], abs=step)
             assert [level > 0 for level in levels] == [v > 0 for v in example.values[outside:]]
 
 
@@ -180,7 +189,6 @@ def test_no_text_can_leave_its_place(analysis: Analysis) -> None:
     assert HOSTILE in html.data["documents"]
     assert len(html.inside("script")) == 2
     assert not any(name.startswith("on") for _, attributes in html.elements for name in attributes)
-    assert "innerHTML" not in html.inside("script")[1]
     raw = html.inside("script")[0]
     assert not any(character in raw for character in "<>&")
 
@@ -196,10 +204,10 @@ def test_findings_are_listed_best_first(analysis: Analysis) -> None:
     assert html.data["findings"] == [[5, "in a comment", 0.912], [3, FINDING["rule"], 0.847]]
 
 
-@pytest.mark.parametrize("findings", ['{"findings": [{"feature": 3}]}', '{"findings": 1}', "[]", "{", json.dumps({"findings": [FINDING | {"feature": 99}]})])
+@pytest.mark.parametrize("findings", ["{", "[]", '{"findings": 1}', '{"findings": [{"feature": 3}]}', OF_ANOTHER_ANALYSIS])
 def test_damaged_findings_are_named(analysis: Analysis, findings: str) -> None:
     (analysis.path / "findings.json").write_text(findings)
-    with pytest.raises(DamagedStore, match="findings.json"):
+    with pytest.raises(DamagedStore, match=r"findings\.json"):
         made(analysis)
     assert not (analysis.path.parent / "report.html").exists()
 

@@ -33,7 +33,8 @@ A GPT-2 (`GPT2LMHeadModel`) of {n_parameters:,} parameters, trained from scratch
 The `.py` files of the CPython {python_version} standard library without tests, bundled packages and tables
 that a machine wrote (`pipelines/stdlib.py` holds the rule).  They are split by top-level package into train,
 dev and test; `data.json` lists every module with the SHA-256 of its bytes.  Neither the tokenizer, the model
-nor the n-gram models below have seen dev or test.  Dev was looked at for learning rates; test was not.
+nor the n-gram models below have seen dev or test.  Learning rates were compared on
+dev; no choice was made by test.
 
 ## Bits per byte on the test modules
 

@@ -87,7 +87,7 @@ def render(analysis: Analysis, findings: list[dict[str, Any]], n_examples: int) 
         density=frequency_density(analysis.fires, analysis.n_rows),
         findings=findings,
         n_detailed=min(analysis.n_features - analysis.record["bands"]["dead"], DETAILED_FEATURES),
-        data=page_data(analysis, n_examples) | {"findings": [[found["feature"], found["rule"], found["f1"]] for found in findings]},
+        data=page_data(analysis, findings, n_examples),
     )
 
 
@@ -106,12 +106,12 @@ def read_findings(analysis: Analysis) -> list[dict[str, Any]]:
             for found in read_json(path)["findings"]
         ]
     except (KeyError, TypeError, ValueError, InputError) as error:
-        raise DamagedStore(f"{path}: not the findings of this analysis ({error}); write it again, or move it away.") from error
+        raise DamagedStore(f"{path}: not the findings of this analysis ({error}); write it again or move it.") from error
     return sorted(findings, key=lambda found: (-found["f1"], found["feature"]))
 
 
-def page_data(analysis: Analysis, n_examples: int) -> dict[str, Any]:
-    """The data inside the page, less the findings; see the head of this file."""
+def page_data(analysis: Analysis, findings: list[dict[str, Any]], n_examples: int) -> dict[str, Any]:
+    """The data inside the page; see the head of this file."""
     frequent = analysis.sorted_features("frequency")[:DETAILED_FEATURES].tolist()
     detailed = [feature for feature in frequent if analysis.fires[feature]]
     tokens = {feature: analysis.top_tokens(feature, DETAILED_TOKENS) for feature in detailed}
@@ -137,6 +137,7 @@ def page_data(analysis: Analysis, n_examples: int) -> dict[str, Any]:
         "bands": "".join(str(BANDS.index(analysis.band(feature))) for feature in range(analysis.n_features)),
         "vocabulary": list(place),
         "documents": list(document_place),
+        "findings": [[found["feature"], found["rule"], found["f1"]] for found in findings],
         "details": {
             feature: [
                 [[place[token.text], token.count, int(analysis.token_rows[token.token])] for token in tokens[feature]],

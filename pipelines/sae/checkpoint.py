@@ -60,7 +60,9 @@ def save_run(path: Path, sae: TopKSae, record: RunRecord) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()}, temporary)
     fsync_path(temporary)
     os.replace(temporary, path / WEIGHTS)
-    publish_json(path / RECORD, {"format": "actstore-run", "version": RUN_VERSION, **asdict(record), "run_id": record.run_id})
+    publish_json(
+        path / RECORD, {"format": "actstore-run", "version": RUN_VERSION, **asdict(record), "run_id": record.run_id}
+    )
 
 
 def load_run(path: Path) -> tuple[TopKSae, RunRecord]:
@@ -78,7 +80,9 @@ def load_run(path: Path) -> tuple[TopKSae, RunRecord]:
     try:
         sae.load_state_dict(load_file(path / WEIGHTS))
     except Exception as error:
-        raise NotAStore(f"{path / WEIGHTS}: not this run's weights ({type(error).__name__}); restore them from a copy.") from error
+        raise NotAStore(
+            f"{path / WEIGHTS}: not this run's weights ({type(error).__name__}); restore them from a copy."
+        ) from error
     return sae.eval().requires_grad_(False), record
 
 

@@ -59,7 +59,9 @@ class SparseDecode(Function):
         gradient = gradients[0].contiguous()
         n, k = indices.shape
         starts = torch.arange(0, n * k + 1, k, device=indices.device)
-        pattern = _csr(starts, indices.flatten(), torch.zeros(n * k, dtype=gradient.dtype, device=gradient.device), (n, len(w_dec)))
+        pattern = _csr(
+            starts, indices.flatten(), torch.zeros(n * k, dtype=gradient.dtype, device=gradient.device), (n, len(w_dec))
+        )
         d_values = torch.sparse.sampled_addmm(pattern, gradient, w_dec.T).values().view(n, k)
         return d_values, None, feature_major(indices, values, len(w_dec)) @ gradient
 

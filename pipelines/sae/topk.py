@@ -55,13 +55,13 @@ class TopKSae(nn.Module):
     @torch.no_grad()
     def normalise_decoder(self) -> None:
         """Make every decoder row a unit vector again."""
-        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(EPSILON)
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(EPSILON))
 
     @torch.no_grad()
     def fold_input_scale(self, scale: float) -> None:
         """Turn an SAE of `scale` times x into the same SAE of x: TopK commutes with scaling, so only biases change."""
-        self.b_enc /= scale
-        self.b_dec /= scale
+        self.b_enc.div_(scale)
+        self.b_dec.div_(scale)
 
 
 def geometric_median(rows: Tensor, *, iterations: int = 100, tolerance: float = 1e-7) -> Tensor:
