@@ -116,8 +116,9 @@ def shown_findings(findings: list[Finding]) -> list[Finding]:
 def demo_lines(result: dict[str, Any]) -> list[str]:
     """The short table the demo ends with."""
     figures, rules = result["evaluation"], result["rules"]
+    pca = f"{figures['pca_components']}-component PCA: {figures['pca_fve']:.1%}"
     facts = {
-        "variance explained, held out": f"{figures['fve']:.1%} (a {figures['pca_components']}-component PCA: {figures['pca_fve']:.1%})",
+        "variance explained, held out": f"{figures['fve']:.1%} ({pca})",
         "loss with the reconstruction": f"{figures['ce_sae']:.3f} nat ({figures['delta_ce']:+.3f} over the clean model's)",
         "silent features": f"{figures['silent_share']:.1%} over the last {figures['silent_window_rows']:,} training rows",
         "firing frequency": ", ".join(f"{name} {n:,}" for name, n in result["bands"].items()),
@@ -128,7 +129,7 @@ def demo_lines(result: dict[str, Any]) -> list[str]:
     width = max([len(finding["rule"]) for finding in result["findings"]] or [4])
     return [
         "",
-        f"{result['rows']:,} rows of layer {LAYER} ({result['model']}), {result['features']:,} features, {result['k']} active in each",
+        f"{result['rows']:,} rows of layer {LAYER} ({result['model']}), {result['features']:,} features, k {result['k']}",
         *(f"  {name:<29} {fact}" for name, fact in facts.items()),
         "",
         f"{'feature':>8}  {'fires on':<{width}}  precision  recall    F1   (on documents the rule was not chosen on)",

@@ -82,7 +82,7 @@ def require_same_model(model: nn.Module, store: ActivationStore, name: str) -> N
     ours, theirs = model_identity(model).weights_sha256, store.manifest.model.weights_sha256
     if ours != theirs:
         raise IdentityMismatch(
-            f"model {name}: has weights {ours[:12]}, {store.path} was collected from {theirs[:12]}; name the right one with --model."
+            f"model {name}: has weights {ours[:12]}, {store.path} comes from {theirs[:12]}; name the right one with --model."
         )
 
 
@@ -154,7 +154,7 @@ def _held_out_rows(store: ActivationStore, site: str) -> Any:
 def evaluate_text(
     sae: TopKSae, model: nn.Module, store: ActivationStore, site: Site, n_windows: int, device: str
 ) -> dict[str, float]:
-    """Next-token cross-entropy (nats) of the model with the site's activation kept, reconstructed, zeroed, or set to its mean.
+    """Next-token cross-entropy (nats) with the site's activation kept, reconstructed, zeroed, or set to its mean.
 
     delta_ce = CE_sae − CE_clean; ce_loss_score = (CE_zero − CE_sae) / (CE_zero − CE_clean); kl = mean
     KL(clean ‖ sae) over the same positions. Zero ablation can be worse than uniform, so the mean's score is beside it.

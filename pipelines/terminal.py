@@ -38,9 +38,8 @@ def features_lines(rows: list[dict[str, Any]]) -> list[str]:
     lines = [f"{'feature':>7} {'fires':>8} {'band':<9} {'mean':>8} {'peak':>8}  tokens (share of firings)"]
     for row in rows:
         tokens = "  ".join(f"{visible(t['text'])!r} {t['share']:.0%}" for t in row["tokens"])
-        lines.append(
-            f"{row['feature']:>7} {row['frequency']:>8.3%} {row['band']:<9} {row['mean']:>8.3f} {row['peak']:>8.3f}  {tokens}"
-        )
+        numbers = f"{row['frequency']:>8.3%} {row['band']:<9} {row['mean']:>8.3f} {row['peak']:>8.3f}"
+        lines.append(f"{row['feature']:>7} {numbers}  {tokens}")
     return lines
 
 
