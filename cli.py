@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
+from actstore import __version__
 from actstore.errors import ActstoreError
 
 STORE_ARGUMENT = click.argument("store", type=click.Path(path_type=Path))
@@ -25,8 +26,21 @@ DEVICE_OPTION = click.option(
     "--device", default="auto", show_default=True, help="cpu, cuda, mps, or auto: the best there is."
 )
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+SEED_OPTION = click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**64 - 1), help="Seed of every order and draw."
+)
 WORKERS_OPTION = click.option("--workers", default=2, show_default=True, help="Local Dask worker processes.")
 SCHEDULER_OPTION = click.option("--scheduler", help="Address of a running Dask scheduler, such as tcp://host:8786.")
+ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "true",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "DASK_LOGGING__DISTRIBUTED": "error",
+}
+"""What libraries print stays off the terminal, unless the user's environment says otherwise."""
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -69,7 +83,7 @@ def _one_line(error: Exception) -> str:
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="actstore")
+@click.version_option(__version__)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
     """Run a language model once, keep its activations, train sparse autoencoders, see what the features do.
@@ -78,10 +92,10 @@ def cli(debug: bool) -> None:
     Example:
       actstore demo --out demo-out
     """
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "error")
+    if debug:
+        logging.basicConfig(level=logging.INFO)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 @cli.command()
@@ -90,7 +104,7 @@ def cli(debug: bool) -> None:
 @click.option("--rows", default=3_000_000, show_default=True, help="Rows to train on; a row is seen several times.")
 @click.option("--random-weights", is_flag=True, help="The same model with random weights: what training it adds.")
 @WORKERS_OPTION
-@click.option("--seed", default=0, show_default=True)
+@SEED_OPTION
 @JSON_OPTION
 def demo(as_json: bool, **options: Any) -> None:
     """The whole chain on the built-in GPT-2 and the Python sources on this machine; offline.
@@ -128,7 +142,7 @@ def demo(as_json: bool, **options: Any) -> None:
 @click.option("--compute-dtype", default="fp32", show_default=True, help="What the model computes in: fp32 or bf16.")
 @DEVICE_OPTION
 @click.option("--batch-windows", default=32, show_default=True, help="Windows in one forward pass.")
-@click.option("--seed", default=0, show_default=True, help="Seed of every order in the store.")
+@SEED_OPTION
 @click.option(
     "--packing", default="packed", show_default=True, help="packed: documents one after another; document: each on its own."
 )
@@ -197,7 +211,7 @@ def info(store: Path, as_json: bool) -> None:
 @STORE_ARGUMENT
 @JSON_OPTION
 def verify(store: Path, as_json: bool) -> None:
-    """Read every committed object and compare its length and crc32c; exit 1 when one differs.
+    """Read every committed object and compare its length and sha256; exit 1 when one differs.
 
     \b
     Example:
@@ -225,7 +239,7 @@ def verify(store: Path, as_json: bool) -> None:
 @click.option("--lr", default=0.0, help="Learning rate; 0: 2e-4 / sqrt(features / 16384).")
 @click.option("--l1", default=0.0, show_default=True, help="Coefficient of the mean absolute code in the loss.")
 @click.option("--clip", default=1.0, show_default=True, help="Largest gradient norm.")
-@click.option("--seed", default=0, show_default=True)
+@SEED_OPTION
 @DEVICE_OPTION
 @JSON_OPTION
 def train(as_json: bool, **options: Any) -> None:
@@ -390,7 +404,7 @@ def report(as_json: bool, **options: Any) -> None:
     from pipelines.report.page import ReportConfig
     from pipelines.report.page import report as stage
 
-    _print(stage(ReportConfig(**options)), as_json, _key_lines)
+    _print(stage(_shown("report", ReportConfig(**options))), as_json, _key_lines)
 
 
 def _shown(command: str, config: Any) -> Any:

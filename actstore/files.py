@@ -12,13 +12,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
-
 from actstore.errors import DamagedStore, NoSpace
 
 RESERVE_BYTES = 64 << 20
 """Left free on a disk, so that records and metrics can always still be written."""
-BLOCK_BYTES = 8 << 20
 
 
 def canonical_json(value: Any) -> str:
@@ -71,13 +68,13 @@ def publish_json(path: Path, value: Any) -> None:
 
 
 def object_record(path: Path) -> dict[str, Any]:
-    """Length and crc32c of an object on disk, as commit records hold them."""
-    n_bytes = checksum = 0
+    """Length and sha256 of an object on disk, as commit records hold them.
+
+    Not its crc32c: every chunk ends in its own, and the crc of data followed by its crc is the same for all data.
+    """
     with open(path, "rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            n_bytes += len(block)
-            checksum = google_crc32c.extend(checksum, block)
-    return {"bytes": n_bytes, "crc32c": f"{checksum:08x}"}
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": file.tell(), "sha256": digest}
 
 
 def free_bytes(path: Path) -> int:

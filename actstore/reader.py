@@ -176,7 +176,9 @@ class Store:
         return total, first, second
 
     def objects(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(relative name, {bytes, crc32c}) of every object that the records name."""
+        """(relative name, {bytes, sha256}) of every object that the manifest and the records name."""
+        for name, expected in self.manifest.provenance.get("tokenizer_files", {}).items():
+            yield f"{paths.TOKENIZER}/{name}", expected
         for segment in self.segments:
             yield from segment.objects.items()
         for part in PARTS:
@@ -184,7 +186,7 @@ class Store:
                 yield from self._commit(shard)["objects"].items()
 
     def verify(self) -> list[str]:
-        """Read every committed object and compare its length and crc32c; one line for each fault."""
+        """Read every committed object and compare its length and sha256; one line for each fault."""
         objects = dict(self.objects())
         return [fault for name, expected in objects.items() if (fault := self._fault(name, expected))]
 
@@ -196,8 +198,8 @@ class Store:
         if found == expected:
             return None
         return (
-            f"{name}: {found['bytes']} bytes, crc32c {found['crc32c']}; "
-            f"committed were {expected['bytes']} bytes, crc32c {expected['crc32c']}"
+            f"{name}: {found['bytes']} bytes, sha256 {found['sha256'][:12]}; "
+            f"committed were {expected['bytes']} bytes, sha256 {expected['sha256'][:12]}"
         )
 
     def _commit(self, shard: Shard) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class Manifest:
     """Identity and provenance of a store; immutable once written.
 
     `kind` is "activations" or "codes". `source` is empty for activations; for codes it names the store, its
-    snapshot and the run they were made from. `provenance` is free-form and no part of the identity.
+    snapshot, the run they were made from and its number of features. `provenance` is free-form and no part of the identity.
     """
 
     kind: str
@@ -85,7 +85,7 @@ class Manifest:
     arrays: tuple[RowArray, ...]
     compute_dtype: str
     seed: int
-    source: dict[str, str] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def identity(self) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class SegmentRecord:
     """A segment whose token tables are complete; published before its first row is written.
 
     `first_document` is how many documents of the corpus earlier segments took. `objects` maps every table object
-    to its length and crc32c. `environment` says what computed the rows.
+    to its length and sha256. `environment` says what computed the rows.
     """
 
     index: int

@@ -1,7 +1,7 @@
 """Create, append, commit: the only code that writes a store.
 
 The protocol: the manifest makes a store, a segment record makes a segment, a commit record makes a shard. Objects
-are written and flushed first, the record that names their length and crc32c is published last, atomically. What
+are written and flushed first, the record that names their length and sha256 is published last, atomically. What
 has no record does not exist, so a kill at any moment leaves a store that reads true and can be continued. A shard
 is written whole, by one writer; an uncommitted leftover of it is deleted before it is written again.
 """
@@ -20,6 +20,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
+from zarr.core.array_spec import ArrayConfigParams
 
 from actstore import paths
 from actstore.codecs import ENCODINGS
@@ -29,6 +30,8 @@ from actstore.layout import Layout
 from actstore.schema import Manifest, RowArray, SegmentRecord, differing_fields
 
 TABLE_CHUNK = 1 << 20
+ALL_CHUNKS: ArrayConfigParams = {"write_empty_chunks": True}
+"""Chunks of zeros are written too: what is missing is a fault. An opened array has to be told again."""
 
 
 class StoreWriter:
@@ -68,6 +71,8 @@ class StoreWriter:
                 return cls(path, existing, lock)
             for name, data in tokenizer_files.items():
                 publish_bytes(path / paths.TOKENIZER / name, data)
+            records = {name: object_record(path / paths.TOKENIZER / name) for name in tokenizer_files}
+            manifest = replace(manifest, provenance={**manifest.provenance, "tokenizer_files": records})
             publish_json(path / paths.MANIFEST, manifest.to_json())
             return cls(path, manifest, lock)
         except BaseException:
@@ -151,7 +156,7 @@ def write_shard(
         target = paths.shard_object(folder, shard, kept.ndim)
         for leftover in (target, *target.parent.glob(f"{target.name}.*.partial")):
             leftover.unlink(missing_ok=True)
-        zarr.open_array(folder, mode="r+")[start:stop] = kept
+        zarr.open_array(folder, mode="r+").with_config(ALL_CHUNKS)[start:stop] = kept
         for path in (target, *target.parents[: kept.ndim + 1]):
             fsync_path(path)
         objects[target.relative_to(store).as_posix()] = object_record(target)
@@ -212,7 +217,7 @@ def _write_table(data: Path, name: str, values: NDArray[Any]) -> None:
         chunks=(min(TABLE_CHUNK, max(len(values), 1)),),
         dtype=values.dtype,
         compressors=_compressors(True, values.dtype.itemsize),
-        config={"write_empty_chunks": True},
+        config=ALL_CHUNKS,
     )
     table[:] = values
 

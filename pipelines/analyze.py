@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from actstore import paths
 from actstore.errors import InputError
-from actstore.files import publish_json, require_free_space
+from actstore.files import fsync_path, publish_json, require_free_space
 from actstore.reader import Shard
 from actstore.schema import PARTS
 from pipelines.analysis import ANALYSIS_VERSION, RECORD, require_new_analysis
@@ -69,7 +68,10 @@ def analyze(config: AnalyzeConfig, client: Any = None) -> dict[str, Any]:
 
 def _analyze(config: AnalyzeConfig, codes: CodeStore, client: Any) -> dict[str, Any]:
     shards = [shard for part in PARTS for shard in codes.shards(part)]
-    tasks = [(config.codes, shard, config.examples) for shard in shards]
+    policy = codes.manifest.policy
+    codec = store_tokenizer(codes.path, policy.bos_token_id, policy.separator_token_id)
+    n_vocabulary = codec.backend.get_vocab_size()
+    tasks = [(codes.path.absolute(), codes.snapshot, shard, n_vocabulary, config.examples) for shard in shards]
     survey: Survey = reduce_tasks(client, "analyze", survey_shard, Survey.merge, tasks)
     found = survey.examples.finalize()
     context_tokens, context_values = _contexts(config, codes, shards, found, client)
@@ -103,8 +105,8 @@ def _analyze(config: AnalyzeConfig, codes: CodeStore, client: Any) -> dict[str, 
         "k": codes.k,
         "bands": frequency_bands(survey.counts.fires, survey.counts.n_rows),
         "focus": config.before,
-        "bos_token_id": codes.manifest.policy.bos_token_id,
-        "separator_token_id": codes.manifest.policy.separator_token_id,
+        "bos_token_id": policy.bos_token_id,
+        "separator_token_id": policy.separator_token_id,
     }
     arrays = {f"features/{name}": values for name, values in survey.counts.finalize().items()}
     arrays |= {f"examples/{name}": values for name, values in examples.items()}
@@ -114,10 +116,10 @@ def _analyze(config: AnalyzeConfig, codes: CodeStore, client: Any) -> dict[str, 
     return record
 
 
-def survey_shard(codes_path: Path, shard: Shard, n_examples: int) -> Survey:
+def survey_shard(codes_path: Path, snapshot: str, shard: Shard, n_vocabulary: int, n_examples: int) -> Survey:
     """All statistics of one shard. Runs on a worker."""
-    codes = open_codes(codes_path)
-    survey = Survey(codes.n_features, _n_vocabulary(codes), n_examples)
+    codes = open_codes(codes_path, snapshot)
+    survey = Survey(codes.n_features, n_vocabulary, n_examples)
     indices, values = read_codes(codes, shard)
     tokens = codes.token_ids(shard)
     windows = codes.read(shard, "rows/window").astype(np.int64) + _window_base(codes, shard)
@@ -140,6 +142,7 @@ def survey_shard(codes_path: Path, shard: Shard, n_examples: int) -> Survey:
 
 def example_values(
     codes_path: Path,
+    snapshot: str,
     shard: Shard,
     feature: NDArray[np.int64],
     window: NDArray[np.int64],
@@ -148,30 +151,20 @@ def example_values(
     after: int,
 ) -> NDArray[np.float32]:
     """(n, before + 1 + after) values of each example's feature around it, 0 where this shard has no row. On a worker."""
-    codes = open_codes(codes_path)
+    codes = open_codes(codes_path, snapshot)
     indices, values = read_codes(codes, shard)
     row_window = codes.read(shard, "rows/window").astype(np.int64) + _window_base(codes, shard)
     row_position = codes.read(shard, "rows/position").astype(np.int64)
-    first, last = np.searchsorted(row_window, window, "left"), np.searchsorted(row_window, window, "right")
-    found = np.zeros((len(feature), before + 1 + after), np.float32)
-    for example in range(len(feature)):
-        rows = slice(first[example], last[example])
-        place = row_position[rows] - position[example] + before
-        shown = (place >= 0) & (place < found.shape[1])
-        fired = np.where(indices[rows] == feature[example], values[rows], 0).max(axis=1, initial=0)
-        found[example, place[shown]] = fired[shown]
+    # Rows lie in (window, position) order: each wanted place is found by its key.
+    row_key = row_window * codes.manifest.policy.context + row_position
+    wanted = position[:, None] + np.arange(-before, after + 1)
+    key = window[:, None] * codes.manifest.policy.context + wanted
+    row = np.minimum(np.searchsorted(row_key, key), len(row_key) - 1)
+    is_there = (row_key[row] == key) & (wanted >= 0) & (wanted < codes.manifest.policy.context)
+    found = np.zeros(key.shape, np.float32)
+    for slot in range(codes.k):
+        found += np.where(is_there & (indices[row, slot] == feature[:, None]), values[row, slot], 0)
     return found
-
-
-@lru_cache(maxsize=8)
-def _vocabulary_size(path: Path, bos: int, separator: int) -> int:
-    n: int = store_tokenizer(path, bos, separator).backend.get_vocab_size()
-    return n
-
-
-def _n_vocabulary(codes: CodeStore) -> int:
-    policy = codes.manifest.policy
-    return _vocabulary_size(codes.path, policy.bos_token_id, policy.separator_token_id)
 
 
 def _window_base(codes: CodeStore, shard: Shard) -> int:
@@ -211,7 +204,7 @@ def _contexts(
                 chosen = mine[touches]
                 if len(chosen):
                     columns = (found["feature"][chosen], found["window"][chosen], found["position"][chosen])
-                    tasks.append((config.codes, shard, *columns, config.before, config.after))
+                    tasks.append((codes.path.absolute(), codes.snapshot, shard, *columns, config.before, config.after))
                     places.append(chosen)
     for chosen, part_values in zip(places, run_tasks(client, "examples", example_values, tasks), strict=True):
         values[chosen] = np.maximum(values[chosen], part_values)
@@ -279,6 +272,9 @@ def _publish(out: Path, record: dict[str, Any], arrays: dict[str, NDArray[Any]],
                 )
         shutil.copytree(codes.path / paths.TOKENIZER, temporary / paths.TOKENIZER)
         publish_json(temporary / RECORD, record)
+        for path in temporary.rglob("*"):
+            fsync_path(path)
         os.rename(temporary, out)
+        fsync_path(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,22 +55,32 @@ def run_tasks(client: Any, label: str, function: Callable[..., Any], tasks: Sequ
 
 
 def reduce_tasks(
-    client: Any, label: str, function: Callable[..., Any], merge: Callable[[Any, Any], Any], tasks: Iterable[Any]
+    client: Any, label: str, function: Callable[..., Any], merge: Callable[[Any, Any], Any], tasks: Sequence[tuple[Any, ...]]
 ) -> Any:
     """Merge `function(*task)` of every task in one fixed binary tree, whatever worker ran what; gives the root.
 
-    Neighbours are merged in pairs, level by level, so that floating-point sums do not depend on the cluster either.
+    The tree depends on the number of tasks alone, so that floating-point sums do not depend on the cluster either. It
+    is submitted depth first: a merge goes before the tasks after it, and few results wait in memory for another.
     """
-    from distributed import wait
+    from distributed import as_completed
 
-    level = [client.submit(function, *task, pure=False) for task in tasks]
-    total = 2 * len(level) - 1
-    with track(label, total, "tasks") as progress:
-        while len(level) > 1:
-            merged = [client.submit(merge, a, b, pure=False) for a, b in zip(level[::2], level[1::2], strict=False)]
-            wait(level)
-            progress.advance(len(level))
-            level = merged + level[len(merged) * 2 :]
-        result = level[0].result()
-        progress.advance(1)
-    return result
+    futures = []
+
+    def submit(first: int, last: int) -> Any:
+        if last - first == 1:
+            future = client.submit(function, *tasks[first], pure=False)
+        else:
+            middle = (first + last) // 2
+            future = client.submit(merge, submit(first, middle), submit(middle, last), pure=False)
+        futures.append(future)
+        return future
+
+    root = submit(0, len(tasks))
+    with track(label, len(futures), "tasks") as progress:
+        finished = as_completed(futures)
+        futures.clear()  # a result that has been merged may go
+        for future in finished:
+            if future.status != "finished":
+                future.result()
+            progress.advance(1)
+    return root.result()

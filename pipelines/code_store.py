@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from actstore.errors import IdentityMismatch
 from actstore.reader import Shard, Store
 
 
@@ -18,7 +19,7 @@ class CodeStore(Store):
 
     @property
     def n_features(self) -> int:
-        n_features: int = self.manifest.provenance["n_features"]
+        n_features: int = self.manifest.source["n_features"]
         return n_features
 
     @property
@@ -32,6 +33,14 @@ def read_codes(codes: CodeStore, shard: Shard) -> tuple[NDArray[np.int64], NDArr
 
 
 @lru_cache(maxsize=2)
-def open_codes(path: Path) -> CodeStore:
-    """A finished code store, opened once a process: what a worker's tasks share."""
-    return CodeStore(path)
+def open_codes(path: Path, snapshot: str) -> CodeStore:
+    """A finished code store, opened once a process: what a worker's tasks share.
+
+    Raises IdentityMismatch when what lies at `path`, seen from this process, is another one than `snapshot` names.
+    """
+    codes = CodeStore(path)
+    if codes.snapshot != snapshot:
+        raise IdentityMismatch(
+            f"{path}: has snapshot {codes.snapshot} here, {snapshot} was asked for; show workers the same disk."
+        )
+    return codes

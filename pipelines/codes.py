@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from actstore import paths
+from actstore.errors import IdentityMismatch
 from actstore.files import require_free_space
 from actstore.reader import ActivationStore, Store
 from actstore.schema import PARTS, Manifest, RowArray, SegmentRecord
@@ -57,8 +58,9 @@ def encode(config: EncodeConfig, client: Any = None) -> dict[str, Any]:
     with StoreWriter.open(config.out, manifest, tokenizer_files) as writer:
         for segment in store.segments[len(writer.segments()) :]:
             writer.add_segment(segment, _tables(store, segment))
+        source = (config.store.absolute(), config.run.absolute(), store.snapshot, record.run_id)
         tasks = [
-            (config.store, config.run, config.out, segment.index, part, shard)
+            (*source, config.out.absolute(), segment.index, part, shard)
             for segment in store.segments
             for part, shard in writer.missing_shards(segment.index)
         ]
@@ -81,9 +83,11 @@ def encode(config: EncodeConfig, client: Any = None) -> dict[str, Any]:
     }
 
 
-def encode_shard(store_path: Path, run_path: Path, out: Path, segment: int, part: str, index: int) -> None:
+def encode_shard(
+    store_path: Path, run_path: Path, snapshot: str, run_id: str, out: Path, segment: int, part: str, index: int
+) -> None:
     """Encode one shard of a store into the same shard of a code store, and commit it. Runs on a worker."""
-    store, sae, record = _opened(store_path, run_path)
+    store, sae, record = _opened(store_path, run_path, snapshot, run_id)
     target = Store(out, partial=True)
     shard = next(s for s in store.shards(part) if (s.segment, s.index) == (segment, index))
     window, position = store.read(shard, "rows/window"), store.read(shard, "rows/position")
@@ -103,13 +107,20 @@ def encode_shard(store_path: Path, run_path: Path, out: Path, segment: int, part
 
 
 @lru_cache(maxsize=4)
-def _opened(store_path: Path, run_path: Path) -> tuple[ActivationStore, TopKSae, RunRecord]:
+def _opened(store_path: Path, run_path: Path, snapshot: str, run_id: str) -> tuple[ActivationStore, TopKSae, RunRecord]:
+    """A store and a run, opened once a process. Raises IdentityMismatch when this process sees others at these paths."""
+    store = ActivationStore(store_path)
     sae, record = load_run(run_path)
-    return ActivationStore(store_path), sae, record
+    if (store.snapshot, record.run_id) != (snapshot, run_id):
+        raise IdentityMismatch(
+            f"{store_path}, {run_path}: are snapshot {store.snapshot} and run {record.run_id} here, {snapshot} and {run_id} "
+            "were asked for; show workers the same disk."
+        )
+    return store, sae, record
 
 
 def _manifest(store: ActivationStore, record: RunRecord, run_path: Path) -> Manifest:
-    index_dtype = np.min_scalar_type(record.n_features - 1).name
+    index_dtype = np.min_scalar_type(record.n_features).name  # its largest integer means no row, and is no feature
     return replace(
         store.manifest,
         kind="codes",
@@ -119,13 +130,14 @@ def _manifest(store: ActivationStore, record: RunRecord, run_path: Path) -> Mani
             RowArray("codes/index", record.k, index_dtype, "packed"),
             RowArray("codes/value", record.k, "float32", "packed"),
         ),
-        source={"store_id": store.store_id, "snapshot": store.snapshot, "run_id": record.run_id, "site": record.site},
-        provenance={
-            **store.manifest.provenance,
+        source={
+            "store_id": store.store_id,
+            "snapshot": store.snapshot,
+            "run_id": record.run_id,
+            "site": record.site,
             "n_features": record.n_features,
-            "run": str(run_path),
-            "store": str(store.path),
         },
+        provenance={**store.manifest.provenance, "run": str(run_path), "store": str(store.path)},
     )
 
 

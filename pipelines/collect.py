@@ -101,6 +101,7 @@ def collect(config: CollectConfig) -> dict[str, Any]:
     model = load_model(config.model, device, "fp32")
     sites = _sites(config, model)
     codec, tokenizer_files = load_tokenizer(resolve_model(config.model))
+    _require_same_vocabulary(config, model, codec)
     corpus = open_corpus(config.corpus, config.seed)
     manifest = _manifest(config, model, sites, codec, corpus)
     model = model.to(getattr(torch, DTYPES[config.compute_dtype]))
@@ -196,6 +197,7 @@ class _Run:
             plans = {part: self._plan(segment, part, windows[part]) for part in PARTS}
             self._require_same_hardware(segment, windows[PARTS[0]])
             n_rows = sum(stop - start for start, stop in (segment.parts[p].layout.shard_range(s) for p, s in missing))
+            require_free_space(self.config.out, n_rows * self._row_bytes(), f"{n_rows:,} rows")
             with track("collect", n_rows) as progress, ThreadPoolExecutor(1) as pool:
                 pending: Future[None] | None = None
                 for part, shard in missing:
@@ -302,6 +304,14 @@ def _sites(config: CollectConfig, model: nn.Module) -> list[Site]:
     if config.context > limit:
         raise InputError(f"context {config.context}: the model has {limit} positions; choose --context {limit} or less.")
     return sites
+
+
+def _require_same_vocabulary(config: CollectConfig, model: nn.Module, codec: TextCodec) -> None:
+    known, given = cast(Any, model).config.vocab_size, codec.backend.get_vocab_size()
+    if given > known:
+        raise InputError(
+            f"model {config.model}: its tokenizer has {given} tokens, the model knows {known}; put the right one beside it."
+        )
 
 
 def _manifest(config: CollectConfig, model: nn.Module, sites: list[Site], codec: TextCodec, corpus: Corpus) -> Manifest:

@@ -151,7 +151,7 @@ def find_rules(codes: CodeStore, codec: TextCodec, client: Any) -> list[Finding]
     """Every feature's best rule over a code store of Python sources, by falling F1 on the scoring half."""
     labels = [client.scatter(bits, broadcast=True) for bits in label_store(codes, codec)]
     shards = [shard for part in PARTS for shard in codes.shards(part)]
-    tasks = [(codes.path, shard, labels[shard.segment]) for shard in shards]
+    tasks = [(codes.path.absolute(), codes.snapshot, shard, labels[shard.segment]) for shard in shards]
     peaks = reduce_tasks(client, "peaks", half_peaks, np.maximum, tasks)
     thresholds = np.outer(PEAK_SHARES, peaks)
     n_vocabulary = codec.backend.get_vocab_size()
@@ -165,9 +165,9 @@ def findings_json(findings: list[Finding]) -> dict[str, Any]:
     return {"findings": [asdict(finding) for finding in findings]}
 
 
-def half_peaks(codes_path: Path, shard: Shard, labels: NDArray[np.uint64]) -> NDArray[np.float64]:
+def half_peaks(codes_path: Path, snapshot: str, shard: Shard, labels: NDArray[np.uint64]) -> NDArray[np.float64]:
     """(F,) largest value of each feature over a shard's rows of half 0. Runs on a worker."""
-    codes = open_codes(codes_path)
+    codes = open_codes(codes_path, snapshot)
     indices, values = read_codes(codes, shard)
     mine = (row_labels(codes, shard, labels) & HALF_BIT) == 0
     peaks = np.zeros(codes.n_features)
@@ -176,10 +176,15 @@ def half_peaks(codes_path: Path, shard: Shard, labels: NDArray[np.uint64]) -> ND
 
 
 def score_shard(
-    codes_path: Path, shard: Shard, labels: NDArray[np.uint64], thresholds: NDArray[np.float64], n_vocabulary: int
+    codes_path: Path,
+    snapshot: str,
+    shard: Shard,
+    labels: NDArray[np.uint64],
+    thresholds: NDArray[np.float64],
+    n_vocabulary: int,
 ) -> RuleScores:
     """The rule scores of one shard. Runs on a worker."""
-    codes = open_codes(codes_path)
+    codes = open_codes(codes_path, snapshot)
     indices, values = read_codes(codes, shard)
     rules, half = shard_rules(codes, shard, labels, n_vocabulary)
     fired = []
@@ -199,9 +204,9 @@ def shard_rules(
     """(rule matrix, half of each row) of a shard of any store over the labelled token table."""
     bits = row_labels(store, shard, labels)
     index = store.token_index(shard)
-    ids = store.table(shard.segment, "tokens/ids").astype(np.int64)
+    ids = store.table(shard.segment, "tokens/ids")
     separator = store.manifest.policy.separator_token_id
-    previous = np.where(index > 0, ids[np.maximum(index, 1) - 1], separator)
+    previous = np.where(index > 0, ids[np.maximum(index, 1) - 1].astype(np.int64), separator)
     return rule_matrix(bits & ~HALF_BIT, store.token_ids(shard), previous, n_vocabulary), (bits & HALF_BIT) != 0
 
 

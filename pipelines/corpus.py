@@ -6,7 +6,7 @@
 
 Local text is listed as pieces (a .py file; 8 KiB of lines of a .txt or .md file; a run of lines of a .jsonl file;
 a row group of a .parquet file) and the pieces are permuted by the seed, so that the first N tokens are a sample of
-the whole corpus and not its first file. A piece is found by its byte range, so listing reads no text.
+the whole corpus and not its first file. A piece is found by its byte range: listing hashes files and keeps no text.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ import glob
 import hashlib
 import io
 import json
+import os
 import tokenize
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from actstore.errors import InputError
 from actstore.plan import DOCUMENT_ORDER, permutation
+from pipelines.hub import go_offline_if_unreachable
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 TEXT_PIECE_BYTES = 8 << 10
@@ -64,14 +67,16 @@ def open_corpus(spec: str, seed: int) -> Corpus:
         return _local(spec, files, None, seed)
     if spec.startswith("hf:"):
         return _hub(spec)
-    pattern, column = (spec, None) if Path(spec).exists() else _split_column(spec)
-    paths = _files_of(pattern)
+    paths, column = _files_of(spec), None
+    if not paths:
+        pattern, column = _split_column(spec)
+        paths = _files_of(pattern)
     if not paths:
         raise InputError(
             f"corpus {spec}: no {', '.join(SUFFIXES)} file there; check the path, or use `stdlib` or `hf:owner/name`."
         )
     parent = paths[0].parent if len(paths) == 1 else Path(*_common_parts(paths))
-    return _local(spec, [(path, path.relative_to(parent).as_posix()) for path in paths], column, seed)
+    return _local(spec, [(path, _printable(path.relative_to(parent))) for path in paths], column, seed)
 
 
 @dataclass(frozen=True)
@@ -84,12 +89,9 @@ class _TextPiece:
     stop: int
 
     def documents(self) -> Iterator[Document]:
-        data = _lines_in_range(self.path, self.start, self.stop)
-        if self.path.suffix == ".py":
-            encoding = tokenize.detect_encoding(io.BytesIO(data).readline)[0]
-            yield Document(self.name, _decoded(data, encoding, self.path))
-        else:
-            yield Document(self.name, _decoded(data, "utf-8-sig", self.path))
+        begin, data = _lines_in_range(self.path, self.start, self.stop)
+        encoding = _source_encoding(data, self.path) if self.path.suffix == ".py" else "utf-8"
+        yield Document(self.name, _decoded(data, encoding, self.path, begin))
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,9 @@ class _JsonlPiece:
     column: str
 
     def documents(self) -> Iterator[Document]:
-        data = _decoded(_lines_in_range(self.path, self.start, self.stop), "utf-8-sig", self.path)
-        for index, line in enumerate(data.splitlines()):
+        begin, data = _lines_in_range(self.path, self.start, self.stop)
+        # str.splitlines would also cut at U+2028 and the like, which JSON strings may hold as they are
+        for index, line in enumerate(_decoded(data, "utf-8", self.path, begin).split("\n")):
             if line.strip():
                 try:
                     record = json.loads(line)
@@ -128,10 +131,10 @@ class _ParquetPiece:
         with pyarrow.parquet.ParquetFile(self.path) as file:
             if self.column not in file.schema_arrow.names:
                 raise _no_column(self.column, file.schema_arrow.names, self.path)
-            for index, text in enumerate(
-                file.read_row_group(self.row_group, columns=[self.column])[self.column].to_pylist()
-            ):
-                yield Document(f"{self.name}:{index}", text or "")
+            with _parquet_errors(self.path):
+                group = file.read_row_group(self.row_group, columns=[self.column])
+            for index, text in enumerate(group[self.column].to_pylist()):
+                yield Document(f"{self.name}:{index}", _text_of(text))
 
 
 @dataclass(frozen=True)
@@ -157,11 +160,13 @@ def _local(spec: str, files: list[tuple[Path, str]], column: str | None, seed: i
     pieces: list[Any] = []
     for path, name in files:
         try:
-            content = path.read_bytes()
+            with open(path, "rb") as file:
+                content = hashlib.file_digest(file, "sha256").digest()
+                n_bytes = file.tell()
         except OSError as error:
-            raise InputError(f"corpus {spec}: cannot read {path}: {error.strerror}.") from error
-        digest.update(name.encode() + b"\0" + hashlib.sha256(content).digest())
-        pieces.extend(_pieces_of(path, name, len(content), column))
+            raise InputError(f"corpus {spec}: cannot read {path}: {error.strerror}; check its permissions.") from error
+        digest.update(name.encode() + b"\0" + content)
+        pieces.extend(_pieces_of(path, name, n_bytes, column))
     order = permutation(len(pieces), seed, DOCUMENT_ORDER)
     return Corpus(spec, digest.hexdigest(), tuple(pieces[i] for i in order))
 
@@ -170,7 +175,8 @@ def _pieces_of(path: Path, name: str, n_bytes: int, column: str | None) -> list[
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
-        n_groups = pyarrow.parquet.read_metadata(path).num_row_groups
+        with _parquet_errors(path):
+            n_groups = pyarrow.parquet.read_metadata(path).num_row_groups
         return [_ParquetPiece(path, f"{name}:{group}", group, column or DEFAULT_COLUMN) for group in range(n_groups)]
     if column is not None and path.suffix != ".jsonl":
         raise InputError(f"{path}: a {path.suffix} file has no column {column!r}; leave `#{column}` out.")
@@ -184,30 +190,51 @@ def _pieces_of(path: Path, name: str, n_bytes: int, column: str | None) -> list[
     return [_TextPiece(path, n, *r) for n, r in zip(names, ranges, strict=True)]
 
 
-def _lines_in_range(path: Path, start: int, stop: int) -> bytes:
-    """Whole lines whose first byte lies in [start, stop): every line of a file is in one range."""
+def _lines_in_range(path: Path, start: int, stop: int) -> tuple[int, bytes]:
+    """Whole lines whose first byte lies in [start, stop), and where they begin: every line of a file is in one range."""
     with open(path, "rb") as file:
         if start:
             file.seek(start - 1)
             file.readline()
         begin = file.tell()
         if begin >= stop:
-            return b""
+            return begin, b""
         data = file.read(stop - begin)
-        return data if data.endswith(b"\n") else data + file.readline()
+        return begin, data if data.endswith(b"\n") else data + file.readline()
 
 
-def _decoded(data: bytes, encoding: str, path: Path) -> str:
+def _source_encoding(data: bytes, path: Path) -> str:
+    """What a Python source says it is written in; UTF-8 unless it has a coding line."""
     try:
-        return data.decode(encoding)
+        encoding = tokenize.detect_encoding(io.BytesIO(data).readline)[0]
+    except SyntaxError as error:
+        raise InputError(f"{path}: {error.msg}; convert the file to UTF-8.") from error
+    return encoding.removesuffix("-sig")
+
+
+def _decoded(data: bytes, encoding: str, path: Path, begin: int) -> str:
+    """Text of bytes that begin at byte `begin` of a file, without a byte-order mark at the file's start."""
+    try:
+        text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not {encoding}; convert the file to UTF-8.") from error
+        raise InputError(f"{path}: byte {begin + error.start} is not {encoding}; convert the file to UTF-8.") from error
+    return text if begin else text.removeprefix("\ufeff")
+
+
+def _printable(name: Path) -> str:
+    """A file's name as text that can be encoded, whatever bytes the file system has for it."""
+    return os.fsencode(name.as_posix()).decode(errors="replace")
 
 
 def _column_of(record: Any, column: str, where: object) -> str:
     if not isinstance(record, dict) or column not in record:
         raise _no_column(column, list(record) if isinstance(record, dict) else [], where)
-    return str(record[column] or "")
+    return _text_of(record[column])
+
+
+def _text_of(value: Any) -> str:
+    """A column's value as text; nothing for a null."""
+    return "" if value is None else str(value)
 
 
 def _no_column(column: str, there: list[str], where: object) -> InputError:
@@ -220,11 +247,15 @@ def _split_column(spec: str) -> tuple[str, str | None]:
 
 
 def _files_of(pattern: str) -> list[Path]:
-    if Path(pattern).is_dir():
-        found = [path for path in Path(pattern).rglob("*") if path.is_file()]
+    """The text files of a folder, a file or a glob, sorted; a file of that very name comes before the glob."""
+    path = Path(pattern)
+    if path.is_dir():
+        found = list(path.rglob("*"))
+    elif path.is_file():
+        found = [path]
     else:
-        found = [Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file()]
-    return sorted(path for path in found if path.suffix in SUFFIXES)
+        found = [Path(name) for name in glob.glob(pattern, recursive=True)]
+    return sorted(path for path in found if path.suffix in SUFFIXES and path.is_file())
 
 
 def _common_parts(paths: list[Path]) -> tuple[str, ...]:
@@ -241,6 +272,8 @@ def _hub(spec: str) -> Corpus:
     name, *rest = location.split(":")
     config = rest[0] if len(rest) > 1 else None
     split = rest[-1] if rest else "train"
+    if not Path(name).exists():
+        go_offline_if_unreachable()
     with _hub_errors(name):
         import datasets
 
@@ -249,18 +282,25 @@ def _hub(spec: str) -> Corpus:
     return Corpus(spec, fingerprint, (_HubPiece(name, config, split, column or DEFAULT_COLUMN),))
 
 
-class _hub_errors:
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
     """Whatever the hub client raises becomes one line; our own errors pass through."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"corpus hf:{name}: cannot be streamed ({reason}); check the name and the network, or use local files."
+        ) from error
 
-    def __init__(self, name: str):
-        self.name = name
 
-    def __enter__(self) -> None:
-        return None
+@contextmanager
+def _parquet_errors(path: Path) -> Iterator[None]:
+    import pyarrow
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, InputError):
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(
-                f"corpus hf:{self.name}: cannot be streamed ({reason}); check the name and the network, or use local files."
-            ) from error
+    try:
+        yield
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]}); restore it from a copy.") from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     require_match(config.run, record, store)
     if not store.n_rows(PART):
         raise InputError(f"{store.path}: holds no held-out documents; collect more text, so that some are kept apart.")
+    if config.pca >= record.d_model:
+        raise InputError(
+            f"pca {config.pca}: rows have {record.d_model} dimensions; choose --pca {record.d_model - 1} or less."
+        )
     device = choose_device(config.device)
     rows = evaluate_rows(sae.to(device), store, record.site)
     basis, mean = pca_basis(store, record.site, config.pca)
@@ -173,7 +178,7 @@ def evaluate_text(
     }
     sums = dict.fromkeys(("clean", *replacements, "kl"), 0.0)
     n_targets = 0
-    batches = [batch for windows in held_out_windows(store) for batch in _window_batches(windows, n_windows)]
+    batches = _window_batches(held_out_windows(store), n_windows)
     with track("evaluate", len(batches), "batches") as progress, torch.inference_mode():
         for windows, chosen in batches:
             inputs, kept = windows.batch(chosen)
@@ -218,10 +223,16 @@ def held_out_windows(store: ActivationStore) -> list[Windows]:
     ]
 
 
-def _window_batches(windows: Windows, n_windows: int) -> list[tuple[Windows, NDArray[np.int64]]]:
-    """Windows spread evenly over the split, in batches."""
-    chosen = np.unique(np.linspace(0, len(windows) - 1, min(n_windows, len(windows))).astype(np.int64))
-    return [(windows, chosen[start : start + BATCH_WINDOWS]) for start in range(0, len(chosen), BATCH_WINDOWS)]
+def _window_batches(segments: list[Windows], n_windows: int) -> list[tuple[Windows, NDArray[np.int64]]]:
+    """`n_windows` windows spread evenly over the split (all, if there are fewer), in batches of one segment each."""
+    bounds = np.cumsum([0, *map(len, segments)])
+    chosen = np.linspace(0, bounds[-1] - 1, min(n_windows, int(bounds[-1]))).astype(np.int64)
+    own = [chosen[(chosen >= first) & (chosen < last)] - first for first, last in pairwise(bounds.tolist())]
+    return [
+        (windows, mine[start : start + BATCH_WINDOWS])
+        for windows, mine in zip(segments, own, strict=True)
+        for start in range(0, len(mine), BATCH_WINDOWS)
+    ]
 
 
 def _replacing(mask: Tensor, replace: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from actstore.errors import IdentityMismatch, InputError
 from pipelines.capture import Site, capture, choose_device, load_model, model_identity, resolve_model
@@ -52,49 +53,47 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     lead = [codec.bos_token_id] if record.bos else []
     site = Site.parse(record.site)
 
-    places: list[tuple[int, int]] = []
-    ids_of: list[list[int]] = []
-    dense: list[np.ndarray] = []
-    for number, text in enumerate(texts):
-        ids = codec.ids([text])[0]
+    ids_of = dict(zip(texts, codec.ids(list(texts.values())), strict=True))
+    for line, ids in ids_of.items():
         if len(ids) + len(lead) > limit:
             raise InputError(
-                f"{config.texts}: line {number + 1} has {len(ids)} tokens, the model {limit} positions; split the line."
+                f"{config.texts}: line {line} has {len(ids)} tokens, the model {limit} positions; split the line."
             )
+
+    codes: list[tuple[Tensor, Tensor]] = []
+    for ids in ids_of.values():
         rows = capture(model, [site], torch.tensor([lead + ids], device=device))[site.label][0, len(lead) :]
         with torch.inference_mode():
-            values, indices = sae.encode(rows.clone())
-        active = np.zeros((len(ids), sae.n_features), np.float32)
-        np.put_along_axis(active, indices.cpu().numpy(), values.cpu().numpy(), axis=1)
-        dense.append(active)
-        ids_of.append(ids)
-        places += [(number, position) for position in range(len(ids))]
-    activations = np.concatenate(dense)
-    mean = activations.mean(axis=0, dtype=np.float64)
+            codes.append(sae.encode(rows))
+    values, indices = (torch.cat(parts).cpu().numpy() for parts in zip(*codes, strict=True))
+    places = [(line, position) for line, ids in ids_of.items() for position in range(len(ids))]
+    mean = np.bincount(indices.ravel(), values.ravel(), minlength=sae.n_features) / len(places)
     found = []
     for feature in np.argsort(-mean, kind="stable")[: config.features].tolist():
-        rows_by_value = np.argsort(-activations[:, feature], kind="stable")[: config.tokens]
+        row, slot = np.nonzero((indices == feature) & (values > 0))
+        strongest = np.argsort(-values[row, slot], kind="stable")[: config.tokens]
         firings = []
-        for row in rows_by_value[activations[rows_by_value, feature] > 0].tolist():
-            number, position = places[row]
-            before = ids_of[number][max(0, position - CONTEXT_TOKENS) : position]
+        for r, s in zip(row[strongest].tolist(), slot[strongest].tolist(), strict=True):
+            line, position = places[r]
             firings.append(
                 {
-                    "token": codec.text([ids_of[number][position]]),
-                    "value": float(activations[row, feature]),
-                    "before": codec.text(before),
-                    "text": number,
+                    "token": codec.text([ids_of[line][position]]),
+                    "value": float(values[r, s]),
+                    "before": codec.text(ids_of[line][max(0, position - CONTEXT_TOKENS) : position]),
+                    "line": line,
                 }
             )
         found.append({"feature": feature, "mean": float(mean[feature]), "firings": firings})
-    return {"run_id": record.run_id, "texts": len(texts), "tokens": len(activations), "features": found}
+    return {"run_id": record.run_id, "texts": len(texts), "tokens": len(places), "features": found}
 
 
-def _texts(path: Path) -> list[str]:
+def _texts(path: Path) -> dict[int, str]:
+    """The lines that are not blank, by their number in the file, from 1."""
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error}); pass a file with one text a line.") from error
-    if not lines:
+    texts = {number: line for number, line in enumerate(lines, start=1) if line.strip()}
+    if not texts:
         raise InputError(f"{path}: has no text; put one text on each line.")
-    return lines
+    return texts

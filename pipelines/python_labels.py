@@ -11,7 +11,7 @@ import io
 import keyword
 import tokenize
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,7 +85,11 @@ AFTER = {
     "for": "the loop variable after `for`",
     "return": "the name after `return`",
 }
-LAYOUT = frozenset({tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT, tokenize.ENCODING})
+BLOCKS = frozenset(
+    {"def", "class", "if", "elif", "else", "for", "while", "try", "except", "finally", "with", "async", "match", "case"}
+)
+LAYOUT = frozenset({tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT, tokenize.ENCODING})
+STATEMENT_ENDS = frozenset({tokenize.NEWLINE, tokenize.ENDMARKER})
 
 
 def label_characters(source: str) -> NDArray[np.uint64]:
@@ -109,7 +113,8 @@ def label_characters(source: str) -> NDArray[np.uint64]:
 def label_tokens(source: str, token_bytes: list[bytes]) -> NDArray[np.uint64]:
     """(n_tokens,) labels of a document's tokens, given the bytes each stands for, in order."""
     by_character = label_characters(source)
-    by_byte = np.repeat(by_character, [len(character.encode()) for character in source])
+    begins_character = np.frombuffer(source.encode(), np.uint8) & 0xC0 != 0x80
+    by_byte = by_character[np.cumsum(begins_character) - 1]
     starts = np.concatenate([[0], np.cumsum([len(piece) for piece in token_bytes])])
     lead = np.array([len(piece) - len(piece.lstrip()) if piece.strip() else 0 for piece in token_bytes], np.int64)
     place = starts[:-1] + lead
@@ -138,42 +143,43 @@ class _Labeller:
     labels: NDArray[np.uint64]
 
     def run(self, tokens: list[tokenize.TokenInfo]) -> None:
-        significant = [t for t in tokens if t.type not in LAYOUT]
-        following = {id(t): after for t, after in pairwise(significant)}
-        brackets: list[str] = []
-        before, before_that = "", ""
-        at_statement, header = True, ""
         for token in tokens:
-            start, stop = self._span(token)
             if token.type == tokenize.COMMENT:
+                start, stop = self._span(token)
                 self._mark(start, stop, "inside a comment")
                 self._mark(start, start + 1, "the `#` that begins a comment")
-            if token.type in LAYOUT:
-                at_statement |= token.type == tokenize.NEWLINE
-                header = "" if token.type == tokenize.NEWLINE else header
-                continue
-            if token.type == tokenize.STRING:
-                self._string(start, stop, at_statement and not brackets)
+        significant = [token for token in tokens if token.type not in LAYOUT]
+        brackets: list[str] = []
+        lambdas: list[int] = []  # how many brackets each unfinished `lambda` stands in
+        statement = before = before_that = ""  # its first word, and the two tokens before this one in it
+        for token, after in zip_longest(significant, significant[1:]):
+            text, (start, stop) = token.string, self._span(token)
+            ends_block = ends_statement = False
+            if token.type in STATEMENT_ENDS:
+                ends_statement = True
+            elif token.type == tokenize.STRING:
+                is_docstring = not statement and after is not None and after.type in STATEMENT_ENDS
+                self._string(start, stop, is_docstring)
             elif token.type == tokenize.NUMBER:
                 self._mark(start, stop, "a number")
             elif token.type == tokenize.NAME:
-                after = following.get(id(token))
-                self._name(start, stop, token.string, before, before_that, after.string if after else "", brackets, header)
+                self._name(start, stop, text, before, before_that, after.string if after else "", brackets, statement)
+                if text == "lambda":
+                    lambdas.append(len(brackets))
             elif token.type == tokenize.OP:
-                self._operator(start, stop, token.string, before, brackets, header)
-            self._inside(start, stop, brackets, header)
-            if token.type == tokenize.OP and token.string in "([{":
-                brackets.append(token.string)
-            elif token.type == tokenize.OP and token.string in ")]}" and brackets:
-                brackets.pop()
-            if token.type == tokenize.NAME and token.string in ("def", "class", "lambda"):
-                header = token.string
-            elif token.string == ":" and not brackets:
-                header, at_statement = "", True
-                before_that, before = before, token.string
-                continue
-            at_statement = token.string == ";"
-            before_that, before = before, token.string
+                if text == ":" and lambdas and lambdas[-1] == len(brackets):
+                    lambdas.pop()
+                else:
+                    ends_block = text == ":" and not brackets and statement in BLOCKS
+                    ends_statement = text == ";" or ends_block
+                if text in ")]}" and brackets:
+                    brackets.pop()
+                self._operator(start, stop, text, before, brackets, statement, ends_block)
+            self._inside(start, stop, brackets, statement)
+            if token.type == tokenize.OP and text in "([{":
+                brackets.append(text)
+            statement = "" if ends_statement else statement if statement not in ("", "async") else text
+            before, before_that = ("", "") if ends_statement else (text, before)
 
     def _span(self, token: tokenize.TokenInfo) -> tuple[int, int]:
         lines = len(self.line_starts) - 1
@@ -200,13 +206,21 @@ class _Labeller:
             )
 
     def _name(
-        self, start: int, stop: int, name: str, before: str, before_that: str, after: str, brackets: list[str], header: str
+        self,
+        start: int,
+        stop: int,
+        name: str,
+        before: str,
+        before_that: str,
+        after: str,
+        brackets: list[str],
+        statement: str,
     ) -> None:
         if keyword.iskeyword(name):
             self._mark(start, stop, "a keyword")
             return
         found = ["any name"]
-        if before in AFTER:
+        if before in AFTER and (statement == before or before not in ("from", "@")):
             found.append(AFTER[before])
         if before == ".":
             found.append("an attribute: the name after a dot")
@@ -214,7 +228,7 @@ class _Labeller:
                 found.append("an attribute of `self`")
         elif name in BUILTINS:
             found.append("a builtin's name")
-        if header == "def" and len(brackets) == 1 and before in ("(", ",", "*", "**"):
+        if statement == "def" and brackets == ["("] and before in ("(", ",", "*", "**"):
             found.append("a parameter in a `def` header")
         elif brackets and brackets[-1] == "(" and after == "=" and before in ("(", ","):
             found.append("the name of a keyword argument")
@@ -233,17 +247,23 @@ class _Labeller:
         for label in found:
             self._mark(start, stop, label)
 
-    def _operator(self, start: int, stop: int, text: str, before: str, brackets: list[str], header: str) -> None:
+    def _operator(
+        self, start: int, stop: int, text: str, before: str, brackets: list[str], statement: str, ends_block: bool
+    ) -> None:
         found = []
+        opens_class = statement == "class" and not brackets
+        follows_value = (before[-1:].isalnum() or before.endswith(("_", ")", "]", "}", "'", '"'))) and not keyword.iskeyword(
+            before
+        )
         if text in "([{":
             found.append("an opening bracket")
-            if text == "(" and header == "def" and not brackets:
+            if text == "(" and statement == "def" and not brackets:
                 found.append("the `(` of a `def` header")
-            elif text == "(" and (before.isidentifier() or before in (")", "]")) and not keyword.iskeyword(before):
+            elif text == "(" and follows_value and (before.isidentifier() or before in (")", "]")) and not opens_class:
                 found.append("the `(` of a call")
         elif text in ")]}":
             found.append("a closing bracket")
-        elif text == ":":
+        elif text == ":" and (brackets or ends_block):
             found.append("a colon inside brackets" if brackets else "the colon that ends a block header")
         elif text == ",":
             found.append("the comma between arguments or items")
@@ -251,16 +271,16 @@ class _Labeller:
             found.append("the `=` of a keyword argument or default" if brackets else "the `=` of an assignment")
         elif text in COMPARISONS:
             found.append("a comparison operator")
-        elif text in ARITHMETIC:
+        elif text in ARITHMETIC and (follows_value or text in "+-"):
             found.append("an arithmetic operator")
         for label in found:
             self._mark(start, stop, label)
 
-    def _inside(self, start: int, stop: int, brackets: list[str], header: str) -> None:
+    def _inside(self, start: int, stop: int, brackets: list[str], statement: str) -> None:
         names = {"(": "inside round brackets", "[": "inside square brackets", "{": "inside curly brackets"}
         if brackets:
             self._mark(start, stop, names[brackets[-1]])
         if len(brackets) > 1:
             self._mark(start, stop, "inside brackets within brackets")
-        if header == "def":
+        if statement == "def":
             self._mark(start, stop, "inside a `def` header")

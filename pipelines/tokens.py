@@ -54,9 +54,12 @@ class TextCodec:
     def token_bytes(self) -> list[bytes]:
         """Every token of a byte-level vocabulary as the bytes it stands for; special tokens stand for none."""
         to_byte = {character: byte for byte, character in _byte_alphabet().items()}
-        special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        added = {
+            i: b"" if token.special else token.content.encode()
+            for i, token in self.backend.get_added_tokens_decoder().items()
+        }
         return [
-            b"" if i in special else bytes(to_byte[c] for c in self.backend.id_to_token(i) or "")
+            added[i] if i in added else bytes(to_byte[c] for c in self.backend.id_to_token(i) or "")
             for i in range(self.backend.get_vocab_size())
         ]
 
@@ -104,6 +107,9 @@ def load_tokenizer(name: str) -> tuple[TextCodec, dict[str, bytes]]:
         raise InputError(
             f"model {name}: its tokenizer has no fast form or no end-of-text token; use a GPT-2-style tokenizer."
         )
+    # A tokenizer's file may ask for a largest length, or for padding; documents are taken whole and as they are.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     eos = int(tokenizer.eos_token_id)
     bos = eos if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
     with tempfile.TemporaryDirectory() as folder:

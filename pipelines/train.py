@@ -58,10 +58,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.k <= self.features:
             raise InputError(f"k {self.k}: there are {self.features} features; choose --k between 1 and {self.features}.")
-        if self.batch < 1 or self.epochs <= 0 or self.tokens < 0 or self.lr < 0:
+        if self.batch < 1 or self.epochs <= 0 or self.clip <= 0 or min(self.tokens, self.lr, self.l1) < 0:
             raise InputError(
-                f"batch {self.batch}, epochs {self.epochs}, tokens {self.tokens}, lr {self.lr}: must be positive "
-                "(tokens and lr may be 0 for their default)."
+                f"batch {self.batch}, epochs {self.epochs}, clip {self.clip}, tokens {self.tokens}, lr {self.lr}, "
+                f"l1 {self.l1}: must be positive (tokens and lr may be 0 for their default, l1 for none)."
             )
 
     @property

@@ -24,6 +24,7 @@ LEAVES = frozenset(
         "cluster",
         "code_store",
         "corpus",
+        "hub",
         "progress",
         "python_labels",
         "sae",

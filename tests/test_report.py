@@ -244,7 +244,7 @@ def test_a_browser_shows_the_chosen_feature_without_an_error(analysis: Analysis,
     made(analysis)
     address = (tmp_path / "report.html").as_uri() + "#f3"
     command = [str(CHROMIUM), *CHROMIUM_FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", address]
-    dom = subprocess.run(command, capture_output=True, check=True, timeout=120).stdout
+    dom = subprocess.run(command, capture_output=True, check=True, timeout=300).stdout
     (tmp_path / "dom.html").write_bytes(dom)
     html = Page(tmp_path / "dom.html")
     root = next(attributes for tag, attributes in html.elements if tag == "html")

@@ -474,7 +474,7 @@ def test_a_writer_killed_at_any_moment_and_continued_ends_with_the_same_bytes(tm
     out = tmp_path / "killed"
     progress = []
     while True:
-        process = PROCESSES.Process(target=write_and_die, args=(out, KILLED, moments.randint(1, 150)))
+        process = PROCESSES.Process(target=write_and_die, args=(out, KILLED, moments.randint(1, 900)))
         process.start()
         process.join()
         progress.append(len(list(out.glob("commits/**/*.json"))))
@@ -483,9 +483,9 @@ def test_a_writer_killed_at_any_moment_and_continued_ends_with_the_same_bytes(tm
         assert process.exitcode == -signal.SIGKILL
         if (out / "manifest.json").exists():
             assert Store(out, partial=True).verify() == []
-    print("PROGRESS", progress)
+
     assert progress == sorted(progress), "a kill takes nothing that was committed"
-    assert len(progress) > 10
+    assert len(set(progress)) > 3, "killed at too few stages to show anything"
     assert files_of(out) == expected
     assert ActivationStore(out).verify() == []
 

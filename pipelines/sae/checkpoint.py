@@ -48,8 +48,9 @@ class RunRecord:
 
 
 def require_new_run(path: Path) -> None:
-    """Raises OutputExists when a run, or anything else, is at `path`."""
-    if path.exists() and (not path.is_dir() or any(item.name != METRICS for item in path.iterdir())):
+    """Raises OutputExists when anything but what an interrupted training leaves is at `path`."""
+    leftovers = {METRICS, WEIGHTS, f".{WEIGHTS}.tmp", f".{RECORD}.tmp"}
+    if path.exists() and (not path.is_dir() or any(item.name not in leftovers for item in path.iterdir())):
         raise OutputExists(f"{path}: exists; choose another --out, or move it away.")
 
 
@@ -72,10 +73,9 @@ def load_run(path: Path) -> tuple[TopKSae, RunRecord]:
     value = read_json(path / RECORD)
     if value.pop("format", None) != "actstore-run" or value.pop("version", None) != RUN_VERSION:
         raise NotAStore(f"{path}: not a run of format version {RUN_VERSION}; use the actstore version that wrote it.")
-    run_id = value.pop("run_id")
-    record = RunRecord(**value)
-    if run_id != record.run_id:
+    if value.pop("run_id", None) != content_hash(value)[:16]:
         raise NotAStore(f"{path / RECORD}: was changed after it was written; restore it from a copy.")
+    record = RunRecord(**value)
     sae = TopKSae(record.d_model, record.n_features, record.k)
     try:
         sae.load_state_dict(load_file(path / WEIGHTS))

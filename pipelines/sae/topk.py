@@ -72,9 +72,13 @@ def geometric_median(rows: Tensor, *, iterations: int = 100, tolerance: float = 
     points = rows.double()
     median = points.mean(dim=0)
     for _ in range(iterations):
-        weights = 1.0 / (points - median).norm(dim=1).clamp_min(EPSILON)
-        moved = (weights[:, None] * points).sum(dim=0) / weights.sum()
-        if (moved - median).norm() <= tolerance * median.norm().clamp_min(EPSILON):
-            return moved.to(rows.dtype)
-        median = moved
+        distance = (points - median).norm(dim=1)
+        weights = torch.where(distance > 0, 1.0 / distance, 0.0)
+        step = weights @ points / weights.sum().clamp_min(EPSILON) - median
+        # A point that the estimate lies on would hold it there: it only pulls with its own count (Vardi, Zhang 2000).
+        pull = weights.sum() * step.norm()
+        step *= (1.0 - (distance == 0).sum() / pull.clamp_min(EPSILON)).clamp_min(0.0)
+        median = median + step
+        if step.norm() <= tolerance * distance.mean():
+            break
     return median.to(rows.dtype)
