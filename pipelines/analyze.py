@@ -129,7 +129,7 @@ def survey_shard(codes_path: Path, snapshot: str, shard: Shard, n_vocabulary: in
         survey.update(
             CodeBlock(
                 codes.n_features,
-                _n_vocabulary(codes),
+                n_vocabulary,
                 indices[rows],
                 values[rows],
                 tokens[rows],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from modelkit import build_model, write_texts
@@ -47,4 +48,33 @@ def run(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
 
     out = tmp_path_factory.mktemp("trained") / "run"
     train(TrainConfig(store=store, out=out, layer=2, features=64, k=4, epochs=4, batch=256))
+    return out
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[Any]:
+    """A Dask client whose one worker is a thread of this process: the real scheduling without its start-up time."""
+    from distributed import Client
+
+    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def codes(tmp_path_factory: pytest.TempPathFactory, store: Path, run: Path, client: Any) -> Path:
+    """The code store of `store` and `run`. Read-only."""
+    from pipelines.codes import EncodeConfig, encode
+
+    out = tmp_path_factory.mktemp("encoded") / "codes"
+    encode(EncodeConfig(store=store, run=run, out=out), client)
+    return out
+
+
+@pytest.fixture(scope="session")
+def analysis(tmp_path_factory: pytest.TempPathFactory, codes: Path, client: Any) -> Path:
+    """The analysis of `codes`. Read-only."""
+    from pipelines.analyze import AnalyzeConfig, analyze
+
+    out = tmp_path_factory.mktemp("analyzed") / "analysis"
+    analyze(AnalyzeConfig(codes=codes, out=out), client)
     return out

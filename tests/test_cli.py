@@ -1,0 +1,257 @@
+"""The command line as a contract: every option is a field, every result can be read by a program, Ctrl-C loses nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from modelkit import ROOT, folder_state, run_cli
+
+from actstore import __version__
+from actstore.reader import ActivationStore
+from cli import cli
+from pipelines.collect import CollectConfig, collect
+
+CONFIGS = {
+    "demo": "pipelines.demo.DemoConfig",
+    "collect": "pipelines.collect.CollectConfig",
+    "train": "pipelines.train.TrainConfig",
+    "evaluate": "pipelines.evaluate.EvaluateConfig",
+    "encode": "pipelines.codes.EncodeConfig",
+    "analyze": "pipelines.analyze.AnalyzeConfig",
+    "inspect": "pipelines.inspect.InspectConfig",
+    "report": "pipelines.report.page.ReportConfig",
+}
+"""The frozen configuration that each stage's command builds."""
+
+WITHOUT_STAGE = {"info", "verify", "features", "feature"}
+"""Commands that only show what is there."""
+
+NOT_FIELDS = {"as_json", "resume", "sources"}
+"""How to print; a promise that is checked before the stage; `analyze`'s CODES or STORE RUN, which become `codes`."""
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def values_of(command: str) -> dict[str, Any]:
+    """What a command passes on when it is given nothing but what it must be given."""
+    needed: list[str] = []
+    for parameter in cli.commands[command].params:
+        if parameter.required:
+            needed += ["1"] if parameter.param_type_name == "argument" else [parameter.opts[0], "x"]
+    values = cli.commands[command].make_context(command, needed).params
+    return {name: value for name, value in values.items() if name not in NOT_FIELDS}
+
+
+def config_of(command: str) -> type:
+    module, _, name = CONFIGS[command].rpartition(".")
+    found: type = getattr(importlib.import_module(module), name)
+    return found
+
+
+# The options
+
+
+def test_every_command_has_a_configuration_or_only_shows() -> None:
+    assert set(cli.commands) == set(CONFIGS) | WITHOUT_STAGE
+
+
+@pytest.mark.parametrize("command", CONFIGS)
+def test_options_and_defaults_are_the_fields_and_defaults_of_the_configuration(command: str) -> None:
+    config = config_of(command)
+    assert config.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    fields = {field.name: field.default for field in dataclasses.fields(config)}
+    if command == "analyze":
+        fields.pop("codes")
+    values = values_of(command)
+    assert list(values) == list(fields) or set(values) == set(fields)
+    for name, default in fields.items():
+        if default is not dataclasses.MISSING:
+            assert (values[name], type(values[name])) == (default, type(default)), name
+
+
+@pytest.mark.parametrize("command", cli.commands)
+def test_every_command_shows_an_example_and_its_defaults(command: str) -> None:
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    example = result.stdout.partition("Example:")[2]
+    assert f"actstore {command} " in example
+    assert "--json" in result.stdout
+
+
+def test_the_help_lists_every_command_and_the_version_is_the_packages() -> None:
+    listed = invoke("--help").stdout
+    assert "Example:" in listed
+    assert all(command in listed for command in cli.commands)
+    assert __version__ in invoke("--version").stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["no-such-command"],
+        ["info"],
+        ["collect"],
+        ["collect", "--out", "x", "--no-such-option"],
+        ["collect", "--out", "x", "--tokens", "many"],
+        ["collect", "--out", "x", "--seed", "-1"],
+        ["train", "store", "--out", "x", "--layer", "six"],
+        ["feature", "analysis", "first"],
+        ["analyze", "a", "b", "c", "--out", "x"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_usage_exits_with_2_and_does_nothing(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert "Error: " in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stage_says_what_it_runs_with_defaults_included(store: Path, tmp_path: Path) -> None:
+    result = invoke("train", store, "--out", tmp_path / "run", "--layer", 2, "--features", 8, "--k", 2, "--batch", 64)
+    assert result.exit_code == 0
+    first = result.stderr.splitlines()[0]
+    assert first.startswith(f"train: store={store} out={tmp_path / 'run'} layer=2 site=resid_post features=8 k=2 ")
+    assert " epochs=1.0 batch=64 " in first
+
+
+# What a program reads
+
+
+def read(result: Result) -> Any:
+    """Standard output as strict JSON: no NaN, nothing before or after."""
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout, parse_constant=pytest.fail)
+
+
+def test_info_and_verify_print_json(store: Path) -> None:
+    found = read(invoke("info", store, "--json"))
+    opened = ActivationStore(store)
+    assert found["store_id"] == opened.store_id
+    assert found["rows"] == {part: opened.n_rows(part) for part in ("train", "heldout")}
+    assert found["shards_committed"] == found["shards_planned"]
+    assert found["disk_bytes"] == opened.disk_bytes
+    assert read(invoke("verify", store, "--json")) == {"store": str(store), "faults": []}
+
+
+def test_verify_prints_the_faults_as_json_and_exits_with_1(store: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(store, tmp_path / "store")
+    file = own / "data.zarr/segments/0000/train/acts/resid_post.0/c/0/0"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    result = invoke("verify", own, "--json")
+    assert result.exit_code == 1
+    (fault,) = json.loads(result.stdout)["faults"]
+    assert "train/acts/resid_post.0/c/0/0" in fault
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+
+
+def test_collect_and_train_print_json(store: Path, texts: Path, model_folder: Path, tmp_path: Path) -> None:
+    arguments = ("--model", model_folder, "--corpus", texts, "--tokens", 300, "--context", 32, "--layer", 1)
+    collected = read(invoke("collect", "--out", tmp_path / "store", *arguments, "--json"))
+    assert collected["tokens"] == 300
+    assert collected["store_id"] == ActivationStore(tmp_path / "store").store_id
+    options = ("--layer", 2, "--features", 16, "--k", 2, "--batch", 128)
+    trained = read(invoke("train", store, "--out", tmp_path / "run", *options, "--json"))
+    assert trained["n_features"] == 16
+    assert trained["store_id"] == ActivationStore(store).store_id
+
+
+def test_evaluate_and_inspect_print_json(store: Path, run: Path, tmp_path: Path) -> None:
+    figures = read(invoke("evaluate", run, store, "--windows", 4, "--pca", 4, "--json"))
+    assert figures["heldout_rows"] == ActivationStore(store).n_rows("heldout")
+    (tmp_path / "texts.txt").write_text("The fox went to the river.\nAn owl saw it.\n")
+    found = read(invoke("inspect", run, "--texts", tmp_path / "texts.txt", "--features", 3, "--json"))
+    assert found["texts"] == 2
+    assert len(found["features"]) == 3
+
+
+def test_encode_and_everything_after_it_print_json(store: Path, codes: Path, analysis: Path, tmp_path: Path) -> None:
+    assert read(invoke("info", codes, "--json"))["kind"] == "codes"
+    listed = read(invoke("features", analysis, "--top", 4, "--json"))
+    assert len(listed) == 4
+    card = read(invoke("feature", analysis, listed[0]["feature"], "--json"))
+    assert card["feature"] == listed[0]["feature"]
+    page = read(invoke("report", analysis, "--out", tmp_path / "page.html", "--json"))
+    assert page["bytes"] == (tmp_path / "page.html").stat().st_size
+
+
+@pytest.mark.cluster
+def test_encode_and_analyze_print_json(store: Path, run: Path, tmp_path: Path) -> None:
+    """In processes of their own, with real workers: this is also what a user sees."""
+    encoded = run_cli("encode", store, run, "--out", tmp_path / "codes", "--workers", 1, "--json")
+    assert encoded.returncode == 0, encoded.stderr
+    assert json.loads(encoded.stdout)["rows"] == sum(ActivationStore(store).n_rows(part) for part in ("train", "heldout"))
+    analyzed = run_cli("analyze", tmp_path / "codes", "--out", tmp_path / "analysis", "--workers", 1, "--json")
+    assert analyzed.returncode == 0, analyzed.stderr
+    assert sum(json.loads(analyzed.stdout)["bands"].values()) == 64
+    for result, command in ((encoded, "encode"), (analyzed, "analyze")):
+        assert all(line.startswith((f"{command}: ", "examples: ")) for line in result.stderr.splitlines()), result.stderr
+
+
+# Failure
+
+
+def test_an_error_is_one_line_and_debug_shows_where_it_was_raised(tmp_path: Path) -> None:
+    plain, debug = run_cli("info", tmp_path), run_cli("--debug", "info", tmp_path)
+    assert plain.returncode == debug.returncode == 1
+    assert plain.stderr.count("\n") == 1
+    assert plain.stderr.startswith(f"error: {tmp_path}: not a store")
+    assert "Traceback" in debug.stderr
+    assert "NotAStore" in debug.stderr
+
+
+def test_resuming_needs_a_store(tmp_path: Path) -> None:
+    result = invoke("collect", "--out", tmp_path / "store", "--resume")
+    assert result.exit_code == 1
+    assert result.stderr == f"error: {tmp_path / 'store'}: nothing to resume; leave --resume out to begin a new store.\n"
+
+
+def test_ctrl_c_keeps_what_was_committed_and_the_same_command_completes_it(
+    texts: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "store"
+    config = CollectConfig(
+        out=out, model=str(model_folder), corpus=str(texts), layer=(0,), context=8, batch_windows=1, encoding="fp32"
+    )
+    options = ("--layer", "0", "--context", "8", "--batch-windows", "1", "--encoding", "fp32")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "cli.py"), "collect", "--out", out, "--model", model_folder, "--corpus", texts, *options],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while len(list(out.glob("commits/0000/*/*.json"))) < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    printed, said = process.communicate(timeout=120)
+    assert (process.returncode, printed) == (130, "")
+    lines = [line for line in said.splitlines() if line and not line.startswith("collect: ")]
+    assert lines == ["stopped; everything committed is kept, the same command continues it."]
+
+    stopped = ActivationStore(out, partial=True)
+    assert stopped.verify() == []
+    committed = {name: state for name, state in folder_state(out / "commits").items() if name.endswith(".json")}
+    assert not (out / "commits/0000/sealed.json").exists()
+    result = collect(config)
+    assert 2 <= result["shards_committed_before"] < result["shards"]
+    after = folder_state(out / "commits")
+    assert {name: after[name] for name in committed} == committed
+    assert ActivationStore(out).verify() == []
