@@ -87,7 +87,11 @@ def main(demo_out: Path, workers: int, as_json: bool) -> None:
     trained = read_demo(demo_out)
     random_out = demo_out / "random-weights"
     if not (random_out / "demo.json").exists():
-        run_demo(DemoConfig(out=random_out, tokens=trained["tokens"], random_weights=True, workers=workers))
+        run_demo(
+            DemoConfig(
+                out=random_out, layer=trained["layer"], tokens=trained["tokens"], random_weights=True, workers=workers
+            )
+        )
     random = read_demo(random_out)
     raw = rule_counts(raw_dimension_findings(demo_out / "store", workers))
     raw_random = rule_counts(raw_dimension_findings(random_out / "store", workers))

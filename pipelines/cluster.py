@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from multiprocessing import resource_tracker
 from typing import Any
 
 from actstore.errors import InputError
@@ -23,11 +25,10 @@ def connect(scheduler: str | None, workers: int) -> Iterator[Any]:
     if workers < 1:
         raise InputError(f"workers {workers}: need at least 1.")
     if scheduler is None:
-        with (
-            LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=":0") as cluster,
-            Client(cluster) as client,
-        ):
-            yield client
+        with ExitStack() as stack:
+            with _spared_interrupts():
+                cluster = stack.enter_context(LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=":0"))
+            yield stack.enter_context(Client(cluster))
         return
     try:
         client = Client(scheduler, timeout=CONNECT_TIMEOUT_S)
@@ -40,6 +41,21 @@ def connect(scheduler: str | None, workers: int) -> Iterator[Any]:
         if not client.scheduler_info(n_workers=-1)["workers"]:
             raise InputError(f"scheduler {scheduler}: has no workers; start `dask worker {scheduler}` first.")
         yield client
+
+
+@contextmanager
+def _spared_interrupts() -> Iterator[None]:
+    """Processes started here do not hear of Ctrl-C: the process that started them does, and closes them in order.
+
+    A terminal sends it to all of them, and each worker would answer with a traceback. A blocked signal stays blocked
+    in child processes and threads, but the resource tracker's first start unblocks it: so that comes first.
+    """
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def run_tasks(client: Any, label: str, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> list[Any]:

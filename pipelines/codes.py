@@ -7,6 +7,7 @@ the tokenizer.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -55,7 +56,9 @@ def encode(config: EncodeConfig, client: Any = None) -> dict[str, Any]:
     n_rows = sum(store.n_rows(part) for part in PARTS)
     require_free_space(config.out, n_rows * record.k * 8, f"the codes of {n_rows:,} rows")
     tokenizer_files = {file.name: file.read_bytes() for file in sorted((store.path / paths.TOKENIZER).iterdir())}
-    with StoreWriter.open(config.out, manifest, tokenizer_files) as writer:
+    # The cluster comes before the store: nothing is written when the scheduler does not answer.
+    where = connect(config.scheduler, config.workers) if client is None else nullcontext(client)
+    with where as connected, StoreWriter.open(config.out, manifest, tokenizer_files) as writer:
         for segment in store.segments[len(writer.segments()) :]:
             writer.add_segment(segment, _tables(store, segment))
         source = (config.store.absolute(), config.run.absolute(), store.snapshot, record.run_id)
@@ -64,11 +67,8 @@ def encode(config: EncodeConfig, client: Any = None) -> dict[str, Any]:
             for segment in store.segments
             for part, shard in writer.missing_shards(segment.index)
         ]
-        if tasks and client is None:
-            with connect(config.scheduler, config.workers) as own_client:
-                run_tasks(own_client, "encode", encode_shard, tasks)
-        elif tasks:
-            run_tasks(client, "encode", encode_shard, tasks)
+        if tasks:
+            run_tasks(connected, "encode", encode_shard, tasks)
         for segment in store.segments:
             if not paths.sealed_record(config.out, segment.index).exists():
                 writer.seal(segment.index)

@@ -303,4 +303,6 @@ def _parquet_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except pyarrow.ArrowException as error:
-        raise InputError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]}); restore it from a copy.") from error
+        raise InputError(
+            f"{path}: not a readable parquet file ({str(error).splitlines()[0]}); restore it from a copy."
+        ) from error

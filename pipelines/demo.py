@@ -26,7 +26,8 @@ from pipelines.sae.checkpoint import RECORD as RUN_RECORD
 from pipelines.tokens import store_tokenizer
 from pipelines.train import TrainConfig, train
 
-LAYER, FEATURES, K, BATCH = 3, 2048, 16, 2048
+FEATURES, K, BATCH, LEARNING_RATE = 2048, 16, 2048, 4e-3
+"""In 1,464 steps this learning rate explains 0.89 of layer 3's variance; the law of `train`, made for long runs, 0.85."""
 GOOD_F1 = 0.7
 SHOWN_FINDINGS = 20
 
@@ -36,6 +37,7 @@ class DemoConfig:
     """What `demo` is asked for; the names are the command's options."""
 
     out: Path
+    layer: int = 1
     tokens: int = 1_100_000
     rows: int = 3_000_000
     random_weights: bool = False
@@ -59,9 +61,20 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         raise OutputExists(f"{out}: holds a finished demo (see {page}); choose another --out, or move it away.")
     started = time.monotonic()
     model = _random_model(out / "model", config.seed) if config.random_weights else "builtin"
-    collected = collect(CollectConfig(out=store, model=model, layer=(LAYER,), tokens=config.tokens, seed=config.seed))
+    collected = collect(CollectConfig(out=store, model=model, layer=(config.layer,), tokens=config.tokens, seed=config.seed))
     if not (run / RUN_RECORD).exists():
-        train(TrainConfig(store=store, out=run, features=FEATURES, k=K, tokens=config.rows, batch=BATCH, seed=config.seed))
+        train(
+            TrainConfig(
+                store=store,
+                out=run,
+                features=FEATURES,
+                k=K,
+                tokens=config.rows,
+                batch=BATCH,
+                lr=LEARNING_RATE,
+                seed=config.seed,
+            )
+        )
     figures = evaluate(EvaluateConfig(run=run, store=store))
     with connect(None, config.workers) as client:
         encode(EncodeConfig(store=store, run=run, out=codes), client)
@@ -79,6 +92,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         "out": str(out),
         "page": str(page),
         "model": "random weights" if config.random_weights else "builtin",
+        "layer": config.layer,
         "tokens": collected["tokens"],
         "rows": record["n_rows"],
         "store_bytes_per_million_tokens": _bytes_of(store) * 1e6 / collected["tokens"],
@@ -103,13 +117,13 @@ def rule_counts(findings: list[Finding]) -> dict[str, int]:
 
 
 def shown_findings(findings: list[Finding]) -> list[Finding]:
-    """The best feature of each rule: rules of place first, then of the token before, then of the token itself."""
+    """The best feature of each rule: rules of place first, then of the token before, then the commonest tokens."""
     best: dict[str, Finding] = {}
     for finding in findings:
         if finding.f1 >= GOOD_F1:
             best.setdefault(finding.rule, finding)
     order = {"place": 0, "after": 1, "token": 2}
-    ranked = sorted(best.values(), key=lambda finding: (order[finding.kind], -finding.f1))
+    ranked = sorted(best.values(), key=lambda f: (order[f.kind], -f.firings if f.kind == "token" else -f.f1))
     return ranked[:SHOWN_FINDINGS]
 
 
@@ -129,7 +143,7 @@ def demo_lines(result: dict[str, Any]) -> list[str]:
     width = max([len(finding["rule"]) for finding in result["findings"]] or [4])
     return [
         "",
-        f"{result['rows']:,} rows of layer {LAYER} ({result['model']}), {result['features']:,} features, k {result['k']}",
+        f"layer {result['layer']}, {result['model']}: {result['rows']:,} rows, {result['features']:,} features, {K} a row",
         *(f"  {name:<29} {fact}" for name, fact in facts.items()),
         "",
         f"{'feature':>8}  {'fires on':<{width}}  precision  recall    F1   (on documents the rule was not chosen on)",

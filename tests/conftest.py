@@ -56,7 +56,7 @@ def client() -> Iterator[Any]:
     """A Dask client whose one worker is a thread of this process: the real scheduling without its start-up time."""
     from distributed import Client
 
-    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as found:
+    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=":0") as found:
         yield found
 
 

@@ -77,16 +77,16 @@ def folder_state(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def collect_and_die(config: CollectConfig, n_operations: int) -> None:
-    """`collect`, killed by SIGKILL when it is about to do its n-th thing to a file of the store. For a process of its own."""
+    """`collect`, killed by SIGKILL when about to do its n-th thing to a file of the store. For a process of its own."""
     from pipelines.collect import collect
 
     os.fsync = lambda descriptor: None
     left = itertools.count(n_operations - 1, -1)
 
     def count(event: str, arguments: tuple[object, ...]) -> None:
-        if event in {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"} and str(arguments[0]).startswith(str(config.out)):
-            if not next(left):
-                os.kill(os.getpid(), signal.SIGKILL)
+        counted = event in {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+        if counted and str(arguments[0]).startswith(str(config.out)) and not next(left):
+            os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
     collect(config)

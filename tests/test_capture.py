@@ -44,8 +44,8 @@ def model(model_folder: Path) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def ids() -> Tensor:
-    return torch.randint(0, 400, (3, 24), generator=torch.Generator().manual_seed(0))
+def ids(reference: GPT2LMHeadModel) -> Tensor:
+    return torch.randint(reference.config.vocab_size, (3, 24), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
@@ -97,7 +97,6 @@ def test_a_block_adds_its_attention_and_its_mlp_to_the_stream(layer: int, model:
 
 def test_all_sites_in_one_pass_equal_each_site_alone(model: nn.Module, ids: Tensor) -> None:
     together = capture(model, ALL_SITES, ids)
-    assert list(together) == [site.label for site in sorted(ALL_SITES, key=lambda s: list(together).index(s.label))]
     assert set(together) == {site.label for site in ALL_SITES}
     for site in ALL_SITES:
         assert together[site.label].shape == (*ids.shape, D_MODEL)

@@ -114,7 +114,9 @@ def test_the_help_lists_every_command_and_the_version_is_the_packages() -> None:
     ],
     ids=" ".join,
 )
-def test_a_wrong_usage_exits_with_2_and_does_nothing(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_usage_exits_with_2_and_does_nothing(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     result = invoke(*arguments)
     assert result.exit_code == 2
@@ -191,17 +193,15 @@ def test_encode_and_everything_after_it_print_json(store: Path, codes: Path, ana
     assert page["bytes"] == (tmp_path / "page.html").stat().st_size
 
 
-@pytest.mark.cluster
-def test_encode_and_analyze_print_json(store: Path, run: Path, tmp_path: Path) -> None:
-    """In processes of their own, with real workers: this is also what a user sees."""
-    encoded = run_cli("encode", store, run, "--out", tmp_path / "codes", "--workers", 1, "--json")
-    assert encoded.returncode == 0, encoded.stderr
-    assert json.loads(encoded.stdout)["rows"] == sum(ActivationStore(store).n_rows(part) for part in ("train", "heldout"))
-    analyzed = run_cli("analyze", tmp_path / "codes", "--out", tmp_path / "analysis", "--workers", 1, "--json")
-    assert analyzed.returncode == 0, analyzed.stderr
-    assert sum(json.loads(analyzed.stdout)["bands"].values()) == 64
-    for result, command in ((encoded, "encode"), (analyzed, "analyze")):
-        assert all(line.startswith((f"{command}: ", "examples: ")) for line in result.stderr.splitlines()), result.stderr
+def test_encode_and_analyze_print_json(store: Path, run: Path, client: Any, tmp_path: Path) -> None:
+    where = ("--scheduler", client.scheduler.address, "--json")
+    opened = ActivationStore(store)
+    assert read(invoke("encode", store, run, "--out", tmp_path / "codes", *where))["rows"] == sum(
+        opened.n_rows(part) for part in ("train", "heldout")
+    )
+    analyzed = read(invoke("analyze", store, run, "--out", tmp_path / "analysis", *where))
+    assert sum(analyzed["bands"].values()) == 64
+    assert (tmp_path / "analysis.codes/manifest.json").read_bytes() == (tmp_path / "codes/manifest.json").read_bytes()
 
 
 # Failure
@@ -231,7 +231,18 @@ def test_ctrl_c_keeps_what_was_committed_and_the_same_command_completes_it(
     )
     options = ("--layer", "0", "--context", "8", "--batch-windows", "1", "--encoding", "fp32")
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "cli.py"), "collect", "--out", out, "--model", model_folder, "--corpus", texts, *options],
+        [
+            sys.executable,
+            str(ROOT / "cli.py"),
+            "collect",
+            "--out",
+            out,
+            "--model",
+            model_folder,
+            "--corpus",
+            texts,
+            *options,
+        ],
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

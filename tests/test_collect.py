@@ -1,10 +1,10 @@
-"""Each stored row is what the model computes for its token, whoever wrote it, in whatever order, however often interrupted."""
+"""Each stored row is what the model computes for its token, in whatever order and after however many interruptions."""
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import random
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -211,12 +211,6 @@ def test_moments_in_the_records_equal_numpys(store: Path) -> None:
             np.testing.assert_allclose(second, np.square(rows).mean(axis=0), rtol=1e-9, atol=1e-9)
 
 
-def test_the_probe_of_the_same_model_on_the_same_machine_is_the_same(small: Path, own: Path) -> None:
-    record = json.loads((small / "commits/0000/segment.json").read_text())
-    assert len(record["environment"]["probe_crc32c"]) == 8
-    assert record["n_tokens"] == 1500
-
-
 # Continuing
 
 
@@ -234,10 +228,13 @@ def test_killed_three_times_and_continued_the_store_is_bit_identical(
     small: Path, config: CollectConfig, tmp_path: Path
 ) -> None:
     out = tmp_path / "store"
-    moments = random.Random(1)
+    moments = random.Random(0)
     n_committed = [0]
-    for _ in range(3):
-        process = PROCESSES.Process(target=collect_and_die, args=(replace(config, out=out), moments.randint(20, 200)))
+    # A whole run does about 1,200 things to files: 580 until the first segment is published, then 44 for each shard.
+    for earliest, latest in ((1, 580), (600, 780), (100, 300)):
+        process = PROCESSES.Process(
+            target=collect_and_die, args=(replace(config, out=out), moments.randint(earliest, latest))
+        )
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL
@@ -254,13 +251,10 @@ def test_a_shards_bytes_do_not_depend_on_what_was_computed_before_it(own: Path, 
     (own / "commits/0000/sealed.json").unlink()
     for part, shard in (("train", 1), ("train", 4), ("train", 5), ("heldout", 0)):
         (own / f"commits/0000/{part}/{shard:06d}.json").unlink()
-        for file in own.glob(f"data.zarr/segments/0000/{part}/*/*/c/{shard}*"):
-            if shard == 4:
-                continue  # left there whole
-            if file.is_dir():
-                (file / "0").write_bytes(b"half a shard")
-            else:
-                file.unlink()
+        arrays = own / "data.zarr/segments/0000" / part
+        if shard != 4:  # whose objects are left there whole
+            (arrays / f"rows/window/c/{shard}").unlink()
+            (arrays / f"acts/resid_post.0/c/{shard}/0").write_bytes(b"half a shard")
     result = collect(replace(config, out=own))
     assert result["shards"] - result["shards_committed_before"] == 4
     assert files_of(own) == files_of(small)
@@ -360,7 +354,7 @@ def test_hardware_that_computes_other_bits_is_refused_unless_accepted(
     (own / "commits/0000/train/000002.json").unlink()
     before = folder_state(own)
     monkeypatch.setattr(stage._Run, "_probe", lambda run, windows: "00000000")
-    with pytest.raises(IdentityMismatch, match="here it is 00000000; .*--mixed-hardware"):
+    with pytest.raises(IdentityMismatch, match=r"here it is 00000000; .*--mixed-hardware"):
         collect(replace(config, out=own))
     assert folder_state(own) == before
     collect(replace(config, out=own, mixed_hardware=True))
@@ -396,15 +390,15 @@ def test_a_value_beyond_fp16_stops_with_its_site_token_position_and_value(
         collect(asked)
     message = str(caught.value)
     assert "does not fit fp16; bf16 keeps up to 3.39e38, fp32 any finite value." in message
-    site, place, position, *_ = message.replace(",", ":").split(": ")
-    assert site == "resid_pre.0"
-    assert "value 1000" in message
-    assert "channel 5 " in message
+    found = re.match(
+        r"resid_pre\.0: token (\d+) of the table, position (\d+) of its window: value (\S+) at .* channel 5 ", message
+    )
+    assert found
+    assert float(found[3]) == pytest.approx(1e5, rel=1e-3)
+    index, position = int(found[1]), int(found[2])
     store = ActivationStore(tmp_path / "store", partial=True)
-    index = int(place.removeprefix("token ").removesuffix(" of the table"))
     assert store.table(0, "tokens/ids")[index] == token
-    offset = index - int(position.removeprefix("position ").removesuffix(" of its window"))
-    assert offset + 1 in [start for part in PARTS for start in store.table(0, f"{part}/windows/token_start")]
+    assert index - position + 1 in [start for part in PARTS for start in store.table(0, f"{part}/windows/token_start")]
     assert collect(replace(asked, out=tmp_path / "wide", encoding="bf16"))["tokens"] == 1500
 
 
@@ -428,7 +422,14 @@ def test_a_tokenizer_with_tokens_the_model_has_not_is_refused(
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"tokens": 0}, {"context": 1}, {"batch_windows": 0}, {"encoding": "int4"}, {"compute_dtype": "fp8"}, {"packing": "loose"}],
+    [
+        {"tokens": 0},
+        {"context": 1},
+        {"batch_windows": 0},
+        {"encoding": "int4"},
+        {"compute_dtype": "fp8"},
+        {"packing": "loose"},
+    ],
     ids=str,
 )
 def test_a_configuration_that_makes_no_sense_is_refused(wrong: dict[str, Any], config: CollectConfig) -> None:

@@ -57,7 +57,9 @@ def test_every_line_of_a_text_file_lies_in_exactly_one_piece(lines: list[tuple[s
 
 
 @settings(deadline=None, max_examples=100)
-@given(bodies=st.lists(TEXT, max_size=20), piece_bytes=st.integers(1, 200), final=st.sampled_from(["", "\n", "\r\n", "\n\n"]))
+@given(
+    bodies=st.lists(TEXT, max_size=20), piece_bytes=st.integers(1, 200), final=st.sampled_from(["", "\n", "\r\n", "\n\n"])
+)
 def test_every_record_of_a_jsonl_file_is_read_once(bodies: list[str], piece_bytes: int, final: str) -> None:
     """Also one with U+2028, or another character at which Python's splitlines would cut."""
     lines = [json.dumps({"n": i, "text": f"{i} {body}"}, ensure_ascii=False) for i, body in enumerate(bodies)]

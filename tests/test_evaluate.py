@@ -249,7 +249,7 @@ def test_a_store_without_heldout_documents_is_refused(texts: Path, model_folder:
 
 
 def test_as_many_components_as_dimensions_are_refused(store: Path, run: Path) -> None:
-    with pytest.raises(InputError, match="pca 32: rows have 32 dimensions; choose 31 or less"):
+    with pytest.raises(InputError, match="pca 32: rows have 32 dimensions; choose --pca 31 or less"):
         evaluate(EvaluateConfig(run=run, store=store, pca=32, device="cpu"))
 
 

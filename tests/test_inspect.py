@@ -20,6 +20,9 @@ LINES = ["The fox number 3 went to the wood, and", "", "it saw 9 of its friends 
 WRITTEN = [line for line in LINES if line]
 
 
+ByHand = tuple[np.ndarray, list[list[int]], Any]
+
+
 @pytest.fixture(scope="module")
 def found(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     file = tmp_path_factory.mktemp("texts") / "lines.txt"
@@ -28,7 +31,7 @@ def found(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def by_hand(run: Path, model_folder: Path) -> tuple[np.ndarray, list[list[int]], Any]:
+def by_hand(run: Path, model_folder: Path) -> ByHand:
     """Dense codes (tokens, F) of all lines by the definition; the ids of each line; the tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = GPT2LMHeadModel.from_pretrained(model_folder).eval()
@@ -47,7 +50,7 @@ def by_hand(run: Path, model_folder: Path) -> tuple[np.ndarray, list[list[int]],
     return torch.zeros_like(pre).scatter(1, top.indices, top.values.relu()).numpy(), ids_of, tokenizer
 
 
-def test_the_features_are_those_of_highest_mean(found: dict[str, Any], by_hand: tuple[np.ndarray, list[list[int]], Any]) -> None:
+def test_the_features_are_those_of_highest_mean(found: dict[str, Any], by_hand: ByHand) -> None:
     codes, ids_of, _ = by_hand
     mean = codes.mean(axis=0)
     assert (found["texts"], found["tokens"]) == (len(WRITTEN), sum(map(len, ids_of)))
@@ -56,7 +59,7 @@ def test_the_features_are_those_of_highest_mean(found: dict[str, Any], by_hand: 
         assert feature["mean"] == pytest.approx(mean[feature["feature"]], rel=1e-4)
 
 
-def test_the_tokens_are_those_that_fire_it_most(found: dict[str, Any], by_hand: tuple[np.ndarray, list[list[int]], Any]) -> None:
+def test_the_tokens_are_those_that_fire_it_most(found: dict[str, Any], by_hand: ByHand) -> None:
     codes, ids_of, tokenizer = by_hand
     places = [(line, position) for line, ids in enumerate(ids_of) for position in range(len(ids))]
     for feature in found["features"]:
@@ -74,9 +77,10 @@ def test_the_tokens_are_those_that_fire_it_most(found: dict[str, Any], by_hand: 
 def test_each_line_shows_the_value_the_text_before_and_the_token(found: dict[str, Any]) -> None:
     lines = inspect_lines(found)
     first = found["features"][0]
+    firing = first["firings"][0]
     assert lines[0] == f"{found['tokens']} tokens of 3 texts; features by mean activation:"
     assert lines[1] == f"feature {first['feature']}: mean {first['mean']:.4f}"
-    assert lines[2] == f"  {first['firings'][0]['value']:>8.3f}  {first['firings'][0]['before']}[{first['firings'][0]['token']}]"
+    assert lines[2] == f"  {firing['value']:>8.3f}  {firing['before']}[{firing['token']}]"
     assert len(lines) == 1 + sum(1 + len(feature["firings"]) for feature in found["features"])
 
 

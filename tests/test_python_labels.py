@@ -35,6 +35,11 @@ class Cat(Animal):
 def g(): return _a
 '''
 
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
 EXPECTED: dict[str, list[str]] = {
     "the name after `def`": ["_purr", "g"],
     "the name after `class`": ["Cat"],
@@ -55,11 +60,11 @@ EXPECTED: dict[str, list[str]] = {
     "a name in ALL_CAPS": ["LIMIT"],
     "a name with a leading underscore": ["_purr", "_a"],
     "a __dunder__ name": ["__file__"],
-    "any name": (
-        "os path sys math pi cache Cat Animal LIMIT name _purr self n loud dict str int kw tuple int str n self n self x y "
-        "meow kw n key n i range n Oops err __file__ g _a"
-    ).split(),
-    "a keyword": "import from import class def None if return lambda for in raise from return def return".split(),
+    "any name": words(
+        "os path sys math pi cache Cat Animal LIMIT name _purr self n loud dict str int kw tuple int str n self n "
+        "self x y meow kw n key n i range n Oops err __file__ g _a"
+    ),
+    "a keyword": words("import from import class def None if return lambda for in raise from return def return"),
     "a number": ["3", "1", "2", "1", "3"],
     "inside a string": ["str", "déjà", "no doc"],
     "the quotes that open a string": ['"', 'u"', '"'],
@@ -71,25 +76,23 @@ EXPECTED: dict[str, list[str]] = {
     "inside a comment": ["# loud (very)"],
     "the `#` that begins a comment": ["#"],
     "an opening bracket": ["(", "(", "[", "[", "(", "[", "{", "(", "(", "("],
-    "a closing bracket": [")", "]", ")", "]", ")", "}", "]", ")", ")", ")"],
+    "a closing bracket": [")", "]", ")", "]", ")}])", ")", ")"],
     "the `(` of a call": ["(", "("],
     "the `(` of a `def` header": ["(", "("],
     "the colon that ends a block header": [":", ":", ":", ":", ":"],
     "a colon inside brackets": [":", ":"],
-    "the comma between arguments or items": [","] * 9,
+    "the comma between arguments or items": [","] * 10,
     "the `=` of an assignment": ["=", "=", "="],
     "the `=` of a keyword argument or default": ["=", "=", "="],
     "a comparison operator": ["!="],
     "an arithmetic operator": ["-", "*"],
-    "inside round brackets": "Animal self, n=1, *, loud: dict[ ] = None, **kw *kw, -n, key=[ ] 3 n".split(),
+    "inside round brackets": words("Animal self, n=1, *, loud: dict[ ] = None, **kw *kw, -n, key=[ 3 ] n"),
     "inside square brackets": ["str,", "int", "int,", "str", "n", "*", "2,", "{", "}"],
     "inside curly brackets": ["1:", "(", ")"],
     "inside brackets within brackets": ["str,", "int", "n", "*", "2,", "{1:", "(3)}"],
-    "inside a `def` header": (
-        "_purr(self, n=1, *, loud: dict[str, int] = None, **kw) -> tuple[int, str]: g():"
-    ).split(),
+    "inside a `def` header": words("_purr(self, n=1, *, loud: dict[str, int] = None, **kw) -> tuple[int, str]: g():"),
     "the indentation of a line": ["    "] * 3 + ["        "] * 2 + ["            "] + ["        "] * 4,
-    "the first word of a line": "More import from class LIMIT name def if return self meow for return def".split(),
+    "the first word of a line": words("More import from class LIMIT name def if return self meow for return def"),
     "the end of a line": ["\n"] * 17,
     "an empty line's end": ["\n"] * 3,
 }

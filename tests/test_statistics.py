@@ -161,9 +161,7 @@ def test_an_empty_value_merges_as_nothing() -> None:
     codes = random_codes(4)
     empty = Survey(codes.n_features, N_VOCABULARY, N_EXAMPLES)
     require_equal_to_dense(empty.merge(codes.survey(slice(None))), codes)
-    require_equal_to_dense(
-        codes.survey(slice(None)).merge(Survey(codes.n_features, N_VOCABULARY, N_EXAMPLES)), codes
-    )
+    require_equal_to_dense(codes.survey(slice(None)).merge(Survey(codes.n_features, N_VOCABULARY, N_EXAMPLES)), codes)
 
 
 def test_an_example_that_a_better_one_of_its_window_replaces_makes_room_for_no_wrong_one() -> None:

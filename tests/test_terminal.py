@@ -1,0 +1,85 @@
+"""What `features` and `feature` print, on an analysis small enough to work out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tablekit import codes_manifest, dense_codes, text_table, write_table_store
+
+from actstore.errors import InputError
+from pipelines.analysis import Analysis
+from pipelines.analyze import AnalyzeConfig, analyze
+from pipelines.terminal import feature_card, feature_lines, feature_rows, features_lines
+
+TEXTS = {"one.txt": " fox owl fox mole\n", "two.txt": " owl fox\n owl fox"}
+VALUES = {
+    " fox": (2.0, 1.0, 0.0),
+    " owl": (0.0, 3.0, 0.0),
+    "\n": (0.5, 0.0, 0.0),
+}
+"""Of features 0, 1 and 2 on each token; other tokens fire nothing."""
+
+
+@pytest.fixture(scope="module")
+def analysis(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, client: Any) -> Analysis:
+    table, codec, files = text_table(TEXTS, model_folder, modulus=0)
+    texts = codec.token_texts()
+    values = np.array([VALUES.get(texts[token], (0.0, 0.0, 0.0)) for token in table.ids], np.float32)
+    folder = tmp_path_factory.mktemp("terminal")
+    manifest = codes_manifest(3, 3, codec)
+    write_table_store(folder / "codes", manifest, table, lambda index: dense_codes(values[index]), files)
+    analyze(AnalyzeConfig(codes=folder / "codes", out=folder / "analysis", examples=2, before=2, after=1), client)
+    return Analysis(folder / "analysis")
+
+
+def test_the_table_of_features_is_this(analysis: Analysis) -> None:
+    n = analysis.n_rows
+    expected = [
+        "feature    fires band          mean     peak  tokens (share of firings)",
+        f"      1 {7 / n:>8.3%} common       1.857    3.000  ' fox' 57%  ' owl' 43%",
+        f"      0 {6 / n:>8.3%} common       1.500    2.000  ' fox' 67%  '⏎' 33%",
+        f"      2 {0:>8.3%} dead         0.000    0.000  ",
+    ]
+    assert features_lines(feature_rows(analysis, "frequency", 10)) == expected
+    assert features_lines(feature_rows(analysis, "frequency", 1)) == expected[:2]
+
+
+@pytest.mark.parametrize(
+    ("sort", "order"), [("frequency", [1, 0, 2]), ("mean", [1, 0, 2]), ("peak", [1, 0, 2]), ("id", [0, 1, 2])]
+)
+def test_features_come_in_the_order_asked_for(analysis: Analysis, sort: str, order: list[int]) -> None:
+    assert [row["feature"] for row in feature_rows(analysis, sort, 3)] == order
+
+
+def test_the_card_of_a_feature_is_this(analysis: Analysis) -> None:
+    n = analysis.n_rows
+    assert feature_lines(feature_card(analysis, 1)) == [
+        f"feature 1: fires in 7 rows ({7 / n:.3%}, common), mean 1.857, peak 3.000",
+        "tokens (share of its firings; share of the token's rows it fires on):",
+        "  ' fox'            57.1% 100.0%",
+        "  ' owl'            42.9% 100.0%",
+        "fires together with (rows; times more often than if independent):",
+        f"  feature 0               4 {4 * n / 42:>8.1f}x",
+        "strongest firings, each from another window:",
+        "  3.000  one.txt",
+        "     fox[ owl] fox",
+        "    ▃▃▃▃██████▃▃▃▃",
+    ]
+
+
+def test_a_dead_feature_has_only_its_first_line(analysis: Analysis) -> None:
+    assert feature_lines(feature_card(analysis, 2)) == ["feature 2: fires in 0 rows (0.000%, dead), mean 0.000, peak 0.000"]
+
+
+@pytest.mark.parametrize("feature", [-1, 3])
+def test_a_feature_that_is_not_there_is_refused(analysis: Analysis, feature: int) -> None:
+    with pytest.raises(InputError, match=f"feature {feature}: .* has 3 features; choose 0 to 2"):
+        feature_card(analysis, feature)
+
+
+def test_an_order_that_is_not_there_is_refused(analysis: Analysis) -> None:
+    with pytest.raises(InputError, match="sort 'size': choose one of frequency, mean, peak, id"):
+        feature_rows(analysis, "size", 3)
