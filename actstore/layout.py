@@ -52,8 +52,8 @@ class Layout:
         return first, min(first + self.chunk_rows, stop)
 
 
-def choose_layout(n_rows: int, row_bytes_all_sites: int, row_bytes_widest: int) -> Layout:
-    """The layout a new segment gets.
+def choose_layout(n_rows: int, row_bytes_all_sites: int, pooled_row_bytes: int) -> Layout:
+    """The layout a new segment gets, from what a row takes on disk over all sites and what a stream holds of it.
 
     Shards: the largest multiple of the chunk with at most 512 MiB over all sites that still leaves at least 16
     whole shards. Chunks: 1,024 rows, halved (down to 128) while one chunk of every shard would pass the 256 MiB that a
@@ -71,6 +71,6 @@ def choose_layout(n_rows: int, row_bytes_all_sites: int, row_bytes_widest: int) 
             return Layout(n_rows, max(shard_rows, chunk_rows), chunk_rows)
         if shard_rows:
             layout = Layout(n_rows, shard_rows, chunk_rows)
-            if layout.n_shards * chunk_rows * row_bytes_widest <= ROUND_BUDGET_BYTES:
+            if layout.n_shards * chunk_rows * pooled_row_bytes <= ROUND_BUDGET_BYTES:
                 return layout
         chunk_rows //= 2

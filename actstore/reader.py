@@ -179,16 +179,30 @@ class Store:
         """(relative name, {bytes, sha256}) of every object that the manifest and the records name."""
         for name, expected in self.manifest.provenance.get("tokenizer_files", {}).items():
             yield f"{paths.TOKENIZER}/{name}", expected
+        yield from self._sealed_records.items()
         for segment in self.segments:
             yield from segment.objects.items()
         for part in PARTS:
             for shard in self.shards(part):
-                yield from self._commit(shard)["objects"].items()
+                if self._record_fault(shard) is None:
+                    yield from self._commit(shard)["objects"].items()
 
     def verify(self) -> list[str]:
         """Read every committed object and compare its length and sha256; one line for each fault."""
         objects = dict(self.objects())
         return [fault for name, expected in objects.items() if (fault := self._fault(name, expected))]
+
+    @cached_property
+    def _sealed_records(self) -> dict[str, dict[str, Any]]:
+        """What the sealed segments say of their records: object entries by name."""
+        files = [paths.sealed_record(self.path, segment.index) for segment in self.segments]
+        return {name: entry for file in files if file.exists() for name, entry in read_json(file)["records"].items()}
+
+    def _record_fault(self, shard: Shard) -> str | None:
+        """What is wrong with a shard's commit record, if its segment is sealed."""
+        file = paths.shard_record(self.path, shard.segment, shard.part, shard.index)
+        name = file.relative_to(self.path).as_posix()
+        return self._fault(name, self._sealed_records[name]) if name in self._sealed_records else None
 
     def _fault(self, name: str, expected: dict[str, Any]) -> str | None:
         file = self.path / name
@@ -204,6 +218,8 @@ class Store:
 
     def _commit(self, shard: Shard) -> dict[str, Any]:
         if shard not in self._commits:
+            if fault := self._record_fault(shard):
+                raise self._damaged(self.path, fault)
             self._commits[shard] = read_json(paths.shard_record(self.path, shard.segment, shard.part, shard.index))
         return self._commits[shard]
 

@@ -130,11 +130,16 @@ class StoreWriter:
         ]
 
     def seal(self, segment: int) -> None:
-        """Publish the list of a finished segment's shards: from now on a missing commit record is a fault."""
+        """Publish the list of a finished segment's records: from now on a missing or changed one is a fault."""
         if self.missing_shards(segment):
             raise ValueError(f"segment {segment} is not complete")
-        shards = {part: record.layout.n_shards for part, record in self.segments()[segment].parts.items()}
-        publish_json(paths.sealed_record(self.path, segment), {"shards": shards})
+        files = [paths.segment_record(self.path, segment)] + [
+            paths.shard_record(self.path, segment, part, shard)
+            for part, record in self.segments()[segment].parts.items()
+            for shard in range(record.layout.n_shards)
+        ]
+        records = {file.relative_to(self.path).as_posix(): object_record(file) for file in files}
+        publish_json(paths.sealed_record(self.path, segment), {"records": records})
 
 
 def write_shard(
@@ -174,14 +179,18 @@ def require_store_place(path: Path) -> None:
 def read_segments(store: Path) -> list[SegmentRecord]:
     """The segments of a store that have been published, in order.
 
-    Raises DamagedStore when the record of a sealed segment is missing.
+    Raises DamagedStore when the record of a sealed segment is missing or is not the one that was sealed.
     """
     records: list[SegmentRecord] = []
-    while (file := paths.segment_record(store, len(records))).exists():
+    while True:
+        file, seal = paths.segment_record(store, len(records)), paths.sealed_record(store, len(records))
+        if seal.exists():
+            expected = read_json(seal)["records"].get(file.relative_to(store).as_posix())
+            if not file.exists() or object_record(file) != expected:
+                raise DamagedStore(f"{file}: missing or changed, though its segment is sealed; restore it from a copy.")
+        if not file.exists():
+            return records
         records.append(SegmentRecord.from_json(read_json(file)))
-    if paths.sealed_record(store, len(records)).exists():
-        raise DamagedStore(f"{file}: missing, though its segment is sealed; restore it from a copy.")
-    return records
 
 
 def _compressors(compressed: bool, itemsize: int) -> list[Any]:

@@ -167,8 +167,8 @@ class _Run:
         for index, part in enumerate(PARTS):
             windows = cut_windows(table, part, self.manifest.policy)
             kept = windows.kept_counts()
-            widest = max(array.width * np.dtype(array.dtype).itemsize for array in self.manifest.arrays)
-            layout = choose_layout(int(kept.sum()), self._row_bytes(), widest)
+            pooled = max(array.width for array in self.manifest.arrays) * np.dtype(np.float32).itemsize
+            layout = choose_layout(int(kept.sum()), self._row_bytes(), pooled)
             plan = PartPlan.build(self.config.seed, len(segments), index, layout, kept)
             tables[f"{part}/windows/token_start"] = windows.token_start
             tables[f"{part}/windows/n_tokens"] = windows.n_tokens.astype(np.uint32)

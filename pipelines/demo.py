@@ -84,7 +84,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         policy = opened.manifest.policy
         codec = store_tokenizer(codes, policy.bos_token_id, policy.separator_token_id)
         findings = find_rules(opened, codec, client)
-    publish_json(analysis / "findings.json", findings_json([f for f in findings if f.f1 >= GOOD_F1]))
+    publish_json(analysis / "findings.json", findings_json(good_findings(findings)))
     if not page.exists():
         report(ReportConfig(analysis=analysis, out=page))
     record = Analysis(analysis).record
@@ -111,20 +111,24 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
 
 def rule_counts(findings: list[Finding]) -> dict[str, int]:
     """How many features follow a rule with F1 of at least 0.7, and how many different rules those are, by kind."""
-    good = [finding for finding in findings if finding.f1 >= GOOD_F1]
+    good = good_findings(findings)
     kinds = {kind: len({f.rule for f in good if f.kind == kind}) for kind in ("place", "after", "token")}
     return {"features": len(good), "rules": sum(kinds.values()), **{f"rules_{kind}": n for kind, n in kinds.items()}}
 
 
+def good_findings(findings: list[Finding]) -> list[Finding]:
+    """Those with F1 of at least 0.7: rules of place by F1 first, then of the token before, then the commonest tokens."""
+    order = {"place": 0, "after": 1, "token": 2}
+    good = [finding for finding in findings if finding.f1 >= GOOD_F1]
+    return sorted(good, key=lambda f: (order[f.kind], -f.firings if f.kind == "token" else -f.f1, f.feature))
+
+
 def shown_findings(findings: list[Finding]) -> list[Finding]:
-    """The best feature of each rule: rules of place first, then of the token before, then the commonest tokens."""
+    """The best feature of each rule, in the same order; the first twenty."""
     best: dict[str, Finding] = {}
     for finding in findings:
-        if finding.f1 >= GOOD_F1:
-            best.setdefault(finding.rule, finding)
-    order = {"place": 0, "after": 1, "token": 2}
-    ranked = sorted(best.values(), key=lambda f: (order[f.kind], -f.firings if f.kind == "token" else -f.f1))
-    return ranked[:SHOWN_FINDINGS]
+        best.setdefault(finding.rule, finding)
+    return [finding for finding in good_findings(findings) if best[finding.rule] is finding][:SHOWN_FINDINGS]
 
 
 def demo_lines(result: dict[str, Any]) -> list[str]:

@@ -406,7 +406,8 @@ def test_a_damaged_table_is_named_by_read_and_by_verify(own: Path, damage: Calla
 
 
 def test_no_flipped_bit_goes_unseen(path: Path, tmp_path: Path) -> None:
-    """Anywhere in any object: verify names it, and the rows it holds are not handed out."""
+    """Anywhere in any object: verify names it, and the rows it holds are not handed out. In a segment's record: the
+    store does not open."""
     copy = Path(shutil.copytree(path, tmp_path / "copy"))
     names = sorted(dict(Store(path).objects()))
 
@@ -416,6 +417,10 @@ def test_no_flipped_bit_goes_unseen(path: Path, tmp_path: Path) -> None:
         whole = (copy / name).read_bytes()
         flip_bit(copy / name, bit)
         try:
+            if name.endswith("segment.json"):
+                with pytest.raises(DamagedStore, match=re.escape(name)):
+                    ActivationStore(copy)
+                return
             store = ActivationStore(copy)
             assert [fault.partition(": ")[0] for fault in store.verify()] == [name]
             parts = name.split("/")
@@ -437,7 +442,7 @@ def test_no_flipped_bit_goes_unseen(path: Path, tmp_path: Path) -> None:
 def test_a_damaged_commit_record_is_named(own: Path) -> None:
     (own / "commits/0000/train/000000.json").write_text("{")
     store = ActivationStore(own)
-    with pytest.raises(DamagedStore, match=r"commits/0000/train/000000\.json: not readable as JSON"):
+    with pytest.raises(DamagedStore, match=r"commits/0000/train/000000\.json: 1 bytes"):
         store.read(store.shards()[0], SITE)
 
 
