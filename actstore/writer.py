@@ -104,6 +104,8 @@ class StoreWriter:
         leftover = group if record.index else data
         if leftover.exists():
             shutil.rmtree(leftover)
+        for unfinished in (*data.glob("*.partial"), *group.parent.glob("*.partial")):
+            unfinished.unlink()
         for name, values in tables.items():
             _write_table(data, f"{paths.segment_group(record.index)}/{name}", values)
         for part, part_record in record.parts.items():
