@@ -120,7 +120,7 @@ def _opened(store_path: Path, run_path: Path, snapshot: str, run_id: str) -> tup
 
 
 def _manifest(store: ActivationStore, record: RunRecord, run_path: Path) -> Manifest:
-    index_dtype = np.min_scalar_type(record.n_features).name  # its largest integer means no row, and is no feature
+    index_dtype = np.min_scalar_type(record.n_features - 1).name
     return replace(
         store.manifest,
         kind="codes",

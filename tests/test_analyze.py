@@ -19,6 +19,7 @@ import pytest
 import torch
 from modelkit import ROOT
 from numpy.typing import NDArray
+from tablekit import codes_manifest, dense_codes, text_table, write_table_store
 
 from actstore import paths
 from actstore.errors import IdentityMismatch, IncompleteStore, InputError, NotAStore, OutputExists, WidthMismatch
@@ -223,7 +224,7 @@ def test_a_worker_that_lives_on_sees_a_run_that_was_replaced(store: Path, run: P
 
 
 def test_the_last_of_256_features_may_be_the_only_one(store: Path, run: Path, client: Any, tmp_path: Path) -> None:
-    """Zarr leaves out a chunk of nothing but the value that means no row: no feature may be that value."""
+    """Its index is the largest integer of the array, and could be taken for the value of places without a row."""
     sae = TopKSae(32, 256, 1)
     with torch.no_grad():
         sae.b_enc[255] = 1e6
@@ -353,6 +354,21 @@ def test_the_text_around_an_example_is_that_of_its_file(analysis: Analysis, text
                 assert shown in file.read_text(encoding="utf-8")
                 n_checked += 1
     assert n_checked > 50
+
+
+def test_nothing_is_shown_beyond_the_ends_of_a_window(model_folder: Path, client: Any, tmp_path: Path) -> None:
+    """Feature 0 is strongest where a window begins, feature 1 where it ends; both fire on every token."""
+    table, codec, files = text_table({"story.txt": "The fox went to the wood. " * 40}, model_folder, modulus=0)
+    rising = np.arange(1, len(table.ids) + 1, dtype=np.float32)
+    values = np.stack([rising[::-1], rising], axis=1)
+    manifest = codes_manifest(2, 2, codec)
+    write_table_store(tmp_path / "codes", manifest, table, lambda index: dense_codes(values[index]), files)
+    analyze(config_of(tmp_path / "codes", tmp_path / "analysis"), client)
+    analysis = Analysis(tmp_path / "analysis")
+    for feature, outside in ((0, slice(None, BEFORE)), (1, slice(BEFORE + 1, None))):
+        for example in analysis.examples(feature)[1:]:
+            assert set(example.tokens[outside]) == {""}
+            assert [value > 0 for value in example.values] == [text != "" for text in example.tokens]
 
 
 # Wherever the tasks run
