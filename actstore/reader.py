@@ -150,8 +150,8 @@ class Store:
     def token_ids(self, shard: Shard) -> NDArray[np.int64]:
         """(n_rows,) the token each row of a shard stands at."""
         index = self.token_index(shard)
-        ids = self.table(shard.segment, "tokens/ids").astype(np.int64)
-        return np.where(index >= 0, ids[index], self.manifest.policy.bos_token_id)
+        ids = self.table(shard.segment, "tokens/ids")[index].astype(np.int64)
+        return np.where(index >= 0, ids, self.manifest.policy.bos_token_id)
 
     def token_index(self, shard: Shard) -> NDArray[np.int64]:
         """(n_rows,) each row's place in the segment's token table; -1 for a start-of-text position."""

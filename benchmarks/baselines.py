@@ -18,12 +18,17 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from actstore.reader import ActivationStore, Shard
-from actstore.schema import PARTS
-from pipelines.cluster import connect, reduce_tasks
-from pipelines.concepts import HALF_BIT, Finding, RuleScores, label_store, row_labels, shard_rules
-from pipelines.demo import DemoConfig, read_demo, rule_counts, run_demo
-from pipelines.tokens import store_tokenizer
+from cli import set_environment
+
+set_environment()  # before torch is loaded, as the commands do
+
+from actstore.reader import ActivationStore, Shard  # noqa: E402
+from actstore.schema import PARTS  # noqa: E402
+from pipelines.cluster import connect, reduce_tasks  # noqa: E402
+from pipelines.concepts import HALF_BIT, Finding, RuleScores, label_store, row_labels, shard_rules  # noqa: E402
+from pipelines.demo import DemoConfig, read_demo, rule_counts, run_demo  # noqa: E402
+from pipelines.sae.checkpoint import load_run  # noqa: E402
+from pipelines.tokens import store_tokenizer  # noqa: E402
 
 FIRING_SHARES = (0.3, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002)
 """A dimension's candidate thresholds: the values above which it lies in these shares of the choosing half's rows."""
@@ -87,9 +92,16 @@ def main(demo_out: Path, workers: int, as_json: bool) -> None:
     trained = read_demo(demo_out)
     random_out = demo_out / "random-weights"
     if not (random_out / "demo.json").exists():
+        _, run = load_run(demo_out / "run")
         run_demo(
             DemoConfig(
-                out=random_out, layer=trained["layer"], tokens=trained["tokens"], random_weights=True, workers=workers
+                out=random_out,
+                layer=trained["layer"],
+                tokens=trained["tokens"],
+                rows=run.rows_seen,
+                random_weights=True,
+                workers=workers,
+                seed=run.config["seed"],
             )
         )
     random = read_demo(random_out)
@@ -114,7 +126,7 @@ def main(demo_out: Path, workers: int, as_json: bool) -> None:
     ):
         click.echo(f"{label:<46}{trained['evaluation'][key]:>12.3f}{random['evaluation'][key]:>16.3f}")
     rows: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-        ("SAE features that follow a rule (of 2,048)", trained["rules"], random["rules"]),
+        (f"SAE features that follow a rule (of {trained['features']:,})", trained["rules"], random["rules"]),
         ("signed raw dimensions that follow a rule", raw, raw_random),
     ]
     for label, left, right in rows:

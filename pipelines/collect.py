@@ -183,6 +183,7 @@ class _Run:
             parts=parts,
             environment={
                 **_environment(self.device),
+                "batch_windows": self.config.batch_windows,
                 "probe_crc32c": self._probe(cut_windows(table, PARTS[0], self.manifest.policy)),
             },
             objects={},
@@ -213,30 +214,30 @@ class _Run:
     def _shard(self, plan: PartPlan, windows: Windows, shard: int, progress: Tracker) -> dict[str, NDArray[Any]]:
         """Every array of one shard, in disk order, and the moments of its activations."""
         chosen, mine = plan.shard_windows(shard)
-        order = np.arange(mine.start, mine.stop)[plan.row_order(shard)]
-        kept_rows: dict[str, list[NDArray[Any]]] = {array.name: [] for array in self.manifest.arrays}
+        place = np.argsort(plan.row_order(shard))
+        arrays = {array.name: np.empty((len(place), *array.tail), array.dtype) for array in self.manifest.arrays}
         sums: dict[str, NDArray[np.float64]] = {}
         seen = 0
         for batch, kept, rows in self._activations(windows, chosen):
             window, position = np.nonzero(kept)
             inside = slice(max(mine.start - seen, 0), max(min(mine.stop - seen, len(window)), 0))
-            kept_rows["rows/window"].append(batch[window].astype(np.uint32))
-            kept_rows["rows/position"].append(position.astype(np.uint16))
+            here = place[seen + inside.start - mine.start : seen + inside.stop - mine.start]
+            seen += len(window)
+            window, position = batch[window[inside]], position[inside]
+            arrays["rows/window"][here], arrays["rows/position"][here] = window, position
             for site in self.sites:
                 array = self.manifest.array(f"acts/{site.label}")
-                values = rows[site.label]
+                values = rows[site.label][inside]
                 try:
-                    kept_rows[array.name].append(encode_rows(values, array.encoding))
+                    arrays[array.name][here] = encode_rows(values, array.encoding)
                 except EncodingError as error:
-                    token = windows.token_start[batch[window[error.row]]] + position[error.row] - int(self.config.bos)
+                    token = windows.token_start[window[error.row]] + position[error.row] - int(self.config.bos)
                     raise self._at_token(error, site, int(token), int(position[error.row])) from error
-                own = values[inside].astype(np.float64)
+                own = values.astype(np.float64)
                 moments = np.stack([own.sum(axis=0), np.square(own).sum(axis=0)])
                 sums[site.label] = sums.get(site.label, 0.0) + moments
-            seen += len(window)
-            progress.advance(inside.stop - inside.start)
-        arrays = {name: np.concatenate(parts)[order] for name, parts in kept_rows.items()}
-        return arrays | {f"stats/{label}": total / len(order) for label, total in sums.items()}
+            progress.advance(len(here))
+        return arrays | {f"stats/{label}": total / len(place) for label, total in sums.items()}
 
     def _activations(
         self, windows: Windows, chosen: NDArray[np.int64]
@@ -278,9 +279,10 @@ class _Run:
         theirs, ours = segment.environment["probe_crc32c"], self._probe(windows)
         if theirs != ours and not self.config.mixed_hardware:
             raise IdentityMismatch(
-                f"{self.config.out}: segment {segment.index} was begun on hardware whose probe is {theirs} "
-                f"({segment.environment['cpu']}, torch {segment.environment['torch']}), here it is {ours}; continue there, "
-                "or pass --mixed-hardware to accept rows that differ in their last bits."
+                f"{self.config.out}: segment {segment.index} was begun with --batch-windows "
+                f"{segment.environment['batch_windows']} on hardware whose probe is {theirs} ({segment.environment['cpu']}, "
+                f"torch {segment.environment['torch']}), with {self.config.batch_windows} here it is {ours}; continue as it "
+                "was begun, or pass --mixed-hardware to accept rows that differ in their last bits."
             )
 
     def _at_token(self, error: EncodingError, site: Site, token: int, position: int) -> EncodingError:

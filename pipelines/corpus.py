@@ -63,7 +63,10 @@ def open_corpus(spec: str, seed: int) -> Corpus:
     if spec == "stdlib":
         from pipelines.stdlib import stdlib_files
 
-        files = [(file.path, file.name) for file in stdlib_files()]
+        try:
+            files = [(file.path, file.name) for file in stdlib_files()]
+        except FileNotFoundError as error:
+            raise InputError(f"corpus {spec}: {error}.") from error
         return _local(spec, files, None, seed)
     if spec.startswith("hf:"):
         return _hub(spec)
@@ -195,7 +198,7 @@ def _lines_in_range(path: Path, start: int, stop: int) -> tuple[int, bytes]:
     with open(path, "rb") as file:
         if start:
             file.seek(start - 1)
-            file.readline()
+            file.readline(stop - start + 1)  # no further: a file of one line would be read to its end in every range
         begin = file.tell()
         if begin >= stop:
             return begin, b""

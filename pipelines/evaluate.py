@@ -29,7 +29,8 @@ from pipelines.windows import Windows
 
 PART = "heldout"
 BATCH_ROWS = 8192
-BATCH_WINDOWS = 16
+BATCH_WINDOWS, BATCH_POSITIONS = 16, 2048
+"""At most, of one forward pass: 2,048 positions are 0.4 GB of logits in GPT-2's vocabulary, with a few copies alive at once."""
 PCA_ROWS = 200_000
 
 
@@ -178,7 +179,8 @@ def evaluate_text(
     }
     sums = dict.fromkeys(("clean", *replacements, "kl"), 0.0)
     n_targets = 0
-    batches = _window_batches(held_out_windows(store), n_windows)
+    batch_windows = max(1, min(BATCH_WINDOWS, BATCH_POSITIONS // store.manifest.policy.context))
+    batches = _window_batches(held_out_windows(store), n_windows, batch_windows)
     with track("evaluate", len(batches), "batches") as progress, torch.inference_mode():
         for windows, chosen in batches:
             inputs, kept = windows.batch(chosen)
@@ -223,15 +225,17 @@ def held_out_windows(store: ActivationStore) -> list[Windows]:
     ]
 
 
-def _window_batches(segments: list[Windows], n_windows: int) -> list[tuple[Windows, NDArray[np.int64]]]:
+def _window_batches(
+    segments: list[Windows], n_windows: int, batch_windows: int = BATCH_WINDOWS
+) -> list[tuple[Windows, NDArray[np.int64]]]:
     """`n_windows` windows spread evenly over the split (all, if there are fewer), in batches of one segment each."""
     bounds = np.cumsum([0, *map(len, segments)])
     chosen = np.linspace(0, bounds[-1] - 1, min(n_windows, int(bounds[-1]))).astype(np.int64)
     own = [chosen[(chosen >= first) & (chosen < last)] - first for first, last in pairwise(bounds.tolist())]
     return [
-        (windows, mine[start : start + BATCH_WINDOWS])
+        (windows, mine[start : start + batch_windows])
         for windows, mine in zip(segments, own, strict=True)
-        for start in range(0, len(mine), BATCH_WINDOWS)
+        for start in range(0, len(mine), batch_windows)
     ]
 
 

