@@ -23,7 +23,7 @@ STORE_ARGUMENT = click.argument("store", type=click.Path(path_type=Path))
 RUN_ARGUMENT = click.argument("run", type=click.Path(path_type=Path))
 OUT_OPTION = click.option("--out", required=True, type=click.Path(path_type=Path), help="Where to write it; must be free.")
 DEVICE_OPTION = click.option(
-    "--device", default="auto", show_default=True, help="cpu, cuda, mps, or auto: the best there is."
+    "--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda where there is one."
 )
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 SEED_OPTION = click.option(
@@ -59,7 +59,7 @@ class _Commands(click.Group):
             error.show()
             sys.exit(error.exit_code)
         except (KeyboardInterrupt, click.Abort):
-            click.echo("stopped; everything committed is kept, the same command continues it.", err=True)
+            click.echo("stopped; everything committed is kept.", err=True)
             sys.exit(130)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -51,6 +51,7 @@ def publish_bytes(path: Path, data: bytes) -> None:
     Only one process may publish a path at a time: the temporary name is the same, so that what a kill left behind is
     written over and not left lying.
     """
+    made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
@@ -58,7 +59,8 @@ def publish_bytes(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    fsync_path(path.parent)
+    for folder in (path.parent, *(folder.parent for folder in made)):
+        fsync_path(folder)
 
 
 def publish_json(path: Path, value: Any) -> None:

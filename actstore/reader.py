@@ -259,14 +259,24 @@ class ActivationStore(Store):
         """The collected sites, such as `resid_post.3`."""
         return [array.name.removeprefix("acts/") for array in self.manifest.arrays if array.name.startswith("acts/")]
 
-    def site(self, name: str | None) -> str:
-        """The site asked for, or the only one there is. Raises InputError when it is not in the store."""
-        if name is None and len(self.sites) == 1:
-            return self.sites[0]
-        if name not in self.sites:
-            asked = f"has no site {name}" if name else "has several sites"
-            raise InputError(f"{self.path}: {asked}; it holds {', '.join(self.sites)}: choose one with --layer and --site.")
-        return name
+    def site(self, name: str | None = None, layer: int | None = None) -> str:
+        """The one collected site of a name and a layer, where given.
+
+        Raises InputError when none fits, or several do.
+        """
+        fitting = [site for site in self.sites if _fits(site, name, layer)]
+        if len(fitting) == 1:
+            return fitting[0]
+        asked = ".".join(str(part) for part in (name, layer) if part is not None) or "what was asked"
+        what = "several sites fit" if fitting else "has no site"
+        raise InputError(
+            f"{self.path}: {what} {asked}; it holds {', '.join(self.sites)}: choose one with --layer and --site."
+        )
 
     def d_model(self, site: str) -> int:
         return self.manifest.array(f"acts/{site}").width
+
+
+def _fits(site: str, name: str | None, layer: int | None) -> bool:
+    own_name, _, own_layer = site.rpartition(".")
+    return name in (None, own_name) and str(layer) in ("None", own_layer)

@@ -113,7 +113,8 @@ class StoreWriter:
                 name = f"{paths.segment_group(record.index)}/{part}/{array.name}"
                 _create_row_array(data, name, array, part_record.layout)
         objects = {}
-        for path in sorted([data, data / "zarr.json", group.parent, group.parent / "zarr.json", group, *group.rglob("*")]):
+        parents = (data, data / "zarr.json", group.parent, group.parent / "zarr.json")
+        for path in sorted([self.path, *parents, group, *group.rglob("*")]):
             fsync_path(path)
             if path.is_file():
                 objects[path.relative_to(self.path).as_posix()] = object_record(path)

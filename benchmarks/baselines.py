@@ -38,7 +38,7 @@ SAMPLE_ROWS = 100_000
 def raw_dimension_findings(store_path: Path, workers: int) -> list[Finding]:
     """The best rule of each of the 2 d signed dimensions of a store's only site."""
     store = ActivationStore(store_path)
-    site = store.site(None)
+    site = store.site()
     policy = store.manifest.policy
     codec = store_tokenizer(store_path, policy.bos_token_id, policy.separator_token_id)
     labels = label_store(store, codec)

@@ -111,16 +111,14 @@ def resolve_model(name: str) -> str:
 
 
 def choose_device(device: str) -> str:
-    """`auto` as cuda, mps or cpu, whichever is there. Raises InputError for a device that is not."""
+    """`auto` as cuda where there is one, else cpu. Raises InputError for a device that is not there."""
     if device != "auto":
         try:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise InputError(f"device {device}: cannot be used ({first_line(error)}); choose auto or cpu.") from error
         return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def model_identity(model: nn.Module) -> ModelIdentity:

@@ -23,7 +23,7 @@ from torch import nn
 from actstore import paths
 from actstore.codecs import ACTIVATION_ENCODINGS, ENCODINGS, encode_rows
 from actstore.errors import EncodingError, IdentityMismatch, InputError
-from actstore.files import require_free_space
+from actstore.files import publish_json, require_free_space
 from actstore.layout import Layout, choose_layout
 from actstore.plan import PartPlan
 from actstore.schema import (
@@ -181,11 +181,7 @@ class _Run:
             n_tokens=len(table.ids) - len(table.names),
             heldout_modulus=table.heldout_modulus,
             parts=parts,
-            environment={
-                **_environment(self.device),
-                "batch_windows": self.config.batch_windows,
-                "probe_crc32c": self._probe(cut_windows(table, PARTS[0], self.manifest.policy)),
-            },
+            environment=self._environment(self._probe(cut_windows(table, PARTS[0], self.manifest.policy))),
             objects={},
         )
         return writer.add_segment(record, tables)
@@ -275,9 +271,26 @@ class _Run:
                 checksum = google_crc32c.extend(checksum, rows[label].tobytes())
         return f"{checksum:08x}"
 
+    def _environment(self, probe: str) -> dict[str, Any]:
+        """What computes the rows; two environments whose probes agree write the same bytes."""
+        import transformers
+
+        return {
+            "device": torch.cuda.get_device_name() if self.device == "cuda" else self.device,
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "numpy": np.__version__,
+            "batch_windows": self.config.batch_windows,
+            "probe_crc32c": probe,
+        }
+
     def _require_same_hardware(self, segment: SegmentRecord, windows: Windows) -> None:
         theirs, ours = segment.environment["probe_crc32c"], self._probe(windows)
-        if theirs != ours and not self.config.mixed_hardware:
+        if theirs != ours and self.config.mixed_hardware:
+            publish_json(paths.commits(self.config.out, segment.index) / f"mixed-{ours}.json", self._environment(ours))
+        elif theirs != ours:
             raise IdentityMismatch(
                 f"{self.config.out}: segment {segment.index} was begun with --batch-windows "
                 f"{segment.environment['batch_windows']} on hardware whose probe is {theirs} ({segment.environment['cpu']}, "
@@ -341,20 +354,6 @@ def _manifest(config: CollectConfig, model: nn.Module, sites: list[Site], codec:
         seed=config.seed,
         provenance={"model": config.model},
     )
-
-
-def _environment(device: str) -> dict[str, str]:
-    """What computes the rows; two environments whose probes agree write the same bytes."""
-    import transformers
-
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else device,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-    }
 
 
 def _n_committed(store: Path) -> int:

@@ -23,6 +23,7 @@ from pipelines.concepts import Finding, find_rules, findings_json
 from pipelines.evaluate import EvaluateConfig, evaluate
 from pipelines.report.page import ReportConfig, report
 from pipelines.sae.checkpoint import RECORD as RUN_RECORD
+from pipelines.sae.checkpoint import load_run
 from pipelines.tokens import store_tokenizer
 from pipelines.train import TrainConfig, train
 
@@ -61,7 +62,14 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     started = time.monotonic()
     model = _random_model(out / "model", config.seed) if config.random_weights else "builtin"
     collected = collect(CollectConfig(out=store, model=model, layer=(config.layer,), tokens=config.tokens, seed=config.seed))
-    if not (run / RUN_RECORD).exists():
+    if (run / RUN_RECORD).exists():
+        _, made = load_run(run)
+        if (made.config["tokens"], made.config["seed"]) != (config.rows, config.seed):
+            raise OutputExists(
+                f"{run}: was trained on {made.config['tokens']:,} rows with seed {made.config['seed']}, asked were "
+                f"{config.rows:,} and {config.seed}; choose another --out, or ask for what is there."
+            )
+    else:
         train(
             TrainConfig(
                 store=store,
@@ -160,7 +168,7 @@ def demo_lines(result: dict[str, Any]) -> list[str]:
 
 def _random_model(folder: Path, seed: int) -> str:
     """A GPT-2 of the built-in model's shape and tokenizer, with the weights it had before any training."""
-    if (folder / "config.json").exists():
+    if folder.exists():
         return str(folder)
     import torch
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -168,8 +176,10 @@ def _random_model(folder: Path, seed: int) -> str:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = GPT2LMHeadModel(GPT2Config.from_pretrained(model_path()))
-    AutoTokenizer.from_pretrained(model_path()).save_pretrained(folder)
-    model.save_pretrained(folder)
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    AutoTokenizer.from_pretrained(model_path()).save_pretrained(unfinished)
+    model.save_pretrained(unfinished)
+    unfinished.rename(folder)
     return str(folder)
 
 

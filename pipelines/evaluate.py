@@ -30,7 +30,7 @@ from pipelines.windows import Windows
 PART = "heldout"
 BATCH_ROWS = 8192
 BATCH_WINDOWS, BATCH_POSITIONS = 16, 2048
-"""At most, of one forward pass: 2,048 positions are 0.4 GB of logits in GPT-2's vocabulary, with a few copies alive at once."""
+"""At most, of one forward pass: 2,048 positions are 0.4 GB of logits for GPT-2, a few copies of which are alive at once."""
 PCA_ROWS = 200_000
 
 

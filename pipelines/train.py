@@ -58,10 +58,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.k <= self.features:
             raise InputError(f"k {self.k}: there are {self.features} features; choose --k between 1 and {self.features}.")
-        if self.batch < 1 or self.epochs <= 0 or self.clip <= 0 or min(self.tokens, self.lr, self.l1) < 0:
+        finite = all(map(math.isfinite, (self.epochs, self.clip, self.lr, self.l1)))
+        if not finite or self.batch < 2 or self.epochs <= 0 or self.clip <= 0 or min(self.tokens, self.lr, self.l1) < 0:
             raise InputError(
                 f"batch {self.batch}, epochs {self.epochs}, clip {self.clip}, tokens {self.tokens}, lr {self.lr}, "
-                f"l1 {self.l1}: must be positive (tokens and lr may be 0 for their default, l1 for none)."
+                f"l1 {self.l1}: must be positive and finite, batch at least 2 (tokens and lr may be 0 for their "
+                "default, l1 for none)."
             )
 
 
@@ -85,7 +87,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     require_new_run(config.out)
     store = ActivationStore(config.store)
-    site = store.site(None if config.layer is None else f"{config.site}.{config.layer}")
+    site = store.site(config.site, config.layer)
     d_model = store.d_model(site)
     require_free_space(config.out, 8 * config.features * d_model, f"an SAE of {config.features:,} features")
     stream = BatchStream(store, site, config.batch, seed=config.seed)
@@ -117,7 +119,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         config={**asdict(config), "store": str(config.store), "out": str(config.out)},
         metrics={**metrics, "silent_features": silent, "silent_window_rows": min(SILENT_ROWS, n_steps * config.batch)},
     )
-    save_run(config.out, sae, record)
+    record = save_run(config.out, sae, record)
     return {"run": str(config.out), "run_id": record.run_id, **asdict(record)}
 
 
@@ -174,6 +176,11 @@ def _fit(
                 note = ""
                 if step % LOG_EVERY_STEPS == 0 or step == n_steps:
                     metrics = _metrics(step * config.batch, x, reconstruction, values, last_fired, loss)
+                    if not math.isfinite(metrics["loss"]):
+                        raise InputError(
+                            f"{config.out}: training diverged, loss {metrics['loss']} after {metrics['rows']:,} rows; "
+                            f"choose an --lr below {config.lr:g}."
+                        )
                     log.write(json.dumps(metrics) + "\n")
                     log.flush()
                     note = "FVE {fve:.3f}  L0 {l0:.1f}  silent {silent:.1%}  loss {loss:.4f}".format(**metrics)

@@ -246,7 +246,9 @@ def test_a_layer_or_site_the_store_has_not(refused: Refused, store: Path, tmp_pa
     assert "has no site resid_post.1; it holds resid_post.0, resid_post.2" in refused(
         "train", store, "--out", tmp_path / "new", "--layer", 1
     )
-    assert "has several sites; it holds resid_post.0, resid_post.2" in refused("train", store, "--out", tmp_path / "new")
+    assert "several sites fit resid_post; it holds resid_post.0, resid_post.2" in refused(
+        "train", store, "--out", tmp_path / "new"
+    )
 
 
 # The SAE

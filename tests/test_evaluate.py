@@ -218,7 +218,7 @@ def test_only_heldout_rows_and_windows_are_read(
 def test_a_number_of_windows_is_that_over_all_segments() -> None:
     segments = [cast(Windows, range(n)) for n in (50, 0, 30, 1)]
     for asked, expected in [(1, 1), (7, 7), (40, 40), (81, 81), (1000, 81)]:
-        batches = _window_batches(segments, asked)
+        batches = _window_batches(segments, asked, 16)
         assert sum(len(chosen) for _, chosen in batches) == expected
         assert all(0 < len(chosen) <= 16 and chosen.max() < len(windows) for windows, chosen in batches)
         chosen = [(segments.index(windows), int(w)) for windows, own in batches for w in own]

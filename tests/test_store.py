@@ -188,8 +188,11 @@ def test_an_array_that_is_not_there_is_refused_by_name(path: Path) -> None:
     with pytest.raises(InputError, match=r"no array acts/nowhere here; there are .*acts/resid_post\.1"):
         store.read(store.shards()[0], "acts/nowhere")
     assert store.sites == ["resid_post.0", "resid_post.1"]
-    with pytest.raises(InputError, match=r"has several sites; it holds resid_post\.0, resid_post\.1"):
-        store.site(None)
+    with pytest.raises(InputError, match=r"several sites fit resid_post; it holds resid_post\.0, resid_post\.1"):
+        store.site("resid_post")
+    with pytest.raises(InputError, match=r"has no site mlp_out\.1; it holds resid_post\.0, resid_post\.1"):
+        store.site("mlp_out", 1)
+    assert store.site(layer=1) == store.site("resid_post", 1) == "resid_post.1"
 
 
 # The manifest

@@ -6,14 +6,14 @@ The weights are in raw units: whatever scaling the trainer used is folded in, an
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
 from actstore.errors import IdentityMismatch, InputError, NotAStore, OutputExists, WidthMismatch
-from actstore.files import content_hash, fsync_path, publish_json, read_json
+from actstore.files import content_hash, fsync_path, object_record, publish_json, read_json
 from actstore.reader import ActivationStore
 from pipelines.sae.topk import TopKSae
 
@@ -23,8 +23,8 @@ RECORD, WEIGHTS, METRICS = "run.json", "sae.safetensors", "metrics.jsonl"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Where an SAE came from and what it is. `weights_sha256` is the language model's, not the SAE's;
-    `bos` says whether its windows began with a start-of-text token."""
+    """Where an SAE came from and what it is. `weights_sha256` is the language model's, `sae_sha256`
+    that of the SAE's file; `bos` says whether its windows began with a start-of-text token."""
 
     architecture: str
     d_model: int
@@ -40,6 +40,7 @@ class RunRecord:
     rows_seen: int
     config: dict[str, Any]
     metrics: dict[str, float]
+    sae_sha256: str = ""
 
     @property
     def run_id(self) -> str:
@@ -54,16 +55,18 @@ def require_new_run(path: Path) -> None:
         raise OutputExists(f"{path}: exists; choose another --out, or move it away.")
 
 
-def save_run(path: Path, sae: TopKSae, record: RunRecord) -> None:
-    """Publish a run: weights first, flushed, then the record."""
+def save_run(path: Path, sae: TopKSae, record: RunRecord) -> RunRecord:
+    """Publish a run: weights first, flushed, then the record, completed with their sha256, which is returned."""
     path.mkdir(parents=True, exist_ok=True)
     temporary = path / f".{WEIGHTS}.tmp"
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()}, temporary)
     fsync_path(temporary)
     os.replace(temporary, path / WEIGHTS)
+    record = replace(record, sae_sha256=object_record(path / WEIGHTS)["sha256"])
     publish_json(
         path / RECORD, {"format": "actstore-run", "version": RUN_VERSION, **asdict(record), "run_id": record.run_id}
     )
+    return record
 
 
 def load_run(path: Path) -> tuple[TopKSae, RunRecord]:
@@ -77,12 +80,10 @@ def load_run(path: Path) -> tuple[TopKSae, RunRecord]:
         raise NotAStore(f"{path / RECORD}: was changed after it was written; restore it from a copy.")
     record = RunRecord(**value)
     sae = TopKSae(record.d_model, record.n_features, record.k)
-    try:
-        sae.load_state_dict(load_file(path / WEIGHTS))
-    except Exception as error:
-        raise NotAStore(
-            f"{path / WEIGHTS}: not this run's weights ({type(error).__name__}); restore them from a copy."
-        ) from error
+    weights = path / WEIGHTS
+    if not weights.exists() or object_record(weights)["sha256"] != record.sae_sha256:
+        raise NotAStore(f"{weights}: missing, or not this run's weights; restore them from a copy.")
+    sae.load_state_dict(load_file(weights))
     return sae.eval().requires_grad_(False), record
 
 
