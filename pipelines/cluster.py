@@ -18,12 +18,27 @@ CONNECT_TIMEOUT_S = 10
 def connect(scheduler: str | None, workers: int) -> Iterator[Any]:
     """A Dask client of the scheduler at an address such as tcp://host:8786, or of `workers` local processes.
 
-    Raises InputError when the scheduler does not answer within ten seconds, or has no worker.
+    Raises InputError when the scheduler does not answer within ten seconds, or has no worker, or when workers keep
+    dying over one task.
     """
-    from distributed import Client, LocalCluster
+    from distributed import KilledWorker
 
     if workers < 1:
         raise InputError(f"workers {workers}: need at least 1.")
+    try:
+        with _client(scheduler, workers) as client:
+            yield client
+    except KilledWorker as error:
+        raise InputError(
+            f"workers: died again and again over one task ({error.task}), most likely for want of memory; "
+            "use fewer --workers, or machines with more memory; what was committed is kept."
+        ) from error
+
+
+@contextmanager
+def _client(scheduler: str | None, workers: int) -> Iterator[Any]:
+    from distributed import Client, LocalCluster
+
     if scheduler is None:
         with ExitStack() as stack:
             with _spared_interrupts():

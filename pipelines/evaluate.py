@@ -7,7 +7,6 @@ field's, written out in docs/GLOSSARY.md; sums are float64.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -159,7 +158,7 @@ def _held_out_rows(store: ActivationStore, site: str) -> Any:
 
 def evaluate_text(
     sae: TopKSae, model: nn.Module, store: ActivationStore, site: Site, n_windows: int, device: str
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Next-token cross-entropy (nats) with the site's activation kept, reconstructed, zeroed, or set to its mean.
 
     delta_ce = CE_sae − CE_clean; ce_loss_score = (CE_zero − CE_sae) / (CE_zero − CE_clean); kl = mean
@@ -258,5 +257,6 @@ def _cross_entropy(log_probabilities: Tensor, targets: Tensor) -> float:
     return float(-log_probabilities.gather(1, targets[:, None]).double().sum())
 
 
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else math.nan
+def _ratio(numerator: float, denominator: float) -> float | None:
+    """None where the ablation changes nothing, and a score has no meaning."""
+    return numerator / denominator if denominator else None
