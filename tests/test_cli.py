@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from modelkit import ROOT, folder_state, run_cli
+from modelkit import ROOT, folder_state, run_cli, write_texts
 
 from actstore import __version__
 from actstore.reader import ActivationStore
@@ -222,10 +222,9 @@ def test_resuming_needs_a_store(tmp_path: Path) -> None:
     assert result.stderr == f"error: {tmp_path / 'store'}: nothing to resume; leave --resume out to begin a new store.\n"
 
 
-def test_ctrl_c_keeps_what_was_committed_and_the_same_command_completes_it(
-    texts: Path, model_folder: Path, tmp_path: Path
-) -> None:
+def test_ctrl_c_keeps_what_was_committed_and_the_same_command_completes_it(model_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "store"
+    texts = write_texts(tmp_path / "texts", 100)  # seconds of work, so that the signal comes in its midst
     config = CollectConfig(
         out=out, model=str(model_folder), corpus=str(texts), layer=(0,), context=8, batch_windows=1, encoding="fp32"
     )
