@@ -193,15 +193,15 @@ def test_no_text_can_leave_its_place(analysis: Analysis) -> None:
     assert not any(character in raw for character in "<>&")
 
 
-def test_findings_are_listed_best_first(analysis: Analysis) -> None:
+def test_findings_are_listed_in_the_order_of_their_file(analysis: Analysis) -> None:
     assert "Features that follow a rule" not in made(analysis).inside("h2")
     better = FINDING | {"feature": 5, "rule": "in a comment", "f1": 0.912}
     (analysis.path / "findings.json").write_text(json.dumps({"findings": [FINDING, better], "made_by": "a later stage"}))
     html = made(analysis, "with_findings.html")
     assert "Features that follow a rule" in html.inside("h2")
-    assert [attributes["href"] for tag, attributes in html.elements if tag == "a"] == ["#f5", "#f3"]
-    assert [float(text) for text in html.inside("td") if text in ("0.912", "0.847")] == [0.912, 0.847]
-    assert html.data["findings"] == [[5, "in a comment", 0.912], [3, FINDING["rule"], 0.847]]
+    assert [attributes["href"] for tag, attributes in html.elements if tag == "a"] == ["#f3", "#f5"]
+    assert [float(text) for text in html.inside("td") if text in ("0.912", "0.847")] == [0.847, 0.912]
+    assert html.data["findings"] == [[3, FINDING["rule"], 0.847], [5, "in a comment", 0.912]]
 
 
 @pytest.mark.parametrize("findings", ["{", "[]", '{"findings": 1}', '{"findings": [{"feature": 3}]}', OF_ANOTHER_ANALYSIS])

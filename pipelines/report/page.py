@@ -92,7 +92,7 @@ def render(analysis: Analysis, findings: list[dict[str, Any]], n_examples: int) 
 
 
 def read_findings(analysis: Analysis) -> list[dict[str, Any]]:
-    """The features that follow a rule, best F1 first; none when no later stage has looked for any.
+    """The features that follow a rule, in the order of their file; none when no later stage has looked for any.
 
     Raises DamagedStore when the file is not what that stage writes.
     """
@@ -107,7 +107,7 @@ def read_findings(analysis: Analysis) -> list[dict[str, Any]]:
         ]
     except (KeyError, TypeError, ValueError, InputError) as error:
         raise DamagedStore(f"{path}: not the findings of this analysis ({error}); write it again or move it.") from error
-    return sorted(findings, key=lambda found: (-found["f1"], found["feature"]))
+    return findings
 
 
 def page_data(analysis: Analysis, findings: list[dict[str, Any]], n_examples: int) -> dict[str, Any]:
