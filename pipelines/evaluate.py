@@ -115,6 +115,8 @@ def evaluate_rows(sae: TopKSae, store: ActivationStore, site: str) -> dict[str, 
         cosine += float(torch.nn.functional.cosine_similarity(exact, guess).sum())
         ratio += float((guess.norm(dim=1) / exact.norm(dim=1).clamp_min(1e-12)).sum())
     variance = norm / n - float(np.square(total / n).sum())
+    if variance <= 0:
+        raise InputError(f"{store.path}: its {n} held-out rows do not vary; collect more text.")
     return {
         "heldout_rows": n,
         "fve": 1.0 - error / n / variance,

@@ -224,11 +224,13 @@ def test_resuming_needs_a_store(tmp_path: Path) -> None:
 
 def test_ctrl_c_keeps_what_was_committed_and_the_same_command_completes_it(model_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "store"
-    texts = write_texts(tmp_path / "texts", 100)  # seconds of work, so that the signal comes in its midst
+    texts = write_texts(tmp_path / "texts", 60)  # seconds of work, so that the signal comes in its midst
     config = CollectConfig(
         out=out, model=str(model_folder), corpus=str(texts), layer=(0,), context=8, batch_windows=1, encoding="fp32"
     )
     options = ("--layer", "0", "--context", "8", "--batch-windows", "1", "--encoding", "fp32")
+    # A shell's background job ignores SIGINT, and so would a child of it; a handler becomes the default on exec.
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [
             sys.executable,
@@ -247,6 +249,7 @@ def test_ctrl_c_keeps_what_was_committed_and_the_same_command_completes_it(model
         stderr=subprocess.PIPE,
         text=True,
     )
+    signal.signal(signal.SIGINT, ignored)
     while len(list(out.glob("commits/0000/*/*.json"))) < 2:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
