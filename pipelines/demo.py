@@ -11,6 +11,7 @@ from typing import Any
 
 from actstore.errors import InputError, OutputExists
 from actstore.files import publish_json, read_json
+from actstore.reader import ActivationStore
 from pipelines.analysis import RECORD as ANALYSIS_RECORD
 from pipelines.analysis import Analysis
 from pipelines.analyze import AnalyzeConfig, analyze
@@ -101,8 +102,8 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         "layer": config.layer,
         "tokens": collected["tokens"],
         "rows": record["n_rows"],
-        "store_bytes_per_million_tokens": _bytes_of(store) * 1e6 / collected["tokens"],
-        "codes_bytes_per_million_tokens": _bytes_of(codes) * 1e6 / collected["tokens"],
+        "store_bytes_per_million_tokens": ActivationStore(store).disk_bytes * 1e6 / collected["tokens"],
+        "codes_bytes_per_million_tokens": opened.disk_bytes * 1e6 / collected["tokens"],
         "features": FEATURES,
         "k": K,
         "bands": record["bands"],
@@ -181,10 +182,6 @@ def _random_model(folder: Path, seed: int) -> str:
     model.save_pretrained(unfinished)
     unfinished.rename(folder)
     return str(folder)
-
-
-def _bytes_of(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def read_demo(out: Path) -> dict[str, Any]:
