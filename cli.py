@@ -19,18 +19,66 @@ import click
 from actstore import __version__
 from actstore.errors import ActstoreError
 
-STORE_ARGUMENT = click.argument("store", type=click.Path(path_type=Path))
+STORE_ARGUMENT = click.argument("store")
 RUN_ARGUMENT = click.argument("run", type=click.Path(path_type=Path))
 OUT_OPTION = click.option("--out", required=True, type=click.Path(path_type=Path), help="Where to write it; must be free.")
 DEVICE_OPTION = click.option(
     "--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda where there is one."
+)
+STORE_OUT_OPTION = click.option(
+    "--out", required=True, help="Where to write it: a path, or such as s3://bucket/prefix; continued if it is there."
 )
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 SEED_OPTION = click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(0, 2**64 - 1), help="Seed of every order and draw."
 )
 WORKERS_OPTION = click.option("--workers", default=2, show_default=True, help="Local Dask worker processes.")
+LEVEL_OPTION = click.option(
+    "--level", default="full", show_default=True, type=click.Choice(["meta", "crc", "full"]), help="How much is read."
+)
 SCHEDULER_OPTION = click.option("--scheduler", help="Address of a running Dask scheduler, such as tcp://host:8786.")
+COLLECT_OPTIONS = (
+    STORE_OUT_OPTION,
+    click.option("--model", default="gpt2", show_default=True, help="`builtin`, a hub id, or a local transformers folder."),
+    click.option(
+        "--corpus",
+        default="stdlib",
+        show_default=True,
+        help="stdlib, a path or glob[#column], or hf:name[:config][:split][#column].",
+    ),
+    click.option("--layer", multiple=True, type=int, help="Block to read; repeat for several. Default: the middle one."),
+    click.option(
+        "--site",
+        multiple=True,
+        default=["resid_post"],
+        show_default=True,
+        help="resid_pre, resid_post, attn_out or mlp_out; repeatable.",
+    ),
+    click.option("--tokens", default=1_000_000, show_default=True, help="Tokens of text the store shall hold."),
+    click.option(
+        "--context", default=128, show_default=True, help="Positions the model sees at once, start token included."
+    ),
+    click.option("--encoding", default="fp16", show_default=True, help="How rows are kept: fp16, fp32, bf16 or int8."),
+    click.option("--compute-dtype", default="fp32", show_default=True, help="What the model computes in: fp32 or bf16."),
+    DEVICE_OPTION,
+    click.option("--batch-windows", default=32, show_default=True, help="Windows in one forward pass."),
+    SEED_OPTION,
+    click.option(
+        "--packing",
+        default="packed",
+        show_default=True,
+        help="packed: documents one after another; document: each on its own.",
+    ),
+    click.option("--bos/--no-bos", default=True, show_default=True, help="Begin every window with the start-of-text token."),
+    click.option("--keep-special", is_flag=True, help="Keep position 0 and separators as rows, too."),
+    click.option(
+        "--shard-mib", default=128, show_default=True, help="Size of a shard, which a kill can cost; at least 8,192 rows."
+    ),
+    click.option("--mixed-hardware", is_flag=True, help="Continue on a machine whose rows differ in their last bits."),
+    click.option("--workers", default=0, show_default=True, help="Local Dask worker processes; 0: in this process."),
+    SCHEDULER_OPTION,
+)
+"""What `collect` and `estimate` are asked for."""
 ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "true",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -38,7 +86,7 @@ ENVIRONMENT = {
     "HF_HUB_VERBOSITY": "error",
     "TRANSFORMERS_VERBOSITY": "error",
     "DATASETS_VERBOSITY": "error",
-    "DASK_LOGGING__DISTRIBUTED": "error",
+    "DASK_LOGGING__DISTRIBUTED": "critical",
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 """Unless the user's environment says otherwise, what libraries print stays off the terminal, and idle threads sleep:
@@ -90,6 +138,12 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def collect_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(COLLECT_OPTIONS):
+        command = option(command)
+    return command
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -128,35 +182,7 @@ def demo(as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
-@OUT_OPTION
-@click.option("--model", default="gpt2", show_default=True, help="`builtin`, a hub id, or a local transformers folder.")
-@click.option(
-    "--corpus",
-    default="stdlib",
-    show_default=True,
-    help="stdlib, a path or glob[#column], or hf:name[:config][:split][#column].",
-)
-@click.option("--layer", multiple=True, type=int, help="Block to read; repeat for several. Default: the middle one.")
-@click.option(
-    "--site",
-    multiple=True,
-    default=["resid_post"],
-    show_default=True,
-    help="resid_pre, resid_post, attn_out or mlp_out; repeatable.",
-)
-@click.option("--tokens", default=1_000_000, show_default=True, help="Tokens of text the store shall hold.")
-@click.option("--context", default=128, show_default=True, help="Positions the model sees at once, start token included.")
-@click.option("--encoding", default="fp16", show_default=True, help="How rows are kept: fp16, fp32 or bf16.")
-@click.option("--compute-dtype", default="fp32", show_default=True, help="What the model computes in: fp32 or bf16.")
-@DEVICE_OPTION
-@click.option("--batch-windows", default=32, show_default=True, help="Windows in one forward pass.")
-@SEED_OPTION
-@click.option(
-    "--packing", default="packed", show_default=True, help="packed: documents one after another; document: each on its own."
-)
-@click.option("--bos/--no-bos", default=True, show_default=True, help="Begin every window with the start-of-text token.")
-@click.option("--keep-special", is_flag=True, help="Keep position 0 and separators as rows, too.")
-@click.option("--mixed-hardware", is_flag=True, help="Continue on a machine whose rows differ in their last bits.")
+@collect_options
 @click.option("--resume", is_flag=True, help="Say that a store is there to be continued; a plain re-run does the same.")
 @JSON_OPTION
 def collect(as_json: bool, resume: bool, **options: Any) -> None:
@@ -167,24 +193,63 @@ def collect(as_json: bool, resume: bool, **options: Any) -> None:
       actstore collect --out gpt2.store --model gpt2 --corpus 'books/*.txt' --layer 6 --tokens 1000000
     """
     from actstore.errors import NotAStore
-    from pipelines.collect import CollectConfig
+    from actstore.place import open_place
     from pipelines.collect import collect as stage
+    from pipelines.recipe import CollectConfig
 
-    if resume and not (options["out"] / "manifest.json").exists():
+    if resume and not open_place(options["out"]).entries():
         raise NotAStore(f"{options['out']}: nothing to resume; leave --resume out to begin a new store.")
     _print(stage(_shown("collect", CollectConfig(**options))), as_json, _key_lines)
 
 
 @cli.command()
-@STORE_ARGUMENT
+@collect_options
 @JSON_OPTION
-def info(store: Path, as_json: bool) -> None:
+def estimate(as_json: bool, **options: Any) -> None:
+    """What `collect` with the same options would take here: rows, bytes, memory and time. Writes nothing.
+
+    \b
+    Example:
+      actstore estimate --out gpt2.store --model gpt2 --corpus 'books/*.txt' --layer 6 --tokens 100000000
+    """
+    from pipelines.estimate import estimate as stage
+    from pipelines.recipe import CollectConfig
+
+    _print(stage(_shown("estimate", CollectConfig(**options))), as_json, _key_lines)
+
+
+@cli.command()
+@click.argument("folder", default=".", type=click.Path(path_type=Path))
+@JSON_OPTION
+def ls(folder: Path, as_json: bool) -> None:
+    """List the stores, codes, runs and analyses below a folder, and what was made from what.
+
+    \b
+    Example:
+      actstore ls experiments
+    """
+    from pipelines.listing import list_folder, listing_lines
+
+    _print([vars(listed) for listed in list_folder(folder)], as_json, listing_lines)
+
+
+@cli.command()
+@STORE_ARGUMENT
+@click.option("--row", type=int, help="Instead: the token, document and text behind a row of the training split.")
+@JSON_OPTION
+def info(store: str, row: int | None, as_json: bool) -> None:
     """What a store of activations or codes is, where it came from, and how large it is.
 
     \b
     Example:
       actstore info gpt2.store
+      actstore info gpt2.store --row 123456
     """
+    if row is not None:
+        from pipelines.rows import describe_row
+
+        _print(describe_row(store, row), as_json, _key_lines)
+        return
     from actstore.reader import Store
 
     opened = Store(store, partial=True)
@@ -217,21 +282,67 @@ def info(store: Path, as_json: bool) -> None:
 
 @cli.command()
 @STORE_ARGUMENT
+@LEVEL_OPTION
 @JSON_OPTION
-def verify(store: Path, as_json: bool) -> None:
-    """Read every committed object and compare its length and sha256; exit 1 when one differs.
+def verify(store: str, level: str, as_json: bool) -> None:
+    """Compare a store with what was committed; name each fault's shard and array; exit 1 when there is one.
+
+    \b
+    meta  every record, and that every object is there and as long as it was
+    crc   and the crc32c of every chunk
+    full  and the sha256 of every object
 
     \b
     Example:
-      actstore verify gpt2.store
+      actstore verify gpt2.store --level crc
     """
     from actstore.errors import DamagedStore
-    from actstore.reader import Store
+    from pipelines.upkeep import verify as stage
 
-    faults = Store(store, partial=True).verify()
-    _print({"store": str(store), "faults": faults}, as_json, lambda value: value["faults"] or [f"{store}: no fault found"])
+    faults = stage(store, level)
+    _print(
+        {"store": store, "level": level, "faults": faults}, as_json, lambda v: v["faults"] or [f"{store}: no fault found"]
+    )
     if faults:
-        raise DamagedStore(f"{store}: {len(faults)} objects differ from what was committed; restore them, or collect again.")
+        raise DamagedStore(
+            f"{store}: {len(faults)} faults; `actstore repair {store}` drops what is damaged, and the command that wrote "
+            "the store then fills exactly that in again."
+        )
+
+
+@cli.command()
+@STORE_ARGUMENT
+@LEVEL_OPTION
+@JSON_OPTION
+def repair(store: str, level: str, as_json: bool) -> None:
+    """Drop what is damaged, so that the command that wrote the store fills exactly that in again.
+
+    \b
+    Example:
+      actstore repair gpt2.store
+      actstore collect --out gpt2.store ...   # as before: computes what was dropped
+    """
+    from pipelines.upkeep import repair as stage
+
+    _print(stage(store, level), as_json, _key_lines)
+
+
+@cli.command()
+@STORE_ARGUMENT
+@STORE_OUT_OPTION
+@click.option("--encoding", default="int8", show_default=True, help="How rows are kept there: fp16, fp32, bf16 or int8.")
+@JSON_OPTION
+def recode(as_json: bool, **options: Any) -> None:
+    """Copy a store into another encoding: the same rows in the same order, and what that costs in accuracy.
+
+    \b
+    Example:
+      actstore recode gpt2.store --out gpt2.int8.store --encoding int8
+    """
+    from pipelines.upkeep import RecodeConfig
+    from pipelines.upkeep import recode as stage
+
+    _print(stage(_shown("recode", RecodeConfig(**options))), as_json, _key_lines)
 
 
 @cli.command()
@@ -287,7 +398,7 @@ def evaluate(as_json: bool, **options: Any) -> None:
 @cli.command()
 @STORE_ARGUMENT
 @RUN_ARGUMENT
-@OUT_OPTION
+@STORE_OUT_OPTION
 @WORKERS_OPTION
 @SCHEDULER_OPTION
 @JSON_OPTION
@@ -305,7 +416,7 @@ def encode(as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CODES | STORE RUN")
+@click.argument("sources", nargs=-1, required=True, metavar="CODES | STORE RUN")
 @OUT_OPTION
 @click.option("--examples", default=8, show_default=True, help="Strongest firings kept for each feature.")
 @click.option("--before", default=24, show_default=True, help="Tokens of context shown before a firing.")
@@ -313,7 +424,7 @@ def encode(as_json: bool, **options: Any) -> None:
 @WORKERS_OPTION
 @SCHEDULER_OPTION
 @JSON_OPTION
-def analyze(sources: tuple[Path, ...], as_json: bool, **options: Any) -> None:
+def analyze(sources: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """What every feature does over the whole corpus: frequency, co-occurrence, tokens, examples.
 
     With STORE RUN the codes are made first and kept beside the analysis, as OUT.codes.
@@ -332,11 +443,11 @@ def analyze(sources: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     if len(sources) > 2:
         raise click.UsageError("pass CODES, or STORE and RUN.")
     require_new_analysis(options["out"])
-    codes = sources[0]
+    codes: str | Path = sources[0]
     if len(sources) == 2:
         codes = options["out"].with_name(options["out"].name + ".codes")
         where = {name: options[name] for name in ("workers", "scheduler")}
-        encode_stage(_shown("encode", EncodeConfig(store=sources[0], run=sources[1], out=codes, **where)))
+        encode_stage(_shown("encode", EncodeConfig(store=sources[0], run=Path(sources[1]), out=codes, **where)))
     _print(stage(_shown("analyze", AnalyzeConfig(codes=codes, **options))), as_json, _key_lines)
 
 

@@ -3,6 +3,8 @@
 A bug in this project raises anything else; the command line shows these as one line and a bug as a traceback.
 """
 
+from __future__ import annotations
+
 
 class ActstoreError(Exception):
     """Base of everything a user, their input or their disk can cause."""
@@ -54,3 +56,7 @@ class EncodingError(StoreError):
     def __init__(self, message: str, row: int):
         super().__init__(message)
         self.row = row
+
+    def __reduce__(self) -> tuple[type[EncodingError], tuple[str, int]]:
+        """A worker process's error reaches the one that asked."""
+        return type(self), (str(self), self.row)

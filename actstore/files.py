@@ -16,6 +16,7 @@ from actstore.errors import DamagedStore, NoSpace
 
 RESERVE_BYTES = 64 << 20
 """Left free on a disk, so that records and metrics can always still be written."""
+CONTENT = "content_sha256"
 
 
 def canonical_json(value: Any) -> str:
@@ -69,14 +70,30 @@ def publish_json(path: Path, value: Any) -> None:
     publish_bytes(path, (text + "\n").encode())
 
 
-def object_record(path: Path) -> dict[str, Any]:
-    """Length and sha256 of an object on disk, as commit records hold them.
+def object_entry(data: bytes) -> dict[str, Any]:
+    """Length and sha256 of an object's bytes, as records hold them.
 
-    Not its crc32c: every chunk ends in its own, and the crc of data followed by its crc is the same for all data.
+    Not the crc32c: every chunk ends in its own, and the crc of data followed by its crc is the same for all data.
     """
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"bytes": file.tell(), "sha256": digest}
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def record_bytes(value: dict[str, Any]) -> bytes:
+    """A record as readable JSON that carries the content hash of the rest of itself."""
+    text = json.dumps({**value, CONTENT: content_hash(value)}, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode()
+
+
+def parse_record(data: bytes, where: str) -> dict[str, Any]:
+    """What `record_bytes` was given. Raises DamagedStore when it is not what was written."""
+    try:
+        value = json.loads(data)
+        stated = value.pop(CONTENT)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DamagedStore(f"{where}: not a readable record ({type(error).__name__})") from error
+    if content_hash(value) != stated or record_bytes(value) != data:  # the same number can be written in two ways
+        raise DamagedStore(f"{where}: was changed after it was written")
+    return value  # type: ignore[no-any-return]
 
 
 def free_bytes(path: Path) -> int:

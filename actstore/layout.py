@@ -11,7 +11,8 @@ from dataclasses import dataclass
 MAX_CHUNK_ROWS = 1024
 MIN_CHUNK_ROWS = 128
 MIN_SHARDS = 16
-SHARD_BUDGET_BYTES = 512 << 20
+MIN_SHARD_ROWS = 8192
+SHARD_BUDGET_BYTES = 128 << 20
 ROUND_BUDGET_BYTES = 256 << 20
 
 
@@ -52,25 +53,30 @@ class Layout:
         return first, min(first + self.chunk_rows, stop)
 
 
-def choose_layout(n_rows: int, row_bytes_all_sites: int, pooled_row_bytes: int) -> Layout:
-    """The layout a new segment gets, from what a row takes on disk over all sites and what a stream holds of it.
+def choose_layout(
+    n_rows: int,
+    row_bytes_all_sites: int,
+    pooled_row_bytes: int,
+    *,
+    shard_bytes: int = SHARD_BUDGET_BYTES,
+    min_shards: int = MIN_SHARDS,
+) -> Layout:
+    """The layout a new part gets, from what a row takes on disk over all sites and what a stream holds of it.
 
-    Shards: the largest multiple of the chunk with at most 512 MiB over all sites that still leaves at least 16
-    whole shards. Chunks: 1,024 rows, halved (down to 128) while one chunk of every shard would pass the 256 MiB that a
-    round of the stream pools, or while a shard could not hold one chunk.
+    Near-equal shards, so that rounds mix evenly: as many as `shard_bytes` over all sites asks for, of at least
+    8,192 rows (smaller ones mix worse, docs/SHUFFLE.md); at least `min_shards`, so that work can be shared out, but
+    of 128 rows or more. Chunks of at most 1,024 rows, halved (down to 128) while one of every shard would pass the
+    256 MiB that a round of the stream pools.
 
     >>> choose_layout(1_000_000, 384, 384)
-    Layout(n_rows=1000000, shard_rows=62464, chunk_rows=1024)
+    Layout(n_rows=1000000, shard_rows=62558, chunk_rows=1009)
     """
-    chunk_rows = MAX_CHUNK_ROWS
-    while True:
-        by_bytes = SHARD_BUDGET_BYTES // max(row_bytes_all_sites, 1) // chunk_rows * chunk_rows
-        by_count = n_rows // MIN_SHARDS // chunk_rows * chunk_rows
-        shard_rows = min(by_bytes, by_count)
-        if chunk_rows == MIN_CHUNK_ROWS:
-            return Layout(n_rows, max(shard_rows, chunk_rows), chunk_rows)
-        if shard_rows:
-            layout = Layout(n_rows, shard_rows, chunk_rows)
-            if layout.n_shards * chunk_rows * pooled_row_bytes <= ROUND_BUDGET_BYTES:
-                return layout
-        chunk_rows //= 2
+    by_bytes = min(-(-n_rows * row_bytes_all_sites // shard_bytes), n_rows // MIN_SHARD_ROWS)
+    n_shards = max(1, by_bytes, min(min_shards, n_rows // MIN_CHUNK_ROWS))
+    most_rows = MAX_CHUNK_ROWS
+    while most_rows > MIN_CHUNK_ROWS and n_shards * most_rows * pooled_row_bytes > ROUND_BUDGET_BYTES:
+        most_rows //= 2
+    shard_rows = max(1, -(-n_rows // n_shards))
+    n_chunks = -(-shard_rows // most_rows)
+    chunk_rows = -(-shard_rows // n_chunks)
+    return Layout(n_rows, n_chunks * chunk_rows, chunk_rows)

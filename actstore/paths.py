@@ -1,42 +1,46 @@
-"""Where everything lies inside a store folder."""
+"""What the objects of a store are called: names relative to the store, with `/`."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
-LOCK = "lock"
 DATA = "data.zarr"
+COMMITS = "commits"
 TABLES = ("tokens/ids", "documents/offsets", "documents/heldout", "documents/source")
 WINDOW_TABLES = ("token_start", "n_tokens", "first_row")
 
 
 def segment_group(segment: int) -> str:
+    """The Zarr group of a segment, inside `data.zarr`."""
     return f"segments/{segment:04d}"
 
 
-def commits(store: Path, segment: int) -> Path:
-    return store / "commits" / f"{segment:04d}"
+def commits(segment: int) -> str:
+    return f"{COMMITS}/{segment:04d}"
 
 
-def segment_record(store: Path, segment: int) -> Path:
-    return commits(store, segment) / "segment.json"
+def segment_record(segment: int) -> str:
+    return f"{commits(segment)}/segment.json"
 
 
-def sealed_record(store: Path, segment: int) -> Path:
-    return commits(store, segment) / "sealed.json"
+def sealed_record(segment: int) -> str:
+    return f"{commits(segment)}/sealed.json"
 
 
-def shard_record(store: Path, segment: int, part: str, shard: int) -> Path:
-    return commits(store, segment) / part / f"{shard:06d}.json"
+def shard_record(segment: int, part: str, shard: int) -> str:
+    return f"{commits(segment)}/{part}/{shard:06d}.json"
 
 
-def array(store: Path, segment: int, name: str) -> Path:
-    """Folder of a segment's array, such as `tokens/ids` or `train/acts/resid_post.3`."""
-    return store / DATA / segment_group(segment) / name
+def environment_record(segment: int, probe: str) -> str:
+    """What another machine was, whose rows differ in their last bits and were accepted."""
+    return f"{commits(segment)}/mixed-{probe}.json"
 
 
-def shard_object(array_folder: Path, shard: int, n_dimensions: int) -> Path:
+def array(segment: int, name: str) -> str:
+    """The folder of a segment's array, such as `tokens/ids` or `train/acts/resid_post.3`."""
+    return f"{DATA}/{segment_group(segment)}/{name}"
+
+
+def shard_object(segment: int, part: str, array_name: str, shard: int, n_dimensions: int) -> str:
     """The one object of a shard, under Zarr's default chunk keys."""
-    return array_folder.joinpath("c", str(shard), *["0"] * (n_dimensions - 1))
+    return "/".join([array(segment, f"{part}/{array_name}"), "c", str(shard), *["0"] * (n_dimensions - 1)])

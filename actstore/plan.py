@@ -30,7 +30,12 @@ def raw_words(n: int, seed: int, purpose: int, *index: int) -> NDArray[np.uint64
 
 def permutation(n: int, seed: int, purpose: int, *index: int) -> Ints:
     """A uniform permutation of range(n): the stable argsort of `n` words."""
-    return np.argsort(raw_words(n, seed, purpose, *index), kind="stable").astype(np.int64)
+    words = raw_words(n, seed, purpose, *index)
+    order = np.argsort(words)  # several times faster than the stable sort, and the same unless two words are equal
+    ranked = words[order]
+    if (ranked[1:] == ranked[:-1]).any():
+        order = np.argsort(words, kind="stable")
+    return order.astype(np.int64, copy=False)
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,21 @@ def chunk_sequence(seed: int, epoch: int, chunks_per_shard: Sequence[int]) -> In
     return np.concatenate(pairs)[np.argsort(np.concatenate(keys), kind="stable")]
 
 
-def round_order(seed: int, epoch: int, round_index: int, n_rows: int) -> Ints:
-    """The order in which the pooled rows of one round are emitted."""
-    return permutation(n_rows, seed, ROUND_ORDER, epoch, round_index)
+def rounds(sequence: Ints, chunks_per_round: int, rank: int = 0, n_ranks: int = 1) -> list[Ints]:
+    """The chunks of each round of one of several ranks; all ranks together read every chunk of the sequence once.
+
+    The sequence is cut into near-equal runs of at most n_ranks · chunks_per_round chunks, each run into one near-equal
+    block a rank: a rank's round is a run of the sequence, so that it mixes shards as a single stream's does. The ranks
+    take turns in having the longer blocks, so that over an epoch no two of them differ by more than one chunk.
+    """
+    n_runs = -(-len(sequence) // (chunks_per_round * n_ranks))
+    mine, first = [], 0
+    for run in np.array_split(sequence, max(n_runs, 1)):
+        mine.append(np.array_split(run, n_ranks)[(rank - first) % n_ranks])  # the first blocks are the longer ones
+        first += len(run) % n_ranks
+    return mine
+
+
+def round_order(seed: int, epoch: int, round_index: int, n_rows: int, rank: int = 0) -> Ints:
+    """The order in which the pooled rows of one round are emitted, as places in the pool."""
+    return permutation(n_rows, seed, ROUND_ORDER, epoch, round_index, rank)

@@ -1,28 +1,29 @@
-"""Open a store, count and read its committed rows, find the text behind a row, verify every byte.
+"""Open a store, count and read its committed rows, and find the text behind a row.
 
 Readers trust commit records, never an array's shape: only committed shards exist. A committed object that is
-missing or has another length is an error, never fill values, and every chunk's crc32c is checked as it is read; array
-metadata and tables are compared with the segment's record when first used.
+missing or has another length is an error, never fill values, and every chunk's crc32c is checked as it is read; tables
+are compared with the segment's record when they are read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from actstore import paths
-from actstore.codecs import decode_rows
-from actstore.errors import DamagedStore, IncompleteStore, InputError, NotAStore
-from actstore.files import content_hash, object_record, read_json
-from actstore.schema import PARTS, Manifest, RowArray, SegmentRecord
-from actstore.writer import read_segments
+from actstore.arrays import Unreadable, check_chunk, index_bytes, is_compressed, read_index, read_table, unpack_chunk
+from actstore.codecs import Channels, decode_rows
+from actstore.errors import DamagedStore, IdentityMismatch, IncompleteStore, InputError, NotAStore
+from actstore.files import content_hash, object_entry
+from actstore.place import Place, absolute, open_place
+from actstore.records import Records, read_manifest
+from actstore.schema import PARTS, RowArray, SegmentRecord
 
 
 @dataclass(frozen=True)
@@ -44,66 +45,130 @@ class Shard:
     def n_chunks(self) -> int:
         return -(-self.n_rows // self.chunk_rows)
 
+    def n_chunk_rows(self, chunk: int) -> int:
+        """Rows of one chunk; the last of a shard may be short."""
+        return min(self.chunk_rows, self.n_rows - chunk * self.chunk_rows)
+
+
+@dataclass(frozen=True)
+class RowOrigin:
+    """Where a row comes from: its token, and the document that holds it."""
+
+    segment: int
+    shard: int
+    window: int
+    position: int
+    token_index: int
+    """Place in the segment's token table; -1 for a start-of-text position."""
+    document: int
+    document_name: str
+    document_start: int
+    document_stop: int
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """Of a site's rows as the model gave them: how many, mean and second moment (d_model,), mean Euclidean norm."""
+
+    n_rows: int
+    mean: NDArray[np.float64]
+    second_moment: NDArray[np.float64]
+    mean_norm: float
+
+    @property
+    def deviation(self) -> NDArray[np.float64]:
+        """(d_model,) standard deviation of each channel."""
+        return np.sqrt(np.maximum(self.second_moment - np.square(self.mean), 0))
+
+
+@dataclass(frozen=True)
+class _ShardObject:
+    """Where the chunks of one array of a shard lie: (offset, length) in the object `key`."""
+
+    key: str
+    array: RowArray
+    is_compressed: bool
+    chunks: list[tuple[int, int]]
+
 
 class Store:
     """A store opened for reading, pinned to the shards that are committed now.
 
-    Raises NotAStore when `path` holds none, or one of another kind than `kind`; IncompleteStore unless every shard
-    is committed or `partial` is given.
+    `url` is a path or such as s3://bucket/prefix. With `snapshot`, pinned to what that snapshot of this store named,
+    however much was added since. Raises NotAStore when there is none, or one of another kind than `kind`; IncompleteStore
+    unless every shard is committed or `partial` is given; IdentityMismatch when the snapshot is not of this store.
     """
 
     kind: str | None = None
 
-    def __init__(self, path: str | Path, *, partial: bool = False):
-        self.path = Path(path)
-        manifest_file = self.path / paths.MANIFEST
-        if not manifest_file.exists():
-            raise NotAStore(
-                f"{self.path}: not a store (no {paths.MANIFEST}); pass a folder that `collect` or `encode` wrote."
-            )
-        self.manifest = Manifest.from_json(read_json(manifest_file), str(self.path))
+    def __init__(self, url: str | Path | Place, *, partial: bool = False, snapshot: str | None = None):
+        self.place = open_place(url)
+        self.manifest = read_manifest(self.place)
         if self.kind is not None and self.manifest.kind != self.kind:
-            raise NotAStore(f"{self.path}: holds {self.manifest.kind}, {self.kind} are needed; pass the other folder.")
-        self.segments = read_segments(self.path)
-        self._arrays: dict[Path, Any] = {}
-        self._commits: dict[Shard, dict[str, Any]] = {}
+            raise NotAStore(f"{self.place}: holds {self.manifest.kind}, {self.kind} are needed; pass the other folder.")
+        self._records = Records(self.place)
+        self.segments = self._records.segments
+        for segment in self.segments:
+            if segment.store_id != self.store_id:
+                raise self._damaged(paths.MANIFEST, f"is of store {self.store_id}, the segments of {segment.store_id}")
         self._shards = [self._segment_shards(segment) for segment in self.segments]
-        if not partial:
+        self._objects: dict[Shard, dict[str, dict[str, Any]]] = {}
+        self._opened: dict[tuple[Shard, str], _ShardObject] = {}
+        self._tables: dict[tuple[int, str], NDArray[Any]] = {}
+        self._channels: dict[tuple[int, str], Channels] = {}
+        if snapshot is not None:
+            self._pin(snapshot)
+        elif not partial:
             self._require_complete()
 
     def _segment_shards(self, segment: SegmentRecord) -> dict[str, list[Shard]]:
-        found: dict[str, list[Shard]] = {}
-        sealed = paths.sealed_record(self.path, segment.index).exists()
-        for part, record in segment.parts.items():
-            layout = record.layout
-            found[part] = []
-            for index in range(layout.n_shards):
-                if paths.shard_record(self.path, segment.index, part, index).exists():
-                    found[part].append(Shard(segment.index, part, index, *layout.shard_range(index), layout.chunk_rows))
-                elif sealed:
-                    raise DamagedStore(
-                        f"{self.path}: segment {segment.index} is sealed but the commit record of {part} shard {index} is "
-                        "missing; restore it from a copy, or collect the store again."
-                    )
-        return found
+        return {
+            part: [
+                Shard(segment.index, part, index, *record.layout.shard_range(index), record.chunk_rows)
+                for index in self._records.shards(segment, part)
+            ]
+            for part, record in segment.parts.items()
+        }
 
     def _require_complete(self) -> None:
         committed = sum(len(shards) for parts in self._shards for shards in parts.values())
         planned = sum(record.layout.n_shards for segment in self.segments for record in segment.parts.values())
         if not self.segments or committed < planned:
             raise IncompleteStore(
-                f"{self.path}: half-written, {committed} of {planned or 'its'} shards are committed; run the command that "
+                f"{self.place}: half-written, {committed} of {planned or 'its'} shards are committed; run the command that "
                 "was writing it again with the same arguments to finish it."
             )
+
+    def _pin(self, snapshot: str) -> None:
+        """Forget the segments that were added since a snapshot was taken."""
+        everything = self.segments, self._shards
+        for n_segments in range(len(everything[0]), -1, -1):
+            self.segments, self._shards = everything[0][:n_segments], everything[1][:n_segments]
+            if self.snapshot == snapshot:
+                return
+        self.segments, self._shards = everything
+        raise IdentityMismatch(
+            f"{self.place}: has snapshot {self.snapshot} and never had {snapshot}; pass the store that was meant, or show "
+            "every worker the same disk."
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the same place, pinned to the same shards."""
+        return (_open_pinned, (type(self), absolute(self.place.url), self.snapshot))
+
+    @property
+    def url(self) -> str:
+        return self.place.url
 
     @property
     def store_id(self) -> str:
         return self.manifest.store_id
 
-    @cached_property
+    @property
     def snapshot(self) -> str:
         """Sixteen hex digits naming exactly the committed shards, of this store, that this reader sees."""
-        shards = [[shard.segment, shard.part, shard.index] for part in PARTS for shard in self.shards(part)]
+        ids = [segment.content_id for segment in self.segments]
+        shards = [[ids[shard.segment], shard.part, shard.index] for part in PARTS for shard in self.shards(part)]
         return content_hash([self.store_id, shards])[:16]
 
     def shards(self, part: str = "train") -> list[Shard]:
@@ -116,15 +181,43 @@ class Store:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes of every file of the store."""
-        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        """Bytes of every object of the store."""
+        return sum(self.place.names().values())
 
     def table(self, segment: int, name: str) -> NDArray[Any]:
-        """A whole 1-D table of a segment, such as `tokens/ids` or `train/windows/token_start`.
+        """A whole table of a segment, such as `tokens/ids` or `train/windows/token_start`. Read-only.
 
         Raises DamagedStore when an object of it is missing or differs from what was recorded.
         """
-        return np.asarray(self._array(segment, name)[:])
+        table = self._tables.get((segment, name))
+        if table is None:
+            prefix = f"{paths.array(segment, name)}/"
+            entries = {key: entry for key, entry in self.segments[segment].objects.items() if key.startswith(prefix)}
+            objects = {}
+            for key, entry in entries.items():
+                objects[key.removeprefix(prefix)] = data = self._read(key)
+                if object_entry(data) != entry:
+                    raise self._damaged(key, "its bytes are not those that were committed")
+            try:
+                table = read_table(objects)
+            except Unreadable as error:
+                raise self._damaged(prefix, error) from error
+            table.flags.writeable = False
+            mine = {key: kept for key, kept in self._tables.items() if key[0] == segment}  # enough in memory
+            self._tables = {**mine, (segment, name): table}  # a new one, since other threads may look at the old
+        return table
+
+    def tokenizer_file(self, name: str = "tokenizer.json") -> bytes:
+        """A file of the store's copy of the tokenizer. Raises DamagedStore when it is missing or was changed."""
+        key = f"{paths.TOKENIZER}/{name}"
+        data = self._read(key)
+        if object_entry(data) != self.manifest.provenance["tokenizer_files"].get(name):
+            raise self._damaged(key, "its bytes are not those that were committed")
+        return data
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Every file of the store's copy of the tokenizer."""
+        return {name: self.tokenizer_file(name) for name in self.manifest.provenance["tokenizer_files"]}
 
     def read(self, shard: Shard, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Rows [start, stop) of a shard, decoded: float32 for activations, the plain integers for tables.
@@ -132,20 +225,41 @@ class Store:
         Raises DamagedStore when the object is missing, has another length than committed, or fails its checksum.
         """
         array = self.manifest.array(name)
-        opened = self._array(shard.segment, f"{shard.part}/{name}")
-        file = self._whole_object(shard, array)
-        first = shard.start + start
-        last = shard.start + (shard.n_rows if stop is None else stop)
-        try:
-            kept = np.asarray(opened[first:last])
-        except (ValueError, OSError, RuntimeError) as error:
-            raise self._damaged(file, error) from error
-        return decode_rows(kept, array.encoding)
+        stop = shard.n_rows if stop is None else min(stop, shard.n_rows)
+        kept = self._kept_rows(shard, array, start, stop)
+        if array.encoding != "int8":
+            return decode_rows(kept, array.encoding)
+        scale = self._kept_rows(shard, self.manifest.array(scale_array(name)), start, stop)
+        return decode_rows(kept, array.encoding, scale, self.channels(shard.segment, name))
 
     def read_chunk(self, shard: Shard, name: str, chunk: int) -> NDArray[Any]:
         """One chunk of a shard, decoded."""
-        start = chunk * shard.chunk_rows
-        return self.read(shard, name, start, min(start + shard.chunk_rows, shard.n_rows))
+        return self.read(shard, name, chunk * shard.chunk_rows, (chunk + 1) * shard.chunk_rows)
+
+    def read_kept_chunk(self, shard: Shard, name: str, chunk: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """One chunk of a shard as its encoding keeps it, checked; in `out`, (chunk_rows, width), when given."""
+        found = self._object(shard, name)
+        offset, n_bytes = found.chunks[chunk]
+        if out is None:
+            out = np.empty((shard.chunk_rows, *found.array.tail), found.array.dtype)
+        data = np.empty(n_bytes - 4, np.uint8) if found.is_compressed else out.reshape(-1).view(np.uint8)
+        crc = bytearray(4)
+        try:
+            n_found = self.place.read_into(found.key, offset, data.data, memoryview(crc))
+            if n_found != n_bytes or len(data) + len(crc) != n_bytes:
+                raise Unreadable(f"a chunk of {n_bytes} bytes has {n_found}")
+            check_chunk(data, crc)
+            if found.is_compressed:
+                unpack_chunk(data, out.reshape(-1).view(np.uint8))
+        except (Unreadable, FileNotFoundError) as error:
+            raise self._damaged(found.key, error) from error
+        return out[: shard.n_chunk_rows(chunk)]
+
+    def channels(self, segment: int, name: str) -> Channels:
+        """What the int8 rows of an array are measured by in a segment."""
+        if (segment, name) not in self._channels:
+            self._channels[segment, name] = Channels.from_table(self.table(segment, channels_table(name)))
+        return self._channels[segment, name]
 
     def token_ids(self, shard: Shard) -> NDArray[np.int64]:
         """(n_rows,) the token each row of a shard stands at."""
@@ -161,92 +275,115 @@ class Store:
         offset = position - int(self.manifest.policy.bos)
         return np.where(offset >= 0, starts[window] + offset, -1)
 
+    def documents(self, shard: Shard) -> NDArray[np.int64]:
+        """(n_rows,) the document of its segment that each row stands in; a start of text, in that of the token after it."""
+        window = self.read(shard, "rows/window").astype(np.int64)
+        starts = self.table(shard.segment, f"{shard.part}/windows/token_start")
+        token = np.maximum(self.token_index(shard), starts[window])
+        offsets = self.table(shard.segment, "documents/offsets")
+        return np.asarray(np.searchsorted(offsets, token, side="right") - 1, np.int64)
+
     def document_names(self, segment: int) -> list[str]:
         return bytes(self.table(segment, "documents/source")).decode().split("\n")
 
-    def moments(self, site: str, part: str = "train") -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
-        """(n, mean (d,), second moment (d,)) of a site's rows, from the records of the committed shards."""
-        total, first, second = 0, np.zeros(0), np.zeros(0)
+    def locate(self, row: int, part: str = "train") -> RowOrigin:
+        """Where the row-th committed row of a split comes from. Raises InputError when there are not so many."""
+        before = 0
         for shard in self.shards(part):
-            mean, moment = np.asarray(self._commit(shard)["stats"][f"stats/{site}"])
+            if before <= row < before + shard.n_rows:
+                here = row - before
+                document = int(self.documents(shard)[here])
+                offsets = self.table(shard.segment, "documents/offsets")
+                return RowOrigin(
+                    segment=shard.segment,
+                    shard=shard.index,
+                    window=int(self.read(shard, "rows/window", here, here + 1)[0]),
+                    position=int(self.read(shard, "rows/position", here, here + 1)[0]),
+                    token_index=int(self.token_index(shard)[here]),
+                    document=document,
+                    document_name=self.document_names(shard.segment)[document],
+                    document_start=int(offsets[document]),
+                    document_stop=int(offsets[document + 1]),
+                )
+            before += shard.n_rows
+        raise InputError(f"{self.place}: has {before:,} {part} rows, row {row:,} was asked for; count from 0.")
+
+    def statistics(self, site: str, part: str = "train") -> SiteStatistics:
+        """What is recorded of a site's rows, over the committed shards of a split."""
+        total, mean, second, norm = 0, np.zeros(0), np.zeros(0), 0.0
+        for shard, own in zip(self.shards(part), self._site_records(site, part), strict=True):
             weight = shard.n_rows / (total + shard.n_rows)
-            first = mean if not total else first + (mean - first) * weight
-            second = moment if not total else second + (moment - second) * weight
+            own_mean, own_second = np.asarray(own["mean"]), np.asarray(own["second_moment"])
+            mean = own_mean if not total else mean + (own_mean - mean) * weight
+            second = own_second if not total else second + (own_second - second) * weight
+            norm += (own["mean_norm"] - norm) * weight
             total += shard.n_rows
-        return total, first, second
+        return SiteStatistics(total, mean, second, norm)
 
-    def objects(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(relative name, {bytes, sha256}) of every object that the manifest and the records name."""
-        for name, expected in self.manifest.provenance.get("tokenizer_files", {}).items():
-            yield f"{paths.TOKENIZER}/{name}", expected
-        yield from self._sealed_records.items()
-        for segment in self.segments:
-            yield from segment.objects.items()
-        for part in PARTS:
-            for shard in self.shards(part):
-                if self._record_fault(shard) is None:
-                    yield from self._commit(shard)["objects"].items()
+    def objects(self, shard: Shard) -> dict[str, dict[str, Any]]:
+        """The entry, `{bytes, sha256}`, of each object that a shard's commit record names."""
+        if shard not in self._objects:
+            self._objects[shard] = self._record(shard)["objects"]
+        return self._objects[shard]
 
-    def verify(self) -> list[str]:
-        """Read every committed object and compare its length and sha256; one line for each fault."""
-        objects = dict(self.objects())
-        return [fault for name, expected in objects.items() if (fault := self._fault(name, expected))]
+    def notes(self, shard: Shard) -> dict[str, Any]:
+        """What a shard's commit record says besides its rows and objects: statistics, and what computed them."""
+        record = self._record(shard)
+        return {key: value for key, value in record.items() if key not in ("rows", "objects", "segment")}
 
-    @cached_property
-    def _sealed_records(self) -> dict[str, dict[str, Any]]:
-        """What the sealed segments say of their records: object entries by name."""
-        files = [paths.sealed_record(self.path, segment.index) for segment in self.segments]
-        return {name: entry for file in files if file.exists() for name, entry in read_json(file)["records"].items()}
+    def _site_records(self, site: str, part: str) -> Iterator[dict[str, Any]]:
+        """What each shard's record says of a site; from a server, several are read at a time."""
+        with ThreadPoolExecutor(self.place.readers) as pool:
+            yield from pool.map(lambda shard: self._record(shard)["stats"][site], self.shards(part))
 
-    def _record_fault(self, shard: Shard) -> str | None:
-        """What is wrong with a shard's commit record, if its segment is sealed."""
-        file = paths.shard_record(self.path, shard.segment, shard.part, shard.index)
-        name = file.relative_to(self.path).as_posix()
-        return self._fault(name, self._sealed_records[name]) if name in self._sealed_records else None
+    def _record(self, shard: Shard) -> dict[str, Any]:
+        """A shard's commit record. Raises DamagedStore when it is that of another shard."""
+        record = self._records.shard(shard.segment, shard.part, shard.index)
+        if not self.segments[shard.segment].is_record_of(record, shard.part, shard.index):
+            raise self._damaged(paths.shard_record(shard.segment, shard.part, shard.index), "is of another shard")
+        return record
 
-    def _fault(self, name: str, expected: dict[str, Any]) -> str | None:
-        file = self.path / name
-        if not file.exists():
-            return f"{name}: missing"
-        found = object_record(file)
-        if found == expected:
-            return None
-        return (
-            f"{name}: {found['bytes']} bytes, sha256 {found['sha256'][:12]}; "
-            f"committed were {expected['bytes']} bytes, sha256 {expected['sha256'][:12]}"
+    def _kept_rows(self, shard: Shard, array: RowArray, start: int, stop: int) -> NDArray[Any]:
+        """Rows [start, stop) of a shard as the encoding keeps them."""
+        kept = np.empty((max(stop - start, 0), *array.tail), array.dtype)
+        for chunk in range(start // shard.chunk_rows, -(-stop // shard.chunk_rows) if stop > start else 0):
+            first = chunk * shard.chunk_rows
+            rows = self.read_kept_chunk(shard, array.name, chunk)[max(start - first, 0) : stop - first]
+            at = max(first - start, 0)
+            kept[at : at + len(rows)] = rows
+        return kept
+
+    def _object(self, shard: Shard, name: str) -> _ShardObject:
+        """A shard's object of an array, once it has been found to be as long as was committed."""
+        if (shard, name) not in self._opened:
+            array = self.manifest.array(name)
+            key = paths.shard_object(shard.segment, shard.part, name, shard.index, 1 + len(array.tail))
+            committed = self.objects(shard)[key]["bytes"]
+            n_bytes = self.place.n_bytes(key)
+            if n_bytes is None:
+                raise self._damaged(key, "it is missing")
+            if n_bytes != committed:
+                raise self._damaged(key, f"it has {n_bytes} bytes, {committed} were committed")
+            index = bytearray(index_bytes(self.segments[shard.segment].parts[shard.part].layout))
+            try:
+                self.place.read_into(key, n_bytes - len(index), memoryview(index))
+                chunks = [(offset, length) for offset, length in read_index(bytes(index), shard.n_chunks).tolist()]
+            except (Unreadable, FileNotFoundError) as error:
+                raise self._damaged(key, error) from error
+            self._opened[shard, name] = _ShardObject(key, array, is_compressed(array), chunks)
+        return self._opened[shard, name]
+
+    def _read(self, key: str) -> bytes:
+        try:
+            return self.place.read(key)
+        except FileNotFoundError as error:
+            raise self._damaged(key, "it is missing") from error
+
+    def _damaged(self, key: str, what: object) -> DamagedStore:
+        return DamagedStore(
+            f"{self.place}: {key}: {what}; `actstore verify` lists every fault, `actstore repair` drops what is damaged, "
+            "and the command that wrote the store then fills it in again."
         )
-
-    def _commit(self, shard: Shard) -> dict[str, Any]:
-        if shard not in self._commits:
-            if fault := self._record_fault(shard):
-                raise self._damaged(self.path, fault)
-            self._commits[shard] = read_json(paths.shard_record(self.path, shard.segment, shard.part, shard.index))
-        return self._commits[shard]
-
-    def _array(self, segment: int, name: str) -> Any:
-        """A segment's array; at first use, the objects that the segment's record names of it are compared with it."""
-        folder = paths.array(self.path, segment, name)
-        if folder not in self._arrays:
-            prefix = folder.relative_to(self.path).as_posix() + "/"
-            for object_name, expected in self.segments[segment].objects.items():
-                if object_name.startswith(prefix) and (fault := self._fault(object_name, expected)):
-                    raise self._damaged(self.path, fault)
-            self._arrays[folder] = zarr.open_array(folder, mode="r")
-        return self._arrays[folder]
-
-    def _whole_object(self, shard: Shard, array: RowArray) -> Path:
-        """A missing shard would read as fill values, so look before reading."""
-        folder = paths.array(self.path, shard.segment, f"{shard.part}/{array.name}")
-        file = paths.shard_object(folder, shard.index, 1 + len(array.tail))
-        if not file.exists():
-            raise self._damaged(file, "the object is missing")
-        committed = self._commit(shard)["objects"][file.relative_to(self.path).as_posix()]["bytes"]
-        if (found := file.stat().st_size) != committed:
-            raise self._damaged(file, f"the object has {found} bytes, {committed} were committed")
-        return file
-
-    def _damaged(self, where: Path, what: object) -> DamagedStore:
-        return DamagedStore(f"{where}: {what}; `verify {self.path}` lists every fault, then collect the store again.")
 
 
 class ActivationStore(Store):
@@ -270,7 +407,7 @@ class ActivationStore(Store):
         asked = ".".join(str(part) for part in (name, layer) if part is not None) or "what was asked"
         what = "several sites fit" if fitting else "has no site"
         raise InputError(
-            f"{self.path}: {what} {asked}; it holds {', '.join(self.sites)}: choose one with --layer and --site."
+            f"{self.place}: {what} {asked}; it holds {', '.join(self.sites)}: choose one with --layer and --site."
         )
 
     def d_model(self, site: str) -> int:
@@ -280,3 +417,17 @@ class ActivationStore(Store):
 def _fits(site: str, name: str | None, layer: int | None) -> bool:
     own_name, _, own_layer = site.rpartition(".")
     return name in (None, own_name) and str(layer) in ("None", own_layer)
+
+
+def scale_array(name: str) -> str:
+    """The array of row scales beside an int8 `acts/<site>`."""
+    return name.replace("acts/", "scales/", 1)
+
+
+def channels_table(name: str) -> str:
+    """The table of channel means and deviations of an int8 `acts/<site>`."""
+    return name.replace("acts/", "channels/", 1)
+
+
+def _open_pinned(kind: type[Store], url: str, snapshot: str) -> Store:
+    return kind(url, snapshot=snapshot)

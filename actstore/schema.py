@@ -7,14 +7,18 @@ compared. docs/FORMAT.md is the normative description of the JSON.
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
-from actstore.errors import InputError, NotAStore
-from actstore.files import content_hash
+from actstore import paths
+from actstore.codecs import ENCODINGS
+from actstore.errors import DamagedStore, InputError, NotAStore
+from actstore.files import content_hash, parse_record, record_bytes
 from actstore.layout import Layout
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PARTS = ("train", "heldout")
 """The two splits of a segment; the index is the `part` of the plan."""
 
@@ -32,6 +36,12 @@ class RowArray:
     def tail(self) -> tuple[int, ...]:
         """The shape of one row."""
         return (self.width,) if self.width else ()
+
+
+def site_arrays(site: str, d_model: int, encoding: str) -> list[RowArray]:
+    """The row arrays that keep one site: its activations, and for int8 each row's scale."""
+    acts = RowArray(f"acts/{site}", d_model, ENCODINGS[encoding].dtype, encoding)
+    return [acts, RowArray(f"scales/{site}", 0, "float32", "packed")] if encoding == "int8" else [acts]
 
 
 @dataclass(frozen=True)
@@ -99,13 +109,20 @@ class Manifest:
         """Sixteen hex digits of the identity's sha256."""
         return content_hash(self.identity())[:16]
 
-    def to_json(self) -> dict[str, Any]:
-        body = {"format": "actstore", "version": FORMAT_VERSION, "identity": self.identity(), "provenance": self.provenance}
-        return {**body, "store_id": self.store_id, "content_sha256": content_hash(body)}
+    def to_bytes(self) -> bytes:
+        """The record that a store keeps of it."""
+        head = {"format": "actstore", "version": FORMAT_VERSION, "store_id": self.store_id}
+        return record_bytes({**head, "identity": self.identity(), "provenance": self.provenance})
 
     @classmethod
-    def from_json(cls, value: Any, where: str) -> Manifest:
-        """Raises NotAStore for another format or version, or when the content hash does not match."""
+    def from_bytes(cls, data: bytes, where: str) -> Manifest:
+        """Raises NotAStore for another format or version, DamagedStore when it was changed after it was written."""
+        try:
+            value = json.loads(data)
+        except ValueError as error:
+            raise DamagedStore(
+                f"{where}: the manifest is not readable as JSON ({error}); restore it from a copy."
+            ) from error
         if not isinstance(value, dict) or value.get("format") != "actstore":
             raise NotAStore(f"{where}: not an actstore manifest; pass a folder that `collect` or `encode` wrote.")
         if value.get("version") != FORMAT_VERSION:
@@ -113,9 +130,7 @@ class Manifest:
                 f"{where}: format version {value.get('version')}, this program reads {FORMAT_VERSION}; "
                 "use the actstore version that wrote it."
             )
-        body = {key: value.get(key) for key in ("format", "version", "identity", "provenance")}
-        if content_hash(body) != value.get("content_sha256"):
-            raise NotAStore(f"{where}: the manifest was changed after it was written; restore it from a copy.")
+        value = parse_record(data, f"{where}: the manifest")
         identity = cast(dict[str, Any], value["identity"])
         return cls(
             kind=identity["kind"],
@@ -173,12 +188,17 @@ class PartRecord:
 class SegmentRecord:
     """A segment whose token tables are complete; published before its first row is written.
 
-    `first_document` is how many documents of the corpus earlier segments took. `objects` maps every table object
-    to its length and sha256. `environment` says what computed the rows.
+    The text begins with document `first_document` of the corpus, behind the first `first_token` tokens of it, and goes
+    on to document `next_document`, behind `next_token` tokens of that. `objects` maps every table object to its length
+    and sha256. `environment` says what computed the rows.
     """
 
+    store_id: str
     index: int
     first_document: int
+    first_token: int
+    next_document: int
+    next_token: int
     n_documents: int
     n_tokens: int
     heldout_modulus: int
@@ -186,10 +206,27 @@ class SegmentRecord:
     environment: dict[str, Any]
     objects: dict[str, dict[str, Any]]
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    @cached_property
+    def content_id(self) -> str:
+        """Sixteen hex digits naming the text, the windows and the cut into shards: what a shard's bytes depend on."""
+        parts = {name: asdict(part) for name, part in self.parts.items()}
+        return content_hash([self.store_id, self.index, parts, self.objects])[:16]
+
+    def is_record_of(self, record: dict[str, Any], part: str, shard: int) -> bool:
+        """Whether a commit record is the one of this shard of this segment."""
+        folder = paths.array(self.index, part) + "/"
+        return (
+            record["segment"] == self.content_id
+            and record["rows"] == list(self.parts[part].layout.shard_range(shard))
+            and all(name.startswith(folder) for name in record["objects"])
+        )
+
+    def to_bytes(self) -> bytes:
+        return record_bytes(asdict(self))
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> SegmentRecord:
+    def from_bytes(cls, data: bytes, where: str) -> SegmentRecord:
+        """Raises DamagedStore when it was changed after it was written."""
+        value = parse_record(data, where)
         parts = {name: PartRecord(**part) for name, part in value["parts"].items()}
         return cls(**{**value, "parts": parts})

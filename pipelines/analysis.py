@@ -16,7 +16,7 @@ from actstore import paths
 from actstore.errors import InputError, NotAStore, OutputExists
 from actstore.files import read_json
 from pipelines.statistics import BANDS
-from pipelines.tokens import store_tokenizer
+from pipelines.tokens import parse_tokenizer
 
 ANALYSIS_VERSION = 1
 RECORD = "analysis.json"
@@ -62,7 +62,9 @@ class Analysis:
         if self.record.get("format") != "actstore-analysis" or self.record.get("version") != ANALYSIS_VERSION:
             raise NotAStore(f"{self.path}: not an analysis of format version {ANALYSIS_VERSION}; run `analyze` again.")
         self._root = zarr.open_group(self.path / paths.DATA, mode="r")
-        self._codec = store_tokenizer(self.path, self.record["bos_token_id"], self.record["separator_token_id"])
+        file = self.path / paths.TOKENIZER / "tokenizer.json"
+        special = self.record["bos_token_id"], self.record["separator_token_id"]
+        self._codec = parse_tokenizer(file.read_bytes(), str(file), *special)
 
     def _get(self, name: str) -> NDArray[Any]:
         return np.asarray(self._root[name][:])  # type: ignore[index]

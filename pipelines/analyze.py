@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from actstore import paths
 from actstore.errors import InputError
-from actstore.files import fsync_path, publish_json, require_free_space
+from actstore.files import fsync_path, publish_bytes, publish_json, require_free_space
+from actstore.place import absolute
 from actstore.reader import Shard
 from actstore.schema import PARTS
 from pipelines.analysis import ANALYSIS_VERSION, RECORD, require_new_analysis
@@ -34,7 +35,7 @@ BLOCK_ROWS = 65_536
 class AnalyzeConfig:
     """What `analyze` is asked for; the names are the command's options."""
 
-    codes: Path
+    codes: str | Path
     out: Path
     examples: int = 8
     before: int = 24
@@ -69,9 +70,9 @@ def analyze(config: AnalyzeConfig, client: Any = None) -> dict[str, Any]:
 def _analyze(config: AnalyzeConfig, codes: CodeStore, client: Any) -> dict[str, Any]:
     shards = [shard for part in PARTS for shard in codes.shards(part)]
     policy = codes.manifest.policy
-    codec = store_tokenizer(codes.path, policy.bos_token_id, policy.separator_token_id)
+    codec = store_tokenizer(codes)
     n_vocabulary = codec.backend.get_vocab_size()
-    tasks = [(codes.path.absolute(), codes.snapshot, shard, n_vocabulary, config.examples) for shard in shards]
+    tasks = [(absolute(codes.url), codes.snapshot, shard, n_vocabulary, config.examples) for shard in shards]
     survey: Survey = reduce_tasks(client, "analyze", survey_shard, Survey.merge, tasks)
     found = survey.examples.finalize()
     context_tokens, context_values = _contexts(config, codes, shards, found, client)
@@ -116,9 +117,9 @@ def _analyze(config: AnalyzeConfig, codes: CodeStore, client: Any) -> dict[str, 
     return record
 
 
-def survey_shard(codes_path: Path, snapshot: str, shard: Shard, n_vocabulary: int, n_examples: int) -> Survey:
+def survey_shard(codes_url: str, snapshot: str, shard: Shard, n_vocabulary: int, n_examples: int) -> Survey:
     """All statistics of one shard. Runs on a worker."""
-    codes = open_codes(codes_path, snapshot)
+    codes = open_codes(codes_url, snapshot)
     survey = Survey(codes.n_features, n_vocabulary, n_examples)
     indices, values = read_codes(codes, shard)
     tokens = codes.token_ids(shard)
@@ -141,7 +142,7 @@ def survey_shard(codes_path: Path, snapshot: str, shard: Shard, n_vocabulary: in
 
 
 def example_values(
-    codes_path: Path,
+    codes_url: str,
     snapshot: str,
     shard: Shard,
     feature: NDArray[np.int64],
@@ -151,7 +152,7 @@ def example_values(
     after: int,
 ) -> NDArray[np.float32]:
     """(n, before + 1 + after) values of each example's feature around it, 0 where this shard has no row. On a worker."""
-    codes = open_codes(codes_path, snapshot)
+    codes = open_codes(codes_url, snapshot)
     indices, values = read_codes(codes, shard)
     row_window = codes.read(shard, "rows/window").astype(np.int64) + _window_base(codes, shard)
     row_position = codes.read(shard, "rows/position").astype(np.int64)
@@ -204,7 +205,7 @@ def _contexts(
                 chosen = mine[touches]
                 if len(chosen):
                     columns = (found["feature"][chosen], found["window"][chosen], found["position"][chosen])
-                    tasks.append((codes.path.absolute(), codes.snapshot, shard, *columns, config.before, config.after))
+                    tasks.append((absolute(codes.url), codes.snapshot, shard, *columns, config.before, config.after))
                     places.append(chosen)
     for chosen, part_values in zip(places, run_tasks(client, "examples", example_values, tasks), strict=True):
         values[chosen] = np.maximum(values[chosen], part_values)
@@ -270,7 +271,8 @@ def _publish(out: Path, record: dict[str, Any], arrays: dict[str, NDArray[Any]],
                 root.create_array(
                     name, shape=values.shape, dtype=values.dtype, chunks=tuple(max(n, 1) for n in values.shape)
                 )
-        shutil.copytree(codes.path / paths.TOKENIZER, temporary / paths.TOKENIZER)
+        for name, data in codes.tokenizer_files().items():
+            publish_bytes(temporary / paths.TOKENIZER / name, data)
         publish_json(temporary / RECORD, record)
         for path in temporary.rglob("*"):
             fsync_path(path)

@@ -73,6 +73,17 @@ def _spared_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
+def own_device(device: str) -> str:
+    """For a task on a worker of a machine with several GPUs, each worker's own; else what was asked for."""
+    import torch
+    from distributed import get_worker
+
+    name = str(get_worker().name)
+    if device not in ("auto", "cuda") or torch.cuda.device_count() < 2 or not name.isdecimal():
+        return device
+    return f"cuda:{int(name) % torch.cuda.device_count()}"
+
+
 def run_tasks(client: Any, label: str, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
     """`function(*task)` for every task, results in the order of the tasks; a failed task's error is raised here."""
     from distributed import as_completed

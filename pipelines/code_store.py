@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore.errors import IdentityMismatch
 from actstore.reader import Shard, Store
 
 
@@ -33,14 +31,9 @@ def read_codes(codes: CodeStore, shard: Shard) -> tuple[NDArray[np.int64], NDArr
 
 
 @lru_cache(maxsize=2)
-def open_codes(path: Path, snapshot: str) -> CodeStore:
+def open_codes(url: str, snapshot: str) -> CodeStore:
     """A finished code store, opened once a process: what a worker's tasks share.
 
-    Raises IdentityMismatch when what lies at `path`, seen from this process, is another one than `snapshot` names.
+    Raises IdentityMismatch when what lies there, seen from this process, is another one than `snapshot` names.
     """
-    codes = CodeStore(path)
-    if codes.snapshot != snapshot:
-        raise IdentityMismatch(
-            f"{path}: has snapshot {codes.snapshot} here, {snapshot} was asked for; show workers the same disk."
-        )
-    return codes
+    return CodeStore(url, snapshot=snapshot)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from actstore import paths
 from actstore.errors import IdentityMismatch
-from actstore.files import require_free_space
+from actstore.place import absolute, open_place
 from actstore.reader import ActivationStore, Store
 from actstore.schema import PARTS, Manifest, RowArray, SegmentRecord
 from actstore.writer import StoreWriter, require_store_place, write_shard
@@ -35,9 +35,9 @@ ENCODE_ROWS = 4096
 class EncodeConfig:
     """What `encode` is asked for; the names are the command's options."""
 
-    store: Path
+    store: str | Path
     run: Path
-    out: Path
+    out: str | Path
     workers: int = 2
     scheduler: str | None = None
 
@@ -49,29 +49,31 @@ def encode(config: EncodeConfig, client: Any = None) -> dict[str, Any]:
     raises, and OutputExists, NoSpace, IdentityMismatch.
     """
     require_store_place(config.out)
-    store = ActivationStore(config.store)
+    store = _source(config)
     _, record = load_run(config.run)
     require_match(config.run, record, store)
     manifest = _manifest(store, record, config.run)
     n_rows = sum(store.n_rows(part) for part in PARTS)
-    require_free_space(config.out, n_rows * record.k * 8, f"the codes of {n_rows:,} rows")
-    tokenizer_files = {file.name: file.read_bytes() for file in sorted((store.path / paths.TOKENIZER).iterdir())}
+    open_place(config.out).require_space(n_rows * record.k * 8, f"the codes of {n_rows:,} rows")
     # The cluster comes before the store: nothing is written when the scheduler does not answer.
     where = connect(config.scheduler, config.workers) if client is None else nullcontext(client)
-    with where as connected, StoreWriter.open(config.out, manifest, tokenizer_files) as writer:
+    with where as connected, StoreWriter.open(config.out, manifest, store.tokenizer_files()) as writer:
         for segment in store.segments[len(writer.segments()) :]:
-            writer.add_segment(segment, _tables(store, segment))
-        source = (config.store.absolute(), config.run.absolute(), store.snapshot, record.run_id)
+            writer.add_segment(replace(segment, store_id=manifest.store_id), _tables(store, segment))
+        for segment in writer.segments():
+            if writer.missing_objects(segment):
+                writer.restore_segment(segment, _tables(store, store.segments[segment.index]))
+        source = (absolute(config.store), config.run.absolute(), store.snapshot, record.run_id)
         tasks = [
-            (*source, config.out.absolute(), segment.index, part, shard)
-            for segment in store.segments
-            for part, shard in writer.missing_shards(segment.index)
+            (*source, absolute(config.out), segment.index, part, shard)
+            for segment in writer.segments()
+            for part, shard in writer.missing_shards(segment)
         ]
         if tasks:
             run_tasks(connected, "encode", encode_shard, tasks)
-        for segment in store.segments:
-            if not paths.sealed_record(config.out, segment.index).exists():
-                writer.seal(segment.index)
+        for segment in writer.segments():
+            if not writer.is_sealed(segment):
+                writer.seal(segment)
     codes = CodeStore(config.out)
     return {
         "codes": str(config.out),
@@ -84,10 +86,10 @@ def encode(config: EncodeConfig, client: Any = None) -> dict[str, Any]:
 
 
 def encode_shard(
-    store_path: Path, run_path: Path, snapshot: str, run_id: str, out: Path, segment: int, part: str, index: int
+    store_url: str, run_path: Path, snapshot: str, run_id: str, out: str, segment: int, part: str, index: int
 ) -> None:
     """Encode one shard of a store into the same shard of a code store, and commit it. Runs on a worker."""
-    store, sae, record = _opened(store_path, run_path, snapshot, run_id)
+    store, sae, record = _opened(store_url, run_path, snapshot, run_id)
     target = Store(out, partial=True)
     shard = next(s for s in store.shards(part) if (s.segment, s.index) == (segment, index))
     window, position = store.read(shard, "rows/window"), store.read(shard, "rows/position")
@@ -103,18 +105,17 @@ def encode_shard(
         indices[start : start + len(rows)] = found_indices.numpy()
     arrays = {"rows/window": window[order], "rows/position": position[order]}
     arrays |= {"codes/index": indices[order], "codes/value": values[order]}
-    write_shard(out, target.manifest, target.segments[segment], part, index, arrays)
+    write_shard(target.place, target.manifest, target.segments[segment], part, index, arrays, {"stats": {}})
 
 
 @lru_cache(maxsize=4)
-def _opened(store_path: Path, run_path: Path, snapshot: str, run_id: str) -> tuple[ActivationStore, TopKSae, RunRecord]:
+def _opened(store_url: str, run_path: Path, snapshot: str, run_id: str) -> tuple[ActivationStore, TopKSae, RunRecord]:
     """A store and a run, opened once a process. Raises IdentityMismatch when this process sees others at these paths."""
-    store = ActivationStore(store_path)
+    store = ActivationStore(store_url, snapshot=snapshot)
     sae, record = load_run(run_path)
-    if (store.snapshot, record.run_id) != (snapshot, run_id):
+    if record.run_id != run_id:
         raise IdentityMismatch(
-            f"{store_path}, {run_path}: are snapshot {store.snapshot} and run {record.run_id} here, {snapshot} and {run_id} "
-            "were asked for; show workers the same disk."
+            f"{run_path}: is run {record.run_id} here, {run_id} was asked for; show workers the same disk."
         )
     return store, sae, record
 
@@ -137,8 +138,21 @@ def _manifest(store: ActivationStore, record: RunRecord, run_path: Path) -> Mani
             "site": record.site,
             "n_features": record.n_features,
         },
-        provenance={**store.manifest.provenance, "run": str(run_path), "store": str(store.path)},
+        provenance={**store.manifest.provenance, "run": str(run_path), "store": store.url},
     )
+
+
+def _source(config: EncodeConfig) -> ActivationStore:
+    """The store as it was when the code store was begun, if it was; else as it is now."""
+    out = open_place(config.out)
+    snapshot = Store(out, partial=True).manifest.source.get("snapshot") if out.exists(paths.MANIFEST) else None
+    current = ActivationStore(config.store)
+    if snapshot is None or snapshot == current.snapshot:
+        return current
+    try:
+        return ActivationStore(config.store, snapshot=snapshot)
+    except IdentityMismatch:
+        return current  # the codes there are of another store, and the writer says so
 
 
 def _tables(store: Store, segment: SegmentRecord) -> dict[str, NDArray[Any]]:

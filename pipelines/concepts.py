@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from actstore.place import absolute
 from actstore.reader import Shard, Store
 from actstore.schema import PARTS
 from pipelines.cluster import reduce_tasks
@@ -151,7 +151,7 @@ def find_rules(codes: CodeStore, codec: TextCodec, client: Any) -> list[Finding]
     """Every feature's best rule over a code store of Python sources, by falling F1 on the scoring half."""
     labels = [client.scatter(bits, broadcast=True) for bits in label_store(codes, codec)]
     shards = [shard for part in PARTS for shard in codes.shards(part)]
-    tasks = [(codes.path.absolute(), codes.snapshot, shard, labels[shard.segment]) for shard in shards]
+    tasks = [(absolute(codes.url), codes.snapshot, shard, labels[shard.segment]) for shard in shards]
     peaks = reduce_tasks(client, "peaks", half_peaks, np.maximum, tasks)
     thresholds = np.outer(PEAK_SHARES, peaks)
     n_vocabulary = codec.backend.get_vocab_size()
@@ -165,9 +165,9 @@ def findings_json(findings: list[Finding]) -> dict[str, Any]:
     return {"findings": [asdict(finding) for finding in findings]}
 
 
-def half_peaks(codes_path: Path, snapshot: str, shard: Shard, labels: NDArray[np.uint64]) -> NDArray[np.float64]:
+def half_peaks(codes_url: str, snapshot: str, shard: Shard, labels: NDArray[np.uint64]) -> NDArray[np.float64]:
     """(F,) largest value of each feature over a shard's rows of half 0. Runs on a worker."""
-    codes = open_codes(codes_path, snapshot)
+    codes = open_codes(codes_url, snapshot)
     indices, values = read_codes(codes, shard)
     mine = (row_labels(codes, shard, labels) & HALF_BIT) == 0
     peaks = np.zeros(codes.n_features)
@@ -176,7 +176,7 @@ def half_peaks(codes_path: Path, snapshot: str, shard: Shard, labels: NDArray[np
 
 
 def score_shard(
-    codes_path: Path,
+    codes_url: str,
     snapshot: str,
     shard: Shard,
     labels: NDArray[np.uint64],
@@ -184,7 +184,7 @@ def score_shard(
     n_vocabulary: int,
 ) -> RuleScores:
     """The rule scores of one shard. Runs on a worker."""
-    codes = open_codes(codes_path, snapshot)
+    codes = open_codes(codes_url, snapshot)
     indices, values = read_codes(codes, shard)
     rules, half = shard_rules(codes, shard, labels, n_vocabulary)
     fired = []

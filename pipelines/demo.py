@@ -19,9 +19,10 @@ from pipelines.builtin import model_path
 from pipelines.cluster import connect
 from pipelines.code_store import CodeStore
 from pipelines.codes import EncodeConfig, encode
-from pipelines.collect import CollectConfig, collect
+from pipelines.collect import collect
 from pipelines.concepts import Finding, find_rules, findings_json
 from pipelines.evaluate import EvaluateConfig, evaluate
+from pipelines.recipe import CollectConfig
 from pipelines.report.page import ReportConfig, report
 from pipelines.sae.checkpoint import RECORD as RUN_RECORD
 from pipelines.sae.checkpoint import load_run
@@ -88,8 +89,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         if not (analysis / ANALYSIS_RECORD).exists():
             analyze(AnalyzeConfig(codes=codes, out=analysis), client)
         opened = CodeStore(codes)
-        policy = opened.manifest.policy
-        codec = store_tokenizer(codes, policy.bos_token_id, policy.separator_token_id)
+        codec = store_tokenizer(opened)
         findings = find_rules(opened, codec, client)
     publish_json(analysis / "findings.json", findings_json(good_findings(findings)))
     if not page.exists():

@@ -38,7 +38,7 @@ class EvaluateConfig:
     """What `evaluate` is asked for; the names are the command's options."""
 
     run: Path
-    store: Path
+    store: str | Path
     windows: int = 128
     pca: int = 16
     model: str | None = None
@@ -55,7 +55,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     sae, record = load_run(config.run)
     require_match(config.run, record, store)
     if not store.n_rows(PART):
-        raise InputError(f"{store.path}: holds no held-out documents; collect more text, so that some are kept apart.")
+        raise InputError(f"{store.url}: holds no held-out documents; collect more text, so that some are kept apart.")
     if config.pca >= record.d_model:
         raise InputError(
             f"pca {config.pca}: rows have {record.d_model} dimensions; choose --pca {record.d_model - 1} or less."
@@ -87,7 +87,7 @@ def require_same_model(model: nn.Module, store: ActivationStore, name: str) -> N
     ours, theirs = model_identity(model).weights_sha256, store.manifest.model.weights_sha256
     if ours != theirs:
         raise IdentityMismatch(
-            f"model {name}: has weights {ours[:12]}, {store.path} comes from {theirs[:12]}; name the right one with --model."
+            f"model {name}: has weights {ours[:12]}, {store.url} comes from {theirs[:12]}; name the right one with --model."
         )
 
 
@@ -116,7 +116,7 @@ def evaluate_rows(sae: TopKSae, store: ActivationStore, site: str) -> dict[str, 
         ratio += float((guess.norm(dim=1) / exact.norm(dim=1).clamp_min(1e-12)).sum())
     variance = norm / n - float(np.square(total / n).sum())
     if variance <= 0:
-        raise InputError(f"{store.path}: its {n} held-out rows do not vary; collect more text.")
+        raise InputError(f"{store.url}: its {n} held-out rows do not vary; collect more text.")
     return {
         "heldout_rows": n,
         "fve": 1.0 - error / n / variance,
@@ -166,7 +166,7 @@ def evaluate_text(
     delta_ce = CE_sae − CE_clean; ce_loss_score = (CE_zero − CE_sae) / (CE_zero − CE_clean); kl = mean
     KL(clean ‖ sae) over the same positions. Zero ablation can be worse than uniform, so the mean's score is beside it.
     """
-    _, mean, _ = store.moments(site.label)
+    mean = store.statistics(site.label).mean
     mean_row = torch.from_numpy(mean).float().to(device)
 
     def reconstruct(rows: Tensor) -> Tensor:

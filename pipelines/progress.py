@@ -27,6 +27,12 @@ class Tracker:
         """Units a second since the start."""
         return self.done / max(time.monotonic() - self._started, 1e-9)
 
+    def expect(self, n: int) -> None:
+        """There are `n` more units to do than was known."""
+        self.total += n
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, total=self.total)
+
     def advance(self, n: int, note: str = "") -> None:
         self.done += n
         note = f"{self.rate:,.0f} {self.unit}/s  {note}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -18,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from actstore import paths
 from actstore.errors import InputError, StoreError
+from actstore.reader import Store
 from pipelines.corpus import Document
 
 BATCH_DOCUMENTS = 64
@@ -69,7 +70,8 @@ class TokenTable:
     """The tokens of a segment: all training documents, then the held-out ones, each followed by a separator.
 
     `offsets` (n_documents + 1,) are the documents' first tokens. `n_train_tokens` counts the training part,
-    separators included.
+    separators included. `begins` and `ends` are (document, token of it) in the corpus: the first that is in, and the
+    first that is not.
     """
 
     ids: NDArray[Any]
@@ -78,6 +80,8 @@ class TokenTable:
     names: list[str]
     n_train_tokens: int
     heldout_modulus: int
+    begins: tuple[int, int] = (0, 0)
+    ends: tuple[int, int] = (0, 0)
 
     def part_range(self, part: str) -> tuple[int, int]:
         """First and one-past-last token of a split."""
@@ -110,6 +114,8 @@ def load_tokenizer(name: str) -> tuple[TextCodec, dict[str, bytes]]:
     # A tokenizer's file may ask for a largest length, or for padding; documents are taken whole and as they are.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
+    for key in ("is_local", "local_files_only"):  # how it was found this time is no part of it
+        tokenizer.init_kwargs.pop(key, None)
     eos = int(tokenizer.eos_token_id)
     bos = eos if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
     with tempfile.TemporaryDirectory() as folder:
@@ -118,48 +124,80 @@ def load_tokenizer(name: str) -> tuple[TextCodec, dict[str, bytes]]:
     return TextCodec(tokenizer.backend_tokenizer, bos, eos), files
 
 
-def store_tokenizer(store: Path, bos_token_id: int, separator_token_id: int) -> TextCodec:
-    """The tokenizer copy inside a store or analysis. Raises StoreError when it is missing or unreadable."""
-    file = store / paths.TOKENIZER / "tokenizer.json"
+def store_tokenizer(store: Store) -> TextCodec:
+    """The tokenizer copy inside a store. Raises DamagedStore when it is missing or was changed."""
+    policy = store.manifest.policy
+    return parse_tokenizer(store.tokenizer_file(), store.url, policy.bos_token_id, policy.separator_token_id)
+
+
+def parse_tokenizer(data: bytes, where: str, bos_token_id: int, separator_token_id: int) -> TextCodec:
+    """A tokenizer from the bytes of its `tokenizer.json`. Raises StoreError when they are not one."""
     try:
-        return TextCodec(Tokenizer.from_file(str(file)), bos_token_id, separator_token_id)
+        return TextCodec(Tokenizer.from_buffer(data), bos_token_id, separator_token_id)
     except Exception as error:
-        raise StoreError(f"{file}: not a readable tokenizer ({first_line(error)}); restore it from a copy.") from error
+        raise StoreError(f"{where}: not a readable tokenizer ({first_line(error)}); restore it from a copy.") from error
 
 
-def tokenize_documents(
-    documents: Iterator[Document], codec: TextCodec, n_tokens: int, heldout_modulus: int | None
-) -> TokenTable | None:
-    """The table of the next `n_tokens` tokens (the last document is cut there), or None when no document is left.
+class TokenSource:
+    """A corpus's tokens from one place on, taken table after table; no document is read or tokenised twice.
 
-    A document is held out when sha256 of its name, first eight bytes, is 0 modulo `heldout_modulus`. None chooses
-    it: 50 from 1,000 documents on, else 20, or the largest of 10, 5, 3, 2 that holds at least one of several
-    documents out; 0 holds nothing out (a corpus of one document).
+    `document` and `token` say where the next table begins: behind the first `token` tokens of that document.
     """
-    names: list[str] = []
-    tokens: list[NDArray[np.int64]] = []
-    left = n_tokens
-    while left > 0 and (batch := list(islice(documents, BATCH_DOCUMENTS))):
-        for document, ids in zip(batch, codec.ids([document.text for document in batch]), strict=True):
-            if left > 0 and ids:
-                names.append(document.name.replace("\n", " "))
-                tokens.append(np.asarray(ids[:left], np.int64))
-                left -= len(tokens[-1])
-    if not names:
-        return None
-    modulus = _choose_modulus(names) if heldout_modulus is None else heldout_modulus
-    heldout = np.array([is_heldout(name, modulus) for name in names], np.uint8)
-    order = np.argsort(heldout, kind="stable")
-    lengths = np.array([len(tokens[i]) + 1 for i in order], np.int64)
-    stream = np.concatenate([np.append(tokens[i], codec.separator_token_id) for i in order])
-    return TokenTable(
-        ids=stream.astype(np.min_scalar_type(codec.backend.get_vocab_size() - 1)),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        heldout=heldout[order],
-        names=[names[i] for i in order],
-        n_train_tokens=int(lengths[heldout[order] == 0].sum()),
-        heldout_modulus=modulus,
-    )
+
+    def __init__(self, documents: Iterator[Document], codec: TextCodec, document: int = 0, token: int = 0):
+        self.document, self.token = document, token
+        self._documents, self._codec = documents, codec
+        self._dtype = np.min_scalar_type(codec.backend.get_vocab_size() - 1)
+        self._pending: deque[tuple[str, NDArray[Any]]] = deque()
+
+    def take(self, n_tokens: int, heldout_modulus: int | None) -> TokenTable | None:
+        """The table of the next `n_tokens` tokens, or None when no token is left; the next table goes on where it ends.
+
+        A document is held out when sha256 of its name, first eight bytes, is 0 modulo `heldout_modulus`. None chooses
+        it: 50 from 1,000 documents on, else 20, or the largest of 10, 5, 3, 2 that holds at least one of several
+        documents out; 0 holds nothing out (a corpus of one document).
+        """
+        begins = self.document, self.token
+        names: list[str] = []
+        tokens: list[NDArray[Any]] = []
+        left = n_tokens
+        while left > 0 and self._fill():
+            name, ids = self._pending[0]
+            taken = ids[self.token : self.token + left]
+            if self.token + len(taken) < len(ids):
+                self.token += len(taken)
+            else:
+                self._pending.popleft()
+                self.document, self.token = self.document + 1, 0
+            if len(taken):
+                names.append(name)
+                tokens.append(taken)
+                left -= len(taken)
+        if not names:
+            return None
+        modulus = _choose_modulus(names) if heldout_modulus is None else heldout_modulus
+        heldout = np.array([is_heldout(name, modulus) for name in names], np.uint8)
+        order = np.argsort(heldout, kind="stable")
+        lengths = np.array([len(tokens[i]) + 1 for i in order], np.int64)
+        separator = np.array([self._codec.separator_token_id], self._dtype)
+        return TokenTable(
+            ids=np.concatenate([piece for i in order for piece in (tokens[i], separator)]),
+            offsets=np.concatenate([[0], np.cumsum(lengths)]),
+            heldout=heldout[order],
+            names=[names[i] for i in order],
+            n_train_tokens=int(lengths[heldout[order] == 0].sum()),
+            heldout_modulus=modulus,
+            begins=begins,
+            ends=(self.document, self.token),
+        )
+
+    def _fill(self) -> bool:
+        """Tokenise some more documents when none is waiting; False when there are no more."""
+        if not self._pending:
+            batch = list(islice(self._documents, BATCH_DOCUMENTS))
+            for document, ids in zip(batch, self._codec.ids([document.text for document in batch]), strict=True):
+                self._pending.append((document.name.replace("\n", " "), np.asarray(ids, self._dtype)))
+        return bool(self._pending)
 
 
 def is_heldout(name: str, modulus: int) -> bool:

@@ -40,7 +40,7 @@ class TrainConfig:
     `tokens` (rows to train on) wins over `epochs`; `lr` 0 takes `default_learning_rate`.
     """
 
-    store: Path
+    store: str | Path
     out: Path
     layer: int | None = None
     site: str = "resid_post"
@@ -128,10 +128,9 @@ def input_scale(store: ActivationStore, site: str) -> float:
 
     Raises InputError when the rows do not vary.
     """
-    _, mean, second = store.moments(site)
-    variance = float((second - np.square(mean)).mean())
+    variance = float(np.square(store.statistics(site).deviation).mean())
     if variance <= 0:
-        raise InputError(f"{store.path}: the rows of {site} are all the same; there is nothing to train on.")
+        raise InputError(f"{store.url}: the rows of {site} are all the same; there is nothing to train on.")
     return 1.0 / math.sqrt(variance)
 
 

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when modelkit loads torch
 
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
+
+    from pipelines.recipe import CollectConfig
+
+from daskkit import address_of, dask_process
 from modelkit import build_model, write_texts
+
+pytest.register_assert_rewrite("rowkit")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -37,11 +47,46 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> Path:
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory, texts: Path, model_folder: Path) -> Path:
     """A collected store of the tiny model: `resid_post` after blocks 0 and 2, fp32, all of the texts. Read-only."""
-    from pipelines.collect import CollectConfig, collect
+    from pipelines.collect import collect
+    from pipelines.recipe import CollectConfig
 
     out = tmp_path_factory.mktemp("collected") / "store"
     collect(CollectConfig(out=out, model=str(model_folder), corpus=str(texts), layer=(0, 2), context=32, encoding="fp32"))
     return out
+
+
+@pytest.fixture(scope="session")
+def small_config(model_folder: Path, texts: Path) -> CollectConfig:
+    """What tests of collecting ask for, each at its own `out`: 1,500 tokens in 13 shards, one layer, in float32."""
+    from pipelines.recipe import CollectConfig
+
+    return CollectConfig(
+        out="unset", model=str(model_folder), corpus=str(texts), layer=(0,), tokens=1500, context=32, encoding="fp32"
+    )
+
+
+@pytest.fixture(scope="session")
+def small_store(tmp_path_factory: pytest.TempPathFactory, small_config: CollectConfig) -> Path:
+    """The store that `small_config` describes. Read-only."""
+    from pipelines.collect import collect
+
+    out = tmp_path_factory.mktemp("small") / "store"
+    collect(replace(small_config, out=out))
+    return out
+
+
+@pytest.fixture
+def own_store(small_store: Path, tmp_path: Path) -> Path:
+    """A copy of `small_store` to change."""
+    return Path(shutil.copytree(small_store, tmp_path / "store"))
+
+
+@pytest.fixture(scope="session")
+def reference(model_folder: Path) -> GPT2LMHeadModel:
+    """The model as transformers loads it."""
+    from transformers import GPT2LMHeadModel
+
+    return GPT2LMHeadModel.from_pretrained(model_folder).eval()
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +106,13 @@ def client() -> Iterator[Any]:
 
     with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=":0") as found:
         yield found
+
+
+@pytest.fixture
+def scheduler(tmp_path: Path) -> Iterator[str]:
+    """The address of a `dask scheduler` in a process of its own; its file is in `tmp_path`."""
+    with dask_process("scheduler", "--port", "0", "--host", "127.0.0.1", folder=tmp_path):
+        yield address_of(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from tokenizers import ByteLevelBPETokenizer
+from safetensors.torch import load_file, save_file
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
-    from pipelines.collect import CollectConfig
+    from pipelines.recipe import CollectConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 END_OF_TEXT = "<|endoftext|>"
@@ -68,12 +70,39 @@ def build_model(folder: Path, texts: Path, *, seed: int = 0, outliers: bool = Tr
     return folder
 
 
+def plant(model: Path, out: Path, weight: str, row: int | str, value: float) -> int:
+    """A copy of a model with one value set in channel 5 of a row of a weight, given by number or by token; gives its number.
+
+    Of a weight that is a vector, the row is the channel.
+    """
+    shutil.copytree(model, out)
+    if isinstance(row, str):
+        (row,) = Tokenizer.from_file(str(out / "tokenizer.json")).encode(row, add_special_tokens=False).ids
+    weights = load_file(out / "model.safetensors")
+    weights[weight][(row, 5) if weights[weight].ndim == 2 else row] = value
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    return row
+
+
 def folder_state(folder: Path) -> dict[str, tuple[int, bytes]]:
     """(time of last change, content) of every file and folder: equal states mean that nothing was written or lost."""
     return {
         path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
         for path in sorted(folder.rglob("*"))
     }
+
+
+def files_of(store: Path) -> dict[str, bytes]:
+    """Every file of a store, by name: equal stores have equal ones."""
+    return {name: data for name, (_, data) in folder_state(store).items() if (store / name).is_file()}
+
+
+def faults_in(store: Path) -> list[str]:
+    """All that is not as it was committed."""
+    from actstore.integrity import find_faults
+    from actstore.place import open_place
+
+    return [str(fault) for fault in find_faults(open_place(store))]
 
 
 def collect_and_die(config: CollectConfig, n_operations: int) -> None:
@@ -84,7 +113,7 @@ def collect_and_die(config: CollectConfig, n_operations: int) -> None:
     left = itertools.count(n_operations - 1, -1)
 
     def count(event: str, arguments: tuple[object, ...]) -> None:
-        counted = event in {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+        counted = event in {"open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir"}
         if counted and str(arguments[0]).startswith(str(config.out)) and not next(left):
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -7,6 +7,7 @@ a test can say exactly which rows it was given.
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import signal
 import sys
@@ -14,15 +15,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore.codecs import ENCODINGS, encode_rows
+from actstore import lease
+from actstore.codecs import Channels, encode_rows
 from actstore.layout import Layout
+from actstore.place import Folder
 from actstore.plan import PartPlan, raw_words
+from actstore.recode import recode_store
 from actstore.schema import (
     PARTS,
     CorpusIdentity,
@@ -32,6 +37,7 @@ from actstore.schema import (
     RowArray,
     SegmentRecord,
     WindowPolicy,
+    site_arrays,
 )
 from actstore.writer import StoreWriter, write_shard
 
@@ -42,8 +48,8 @@ BOS, SEPARATOR = 0, 1
 POLICY = WindowPolicy(
     context=CONTEXT, bos=True, packing="packed", keep_special=False, bos_token_id=BOS, separator_token_id=SEPARATOR
 )
-MAX_WINDOWS = 50_000
-"""Of one part of one segment: keeps row ids apart."""
+MAX_WINDOWS = 1_000
+"""Of one part of one segment: keeps row ids apart, and those of two segments in the range of fp16."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class StoreSpec:
 
     @property
     def manifest(self) -> Manifest:
-        acts = [RowArray(f"acts/{site}", self.d_model, ENCODINGS[kind].dtype, kind) for site, kind in self.sites]
+        acts = [array for site, kind in self.sites for array in site_arrays(site, self.d_model, kind)]
         return Manifest(
             kind="activations",
             model=ModelIdentity("synthetic", n_layer=2, d_model=self.d_model, weights_sha256="0" * 64),
@@ -106,6 +112,7 @@ def build_segment(spec: StoreSpec, index: int) -> Segment:
     ):
         token_start = np.arange(start, stop, POLICY.stride)
         n_tokens = np.minimum(POLICY.stride, stop - token_start)
+        assert len(token_start) <= MAX_WINDOWS, "rows would share ids"
         kept[part] = [1 + np.flatnonzero(ids[a : a + n] != SEPARATOR) for a, n in zip(token_start, n_tokens, strict=True)]
         counts = np.array([len(positions) for positions in kept[part]], np.int64)
         layout = Layout(int(counts.sum()), spec.shard_rows, spec.chunk_rows)
@@ -114,8 +121,29 @@ def build_segment(spec: StoreSpec, index: int) -> Segment:
         tables[f"{part}/windows/token_start"] = token_start
         tables[f"{part}/windows/n_tokens"] = n_tokens.astype(np.uint16)
         tables[f"{part}/windows/first_row"] = plans[part].first_rows
-    record = SegmentRecord(index, index * spec.n_documents, spec.n_documents, len(ids), 10, records, {"device": "none"}, {})
+    for site, kind in spec.sites:
+        if kind == "int8":
+            tables[f"channels/{site}"] = CHANNELS(spec.d_model).table
+    record = SegmentRecord(
+        store_id=spec.manifest.store_id,
+        index=index,
+        first_document=index * spec.n_documents,
+        first_token=0,
+        next_document=(index + 1) * spec.n_documents,
+        next_token=0,
+        n_documents=spec.n_documents,
+        n_tokens=len(ids),
+        heldout_modulus=10,
+        parts=records,
+        environment={"device": "none"},
+        objects={},
+    )
     return Segment(record, tables, plans, kept)
+
+
+def CHANNELS(d_model: int) -> Channels:
+    """What int8 rows are measured by here: ids are spread wide, the other channels within 4 of 0."""
+    return Channels(np.zeros(d_model, np.float32), np.array([100_000] + [2] * (d_model - 1), np.float32))
 
 
 def row_ids(segment: int, part: str, window: Ints, position: Ints) -> Ints:
@@ -130,8 +158,8 @@ def row_values(ids: Ints, d_model: int) -> NDArray[np.float32]:
     return np.concatenate([ids[:, None], noise], axis=1).astype(np.float32)
 
 
-def shard_arrays(spec: StoreSpec, segment: Segment, part: str, shard: int) -> dict[str, NDArray[Any]]:
-    """What a collector hands to `write_shard`."""
+def shard_arrays(spec: StoreSpec, segment: Segment, part: str, shard: int) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """What a collector hands to `write_shard`: the arrays, and the notes of the record."""
     plan = segment.plans[part]
     windows, chosen = plan.shard_windows(shard)
     positions = [segment.kept_positions[part][window] for window in windows]
@@ -141,13 +169,32 @@ def shard_arrays(spec: StoreSpec, segment: Segment, part: str, shard: int) -> di
     rows = row_values(row_ids(segment.record.index, part, window, position), spec.d_model)
     arrays: dict[str, NDArray[Any]] = {"rows/window": window.astype(np.uint32), "rows/position": position.astype(np.uint16)}
     for site, kind in spec.sites:
-        arrays[f"acts/{site}"] = encode_rows(rows, kind)
-        arrays[f"stats/{site}"] = np.stack([rows.mean(0, np.float64), np.square(rows.astype(np.float64)).mean(0)])
-    return arrays
+        kept, scale = encode_rows(rows, kind, CHANNELS(spec.d_model))
+        arrays[f"acts/{site}"] = kept
+        if scale is not None:
+            arrays[f"scales/{site}"] = scale
+    return arrays, {"stats": statistics({site: rows for site, _ in spec.sites})}
+
+
+def statistics(rows_of_sites: dict[str, NDArray[np.float32]]) -> dict[str, dict[str, Any]]:
+    """What a commit record says of each site's rows."""
+    return {
+        site: {
+            "mean": rows.mean(axis=0, dtype=np.float64).tolist(),
+            "second_moment": np.square(rows, dtype=np.float64).mean(axis=0).tolist(),
+            "mean_norm": float(np.linalg.norm(rows.astype(np.float64), axis=1).mean()),
+        }
+        for site, rows in rows_of_sites.items()
+    }
 
 
 def write_store(
-    path: Path, spec: StoreSpec, *, n_shards: int | None = None, on_locked: Callable[[], None] = lambda: None
+    path: Path,
+    spec: StoreSpec,
+    *,
+    n_shards: int | None = None,
+    on_locked: Callable[[], None] = lambda: None,
+    pause_s: float = 0.0,
 ) -> Path:
     """Write the store, or what is missing of it; stop after `n_shards` shards when given. Returns `path`."""
     with StoreWriter.open(path, spec.manifest, {"tokenizer.json": b"{}"}) as writer:
@@ -156,16 +203,37 @@ def write_store(
             segment = build_segment(spec, index)
             records = writer.segments()
             record = records[index] if index < len(records) else writer.add_segment(segment.record, segment.tables)
-            for part, shard in writer.missing_shards(index):
+            if writer.missing_objects(record):
+                writer.restore_segment(record, segment.tables)
+            for part, shard in writer.missing_shards(record):
                 if n_shards == 0:
                     return path
                 n_shards = None if n_shards is None else n_shards - 1
-                write_shard(path, writer.manifest, record, part, shard, shard_arrays(spec, segment, part, shard))
-            writer.seal(index)
+                write_shard(writer.place, writer.manifest, record, part, shard, *shard_arrays(spec, segment, part, shard))
+                if pause_s:
+                    time.sleep(pause_s)
+            if not writer.is_sealed(record):
+                writer.seal(record)
     return path
 
 
+def files_of(path: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its name in it."""
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def flip_bit(file: Path, bit: int) -> None:
+    """Flip one bit of a file, counted from its first and, past its end, from there on again."""
+    data = bytearray(file.read_bytes())
+    data[bit // 8 % len(data)] ^= 1 << bit % 8
+    file.write_bytes(data)
+
+
 # For processes of their own
+
+PROCESSES = multiprocessing.get_context("forkserver")
+"""They start fast: zarr is imported once, in the server they are forked from."""
+PROCESSES.set_forkserver_preload(["zarr.codecs", "actstore.reader", "pytest"])
 
 
 def write_and_hold(path: Path, spec: StoreSpec, locked: Connection) -> None:
@@ -176,11 +244,58 @@ def write_and_hold(path: Path, spec: StoreSpec, locked: Connection) -> None:
 def write_and_die(path: Path, spec: StoreSpec, n_operations: int) -> None:
     """`write_store`, killed by SIGKILL when it is about to do its n-th thing to the file system."""
     os.fsync = lambda descriptor: None
+    _die_at(n_operations, lambda arguments: True)
+    write_store(path, spec)
+
+
+def _die_at(n_operations: int, counts: Callable[[tuple[object, ...]], bool]) -> None:
+    """Be killed when about to do the n-th thing to the file system that counts."""
     left = itertools.count(n_operations - 1, -1)
 
-    def count(event: str, arguments: object) -> None:
-        if event in {"open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir"} and not next(left):
+    def count(event: str, arguments: tuple[object, ...]) -> None:
+        if (
+            event in {"open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir"}
+            and counts(arguments)
+            and not next(left)
+        ):
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
-    write_store(path, spec)
+
+
+def write_slowly(path: Path, spec: StoreSpec, pause_s: float) -> None:
+    """`write_store`, with a pause after each shard."""
+    os.fsync = lambda descriptor: None
+    write_store(path, spec, pause_s=pause_s)
+
+
+def publish_and_die(path: Path, name: str, data: bytes, n_operations: int) -> None:
+    """Publish an object, killed by SIGKILL when about to do the n-th thing to a file of the place."""
+    os.fsync = lambda descriptor: None
+    _die_at(n_operations, lambda arguments: str(arguments[0]).startswith(str(path)))
+    Folder(path).publish(name, data)
+
+
+def create_in_turn(path: Path, number: int, n_objects: int, barrier: Barrier, answers: Connection) -> None:
+    """Try to create each object together with other processes; send whether it was created here."""
+    os.fsync = lambda descriptor: None
+    created = []
+    for index in range(n_objects):
+        barrier.wait()
+        created.append(Folder(path).create(f"objects/{index}", bytes([number]) * 1000))
+    answers.send((number, created))
+
+
+def hold_lease_and_hang(path: Path, heartbeat_s: float, held: Connection) -> None:
+    """Take a place's lease, tell, and keep it until killed."""
+    lease.HEARTBEAT_S = heartbeat_s
+    with lease.held_lease(Folder(path)):
+        held.send(True)
+        time.sleep(600)
+
+
+def recode_and_die(source: Path, out: Path, encoding: str, n_operations: int) -> None:
+    """Recode a store, killed by SIGKILL when about to do the n-th thing to a file of the copy."""
+    os.fsync = lambda descriptor: None
+    _die_at(n_operations, lambda arguments: str(arguments[0]).startswith(str(out)))
+    recode_store(source, out, encoding)

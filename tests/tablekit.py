@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from storekit import StoreSpec
+from storekit import StoreSpec, statistics
 
-from actstore.layout import Layout
 from actstore.schema import PARTS, Manifest, PartRecord, RowArray, SegmentRecord, WindowPolicy
 from actstore.writer import StoreWriter, write_shard
-from pipelines.tokens import TextCodec, TokenTable, load_tokenizer, tokenize_documents
+from pipelines.tokens import TextCodec, TokenSource, TokenTable, load_tokenizer
 from pipelines.windows import cut_windows
 
 SITE = "resid_post.0"
@@ -40,7 +39,7 @@ def text_table(documents: dict[str, str], model: Path, modulus: int = 5) -> tupl
     from pipelines.corpus import Document
 
     codec, files = load_tokenizer(str(model))
-    table = tokenize_documents((Document(name, text) for name, text in documents.items()), codec, 1 << 30, modulus)
+    table = TokenSource((Document(name, text) for name, text in documents.items()), codec).take(1 << 30, modulus)
     assert table is not None
     return table, codec, files
 
@@ -72,9 +71,8 @@ def _policy(policy: WindowPolicy, codec: TextCodec | None) -> WindowPolicy:
 
 
 def activations(rows: NDArray[np.float32]) -> Arrays:
-    """The arrays of some rows of an activation store, with their moments."""
-    exact = rows.astype(np.float64)
-    return {f"acts/{SITE}": rows, f"stats/{SITE}": np.stack([exact.mean(axis=0), np.square(exact).mean(axis=0)])}
+    """The arrays of some rows of an activation store."""
+    return {f"acts/{SITE}": rows}
 
 
 def dense_codes(values: NDArray[np.float32]) -> Arrays:
@@ -114,14 +112,28 @@ def write_table_store(
         tables[f"{part}/windows/token_start"] = windows.token_start
         tables[f"{part}/windows/n_tokens"] = windows.n_tokens.astype(np.uint32)
         tables[f"{part}/windows/first_row"] = np.cumsum(kept.sum(axis=1)) - kept.sum(axis=1)
-    n_tokens = len(table.ids) - len(table.names)
-    record = SegmentRecord(0, 0, len(table.names), n_tokens, table.heldout_modulus, parts, {}, {})
+    record = SegmentRecord(
+        store_id=manifest.store_id,
+        index=0,
+        first_document=0,
+        first_token=0,
+        next_document=len(table.names),
+        next_token=0,
+        n_documents=len(table.names),
+        n_tokens=len(table.ids) - len(table.names),
+        heldout_modulus=table.heldout_modulus,
+        parts=parts,
+        environment={},
+        objects={},
+    )
     with StoreWriter.open(path, manifest, tokenizer_files or {"tokenizer.json": b"{}"}) as writer:
         segment = writer.add_segment(record, tables)
-        for part, shard in writer.missing_shards(0):
-            mine = slice(*Layout(parts[part].n_rows, shard_rows, chunk_rows).shard_range(shard))
+        for part, shard in writer.missing_shards(segment):
+            mine = slice(*parts[part].layout.shard_range(shard))
             window, position = (column[mine] for column in rows[part])
-            arrays = {"rows/window": window, "rows/position": position, **arrays_of(places[part][mine])}
-            write_shard(path, writer.manifest, segment, part, shard, arrays)
-        writer.seal(0)
+            found = arrays_of(places[part][mine])
+            arrays = {"rows/window": window, "rows/position": position, **found}
+            notes = {"stats": statistics({name[5:]: kept for name, kept in found.items() if name.startswith("acts/")})}
+            write_shard(writer.place, writer.manifest, segment, part, shard, arrays, notes)
+        writer.seal(segment)
     return path

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from modelkit import ROOT
+from daskkit import dask_process
+from modelkit import faults_in, files_of
 from numpy.typing import NDArray
 from tablekit import codes_manifest, dense_codes, text_table, write_table_store
 
@@ -32,6 +29,8 @@ from pipelines.analyze import AnalyzeConfig, analyze
 from pipelines.cluster import connect, reduce_tasks
 from pipelines.code_store import CodeStore
 from pipelines.codes import EncodeConfig, encode
+from pipelines.collect import collect
+from pipelines.recipe import CollectConfig
 from pipelines.sae.checkpoint import load_run, save_run
 from pipelines.sae.topk import TopKSae
 
@@ -143,7 +142,7 @@ def test_rows_lie_in_text_order_inside_the_shard_they_had(codes_path: Path, stor
 
 def test_a_code_store_verifies_and_names_where_it_came_from(codes_path: Path, store: Path, run: Path) -> None:
     codes = CodeStore(codes_path)
-    assert codes.verify() == []
+    assert faults_in(codes_path) == []
     source = ActivationStore(store)
     expected = {
         "store_id": source.store_id,
@@ -172,16 +171,12 @@ def test_a_code_store_stands_alone(
     assert arrays_of(tmp_path / "analysis") == arrays_of(analysis_path)
 
 
-def test_an_interrupted_encode_is_continued(
-    codes_path: Path, store: Path, run: Path, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = EncodeConfig(store=store, run=run, out=tmp_path / "codes")
-    done: list[tuple[Any, ...]] = []
+def interrupt_encode(config: EncodeConfig, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begin a code store, and stop after its first five shards."""
 
     def run_some(_client: Any, _label: str, function: Callable[..., None], tasks: list[tuple[Any, ...]]) -> None:
         for task in tasks[:5]:
             function(*task)
-            done.append(task[-3:])
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -189,13 +184,39 @@ def test_an_interrupted_encode_is_continued(
         with pytest.raises(KeyboardInterrupt):
             encode(config, client)
     with pytest.raises(IncompleteStore, match="half-written, 5 of"):
-        CodeStore(tmp_path / "codes")
+        CodeStore(config.out)
+
+
+def test_an_interrupted_encode_is_continued(
+    codes_path: Path, store: Path, run: Path, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EncodeConfig(store=store, run=run, out=tmp_path / "codes")
+    interrupt_encode(config, client, monkeypatch)
     first = {file: file.stat().st_mtime_ns for file in (tmp_path / "codes").rglob("c/*/*") if file.is_file()}
     encode(config, client)
     assert arrays_of(tmp_path / "codes") == arrays_of(codes_path)
-    assert len(done) == 5
     assert {file: file.stat().st_mtime_ns for file in first} == first
     assert encode(config, client)["rows"] == sum(CodeStore(codes_path).n_rows(part) for part in PARTS)
+
+
+def test_an_interrupted_encode_goes_on_with_the_rows_it_began_with_when_the_store_has_grown(
+    small_config: CollectConfig, run: Path, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = replace(small_config, out=tmp_path / "store", layer=(2,))
+    collect(asked)
+    config = EncodeConfig(store=tmp_path / "store", run=run, out=tmp_path / "codes")
+    whole = replace(config, out=tmp_path / "whole")
+    rows = encode(whole, client)["rows"]
+    interrupt_encode(config, client, monkeypatch)
+    snapshot = ActivationStore(tmp_path / "store").snapshot
+    collect(replace(asked, tokens=2200))
+    assert encode(config, client)["rows"] == rows
+    assert files_of(tmp_path / "codes") == files_of(tmp_path / "whole")
+    assert CodeStore(tmp_path / "codes").manifest.source["snapshot"] == snapshot
+    before = files_of(tmp_path / "whole")
+    assert encode(whole, client)["rows"] == rows, "a finished code store stays what it is"
+    assert files_of(tmp_path / "whole") == before
+    assert encode(replace(config, out=tmp_path / "all"), client)["rows"] > rows
 
 
 def test_codes_of_another_run_are_not_mixed_in(
@@ -231,7 +252,7 @@ def test_the_last_of_256_features_may_be_the_only_one(store: Path, run: Path, cl
     save_run(tmp_path / "run", sae, replace(load_run(run)[1], n_features=256, k=1))
     encode(EncodeConfig(store=store, run=tmp_path / "run", out=tmp_path / "codes"), client)
     codes = CodeStore(tmp_path / "codes")
-    assert codes.verify() == []
+    assert faults_in(tmp_path / "codes") == []
     assert all((codes.read(shard, "codes/index") == 255).all() for shard in codes.shards())
 
 
@@ -383,44 +404,6 @@ def test_local_worker_processes_write_the_same_arrays(
     assert json.loads((tmp_path / "analysis" / RECORD).read_text()) == json.loads((analysis_path / RECORD).read_text())
 
 
-@pytest.fixture
-def scheduler(tmp_path: Path) -> Iterator[str]:
-    """The address of a `dask scheduler` in a process and a folder of its own."""
-    with _dask("scheduler", "--port", "0", "--host", "127.0.0.1", cwd=tmp_path):
-        file = tmp_path / "scheduler.json"
-        yield _until(lambda: str(json.loads(file.read_text())["address"]) if file.exists() else None)
-
-
-class _dask:
-    """A `dask ...` process, ended with the block."""
-
-    def __init__(self, *arguments: str, cwd: Path):
-        options = ["--scheduler-file", str(cwd / "scheduler.json"), "--no-dashboard"]
-        command = [sys.executable, "-m", "dask", *arguments, *options]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(
-            command, cwd=cwd, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-
-    def __enter__(self) -> _dask:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        self.process.wait(30)
-
-
-def _until(found: Callable[[], str | None]) -> str:
-    for _ in range(600):
-        try:
-            if (value := found()) is not None:
-                return value
-        except ValueError:  # the file is being written
-            pass
-        time.sleep(0.05)
-    raise TimeoutError
-
-
 @pytest.mark.cluster
 def test_a_scheduler_and_a_worker_of_their_own_write_the_same_arrays(
     store: Path,
@@ -439,7 +422,7 @@ def test_a_scheduler_and_a_worker_of_their_own_write_the_same_arrays(
     monkeypatch.chdir(home)
     shutil.copytree(store, "store")
     shutil.copytree(run, "run")
-    with _dask("worker", "--nthreads", "1", "--no-nanny", cwd=tmp_path):
+    with dask_process("worker", "--nthreads", "1", "--no-nanny", folder=tmp_path):
         from distributed import Client
 
         with Client(scheduler) as waiting:
@@ -499,8 +482,8 @@ def test_what_is_no_finished_code_store_is_refused(
     store: Path, run: Path, codes_path: Path, client: Any, tmp_path: Path
 ) -> None:
     partial = Path(shutil.copytree(codes_path, tmp_path / "codes"))
-    paths.sealed_record(partial, 0).unlink()
-    paths.shard_record(partial, 0, "train", 3).unlink()
+    (partial / paths.sealed_record(0)).unlink()
+    (partial / paths.shard_record(0, "train", 3)).unlink()
     for codes, error in [(store, NotAStore), (run, NotAStore), (partial, IncompleteStore), (tmp_path / "none", NotAStore)]:
         with pytest.raises(error):
             analyze(config_of(codes, tmp_path / "analysis"), client)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ import pytest
 from click.testing import CliRunner
 from modelkit import folder_state, run_cli
 
+from actstore.reader import ActivationStore
 from cli import cli
 from pipelines.sae.checkpoint import load_run, save_run
 from pipelines.sae.topk import TopKSae
@@ -102,6 +104,39 @@ def test_a_device_that_is_not_there(refused: Refused, asked: dict[str, object]) 
     assert "choose auto or cpu." in refused("collect", *options(asked | {"--device": "abacus"}))
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "line"),
+    [
+        (
+            "--encoding",
+            "nonsense",
+            "encoding 'nonsense', compute dtype 'fp32', packing 'packed': choose from fp16, fp32, bf16, int8; fp32, bf16; "
+            "packed, document.",
+        ),
+        ("--compute-dtype", "int8", "encoding 'fp16', compute dtype 'int8', packing 'packed': choose from "),
+        ("--packing", "loose", "encoding 'fp16', compute dtype 'fp32', packing 'loose': choose from "),
+        ("--site", "nonsense", "site 'nonsense': known sites are resid_pre, resid_post, attn_out, mlp_out."),
+        ("--tokens", 0, "tokens 0, context 32, batch windows 32, shard MiB 128, workers 0: at least 1, 2, 1, 1 and 0."),
+        ("--workers", -1, "tokens 200, context 32, batch windows 32, shard MiB 128, workers -1: at least 1, 2, 1, 1 and 0."),
+        ("--shard-mib", 0, "tokens 200, context 32, batch windows 32, shard MiB 0, workers 0: at least 1, 2, 1, 1 and 0."),
+        ("--context", 65, "context 65: the model has 64 positions; choose --context 64 or less."),
+    ],
+)
+def test_a_collection_that_makes_no_sense(
+    option: str, value: object, line: str, refused: Refused, asked: dict[str, object]
+) -> None:
+    for command in ("collect", "estimate"):
+        assert refused(command, *options(asked | {option: value})).startswith(f"error: {line}")
+
+
+@pytest.mark.parametrize("command", ["collect", "info", "verify", "repair", "recode"])
+def test_a_place_of_an_unknown_kind(command: str, refused: Refused, asked: dict[str, object], store: Path) -> None:
+    place = "ftp://host/store"
+    given = {"collect": options(asked | {"--out": place}), "recode": [store, "--out", place]}.get(command, [place])
+    line = refused(command, *given)
+    assert line == "error: ftp://host/store: scheme 'ftp' is not known; use a path or one of s3, gs, az."
+
+
 # The corpus
 
 
@@ -148,6 +183,7 @@ def test_an_output_that_exists(
     commands: dict[str, list[object]] = {
         "collect": options(asked),
         "train": [store, "--layer", 2, "--features", 64, "--k", 4],
+        "recode": [store],
         "encode": [store, run],
         "analyze": [codes],
         "report": [analysis],
@@ -179,11 +215,13 @@ def test_too_little_free_space(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("actstore.files.free_bytes", lambda path: 1_000_000)
+    for module in ("files", "place"):
+        monkeypatch.setattr(f"actstore.{module}.free_bytes", lambda path: 1_000_000)
     out = tmp_path / "new"
     commands: dict[str, list[object]] = {
         "collect": options(asked),
         "train": [store, "--layer", 2, "--features", 64, "--k", 4],
+        "recode": [store],
         "encode": [store, run],
         "analyze": [codes],
         "report": [analysis],
@@ -204,7 +242,7 @@ def test_a_store_that_is_none(refused: Refused, run: Path, tmp_path: Path) -> No
     for path in (tmp_path / "store", tmp_path / "file", tmp_path / "nowhere"):
         for command, *arguments in (
             ("info", path),
-            ("verify", path),
+            ("recode", path, "--out", tmp_path / "new"),
             ("train", path, "--out", tmp_path / "new"),
             ("evaluate", run, path),
             ("encode", path, run, "--out", tmp_path / "new"),
@@ -212,6 +250,9 @@ def test_a_store_that_is_none(refused: Refused, run: Path, tmp_path: Path) -> No
         ):
             line = refused(command, *arguments)
             assert line.startswith(f"error: {path}: not a store (no manifest.json); pass a folder"), command
+        for command in ("verify", "repair"):
+            line = refused(command, path)
+            assert line == f"error: {path}: not a store; pass a folder that `collect` or `encode` wrote.", command
         for command, *arguments in (("features", path), ("feature", path, 0), ("report", path, "--out", tmp_path / "new")):
             assert refused(command, *arguments).startswith(f"error: {path}: not an analysis (no analysis.json)"), command
 
@@ -232,9 +273,45 @@ def test_a_store_of_the_other_kind(refused: Refused, store: Path, codes: Path, r
     assert "holds activations, codes are needed" in refused("analyze", store, "--out", tmp_path / "new")
 
 
+def test_an_encoding_that_is_none(refused: Refused, store: Path, tmp_path: Path) -> None:
+    line = refused("recode", store, "--out", tmp_path / "new", "--encoding", "nonsense")
+    assert line == "error: encoding 'nonsense': choose from fp16, fp32, bf16, int8."
+
+
+def test_codes_cannot_be_recoded(refused: Refused, codes: Path, tmp_path: Path) -> None:
+    assert "holds codes, activations are needed" in refused("recode", codes, "--out", tmp_path / "new")
+
+
+def test_a_store_that_somebody_writes(refused: Refused, asked: dict[str, object], store: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(store, tmp_path / "store"))
+    (own / "lock").touch()
+    with (own / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        given = options(asked | {"--out": own, "--encoding": "fp32", "--tokens": 1_000_000, "--layer": 0})
+        for command, *arguments in (("collect", *given, "--layer", 2), ("repair", own), ("recode", store, "--out", own)):
+            line = refused(command, *arguments)
+            assert line == f"error: {own}: another process is writing this store; wait for it, or stop it.", command
+        for command in ("info", "verify"):
+            assert CliRunner().invoke(cli, [command, str(own)]).exit_code == 0, "who only reads need not wait"
+
+
+def test_a_row_that_is_not_there(refused: Refused, store: Path) -> None:
+    n_rows = ActivationStore(store).n_rows()
+    line = refused("info", store, "--row", n_rows)
+    assert line == f"error: {store}: has {n_rows:,} train rows, row {n_rows:,} was asked for; count from 0."
+
+
+def test_a_folder_that_is_none(refused: Refused, tmp_path: Path) -> None:
+    assert (
+        refused("ls", tmp_path / "nowhere")
+        == f"error: {tmp_path / 'nowhere'}: not a folder; pass one that holds stores or runs."
+    )
+
+
 def test_a_half_written_store(refused: Refused, half_written: Path, run: Path, tmp_path: Path) -> None:
     for command, *arguments in (
         ("train", half_written, "--layer", 2, "--out", tmp_path / "new"),
+        ("recode", half_written, "--out", tmp_path / "new"),
         ("encode", half_written, run, "--out", tmp_path / "new"),
         ("evaluate", run, half_written),
     ):
@@ -310,12 +387,12 @@ def test_a_scheduler_that_does_not_answer(
     assert capfd.readouterr() == ("", ""), "what libraries say stays off the terminal"
 
 
-@pytest.mark.parametrize("command", ["encode", "analyze"])
+@pytest.mark.parametrize("command", ["collect", "encode", "analyze"])
 def test_a_scheduler_whose_address_is_none(
-    command: str, refused: Refused, store: Path, run: Path, codes: Path, tmp_path: Path
+    command: str, refused: Refused, asked: dict[str, object], store: Path, run: Path, codes: Path, tmp_path: Path
 ) -> None:
-    sources = (store, run) if command == "encode" else (codes,)
-    line = refused(command, *sources, "--out", tmp_path / "new", "--scheduler", "nonsense://host")
+    given = {"collect": options(asked), "encode": [store, run], "analyze": [codes]}[command]
+    line = refused(command, *given, "--out", tmp_path / "new", "--scheduler", "nonsense://host")
     assert line.startswith("error: scheduler nonsense://host: ")
     assert "check the address" in line
 

@@ -16,16 +16,19 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from modelkit import ROOT, folder_state, run_cli, write_texts
+from modelkit import ROOT, faults_in, folder_state, run_cli, write_texts
 
 from actstore import __version__
 from actstore.reader import ActivationStore
 from cli import cli
-from pipelines.collect import CollectConfig, collect
+from pipelines.collect import collect
+from pipelines.recipe import CollectConfig
 
 CONFIGS = {
     "demo": "pipelines.demo.DemoConfig",
-    "collect": "pipelines.collect.CollectConfig",
+    "collect": "pipelines.recipe.CollectConfig",
+    "estimate": "pipelines.recipe.CollectConfig",
+    "recode": "pipelines.upkeep.RecodeConfig",
     "train": "pipelines.train.TrainConfig",
     "evaluate": "pipelines.evaluate.EvaluateConfig",
     "encode": "pipelines.codes.EncodeConfig",
@@ -35,8 +38,8 @@ CONFIGS = {
 }
 """The frozen configuration that each stage's command builds."""
 
-WITHOUT_STAGE = {"info", "verify", "features", "feature"}
-"""Commands that only show what is there."""
+WITHOUT_CONFIG = {"ls", "info", "verify", "repair", "features", "feature"}
+"""Commands that only show what is there, or drop what is damaged."""
 
 NOT_FIELDS = {"as_json", "resume", "sources"}
 """How to print; a promise that is checked before the stage; `analyze`'s CODES or STORE RUN, which become `codes`."""
@@ -65,8 +68,8 @@ def config_of(command: str) -> type:
 # The options
 
 
-def test_every_command_has_a_configuration_or_only_shows() -> None:
-    assert set(cli.commands) == set(CONFIGS) | WITHOUT_STAGE
+def test_every_command_has_a_configuration_or_needs_none() -> None:
+    assert set(cli.commands) == set(CONFIGS) | WITHOUT_CONFIG
 
 
 @pytest.mark.parametrize("command", CONFIGS)
@@ -108,6 +111,12 @@ def test_the_help_lists_every_command_and_the_version_is_the_packages() -> None:
         ["collect", "--out", "x", "--no-such-option"],
         ["collect", "--out", "x", "--tokens", "many"],
         ["collect", "--out", "x", "--seed", "-1"],
+        ["collect", "--out", "x", "--workers", "two"],
+        ["verify", "store", "--level", "nonsense"],
+        ["repair", "store", "--level", "nonsense"],
+        ["repair"],
+        ["recode", "store"],
+        ["info", "store", "--row", "first"],
         ["train", "store", "--out", "x", "--layer", "six"],
         ["feature", "analysis", "first"],
         ["analyze", "a", "b", "c", "--out", "x"],
@@ -148,7 +157,7 @@ def test_info_and_verify_print_json(store: Path) -> None:
     assert found["rows"] == {part: opened.n_rows(part) for part in ("train", "heldout")}
     assert found["shards_committed"] == found["shards_planned"]
     assert found["disk_bytes"] == opened.disk_bytes
-    assert read(invoke("verify", store, "--json")) == {"store": str(store), "faults": []}
+    assert read(invoke("verify", store, "--json")) == {"store": str(store), "level": "full", "faults": []}
 
 
 def test_verify_prints_the_faults_as_json_and_exits_with_1(store: Path, tmp_path: Path) -> None:
@@ -159,8 +168,47 @@ def test_verify_prints_the_faults_as_json_and_exits_with_1(store: Path, tmp_path
     assert result.exit_code == 1
     (fault,) = json.loads(result.stdout)["faults"]
     assert "train/acts/resid_post.0/c/0/0" in fault
-    (line,) = result.stderr.splitlines()
+    progress, line = result.stderr.splitlines()
+    assert progress.startswith("verify: ")
     assert line.startswith("error: ")
+
+
+def test_repair_prints_json_and_says_what_to_do_next(store: Path, tmp_path: Path) -> None:
+    whole = read(invoke("repair", store, "--json"))
+    assert whole == {"store": str(store), "faults": 0, "restored": [], "dropped": [], "shards": []}
+    own = shutil.copytree(store, tmp_path / "store")
+    name = "data.zarr/segments/0000/train/acts/resid_post.0/c/0/0"
+    (own / name).unlink()
+    (own / "manifest.json").write_text("{}")
+    found = read(invoke("repair", own, "--level", "meta", "--json"))
+    assert found["restored"] == ["manifest.json"]
+    assert found["shards"] == ["segment 0 train 0"]
+    assert "commits/0000/train/000000.json" in found["dropped"]
+    assert found["next"] == "run the command that wrote the store again, with the same arguments"
+
+
+def test_recode_and_ls_print_json(store: Path, run: Path, tmp_path: Path) -> None:
+    found = read(invoke("recode", store, "--out", tmp_path / "int8", "--encoding", "int8", "--json"))
+    opened = ActivationStore(tmp_path / "int8")
+    assert found["store_id"] == opened.store_id
+    assert found["disk_bytes"] == opened.disk_bytes
+    assert set(found["unexplained"]) == set(opened.sites)
+    shutil.copytree(run, tmp_path / "run")
+    listed = {Path(row["path"]).name: row for row in read(invoke("ls", tmp_path, "--json"))}
+    assert {name: row["kind"] for name, row in listed.items()} == {"int8": "store", "run": "run"}
+    assert listed["int8"]["id"] == opened.store_id
+
+
+def test_estimate_and_the_origin_of_a_row_print_json(store: Path, texts: Path, model_folder: Path, tmp_path: Path) -> None:
+    arguments = ("--model", model_folder, "--corpus", texts, "--tokens", 4000, "--context", 32, "--layer", 1)
+    found = read(invoke("estimate", "--out", tmp_path / "new", *arguments, "--json"))
+    assert found["tokens"] == 4000
+    assert found["rows"] == pytest.approx(4000, rel=0.01)
+    assert not (tmp_path / "new").exists()
+    origin = read(invoke("info", store, "--row", 5, "--json"))
+    assert (origin["segment"], origin["shard"]) == (0, 0)
+    assert origin["document_name"] in ActivationStore(store).document_names(0)
+    assert f"[[{origin['token']}]]" in origin["text"]
 
 
 def test_collect_and_train_print_json(store: Path, texts: Path, model_folder: Path, tmp_path: Path) -> None:
@@ -260,11 +308,12 @@ def test_ctrl_c_keeps_what_was_committed_and_the_same_command_completes_it(model
     assert lines == ["stopped; everything committed is kept."]
 
     stopped = ActivationStore(out, partial=True)
-    assert stopped.verify() == []
+    assert sum(len(stopped.shards(part)) for part in ("train", "heldout")) >= 2
+    assert faults_in(out) == []
     committed = {name: state for name, state in folder_state(out / "commits").items() if name.endswith(".json")}
     assert not (out / "commits/0000/sealed.json").exists()
     result = collect(config)
     assert 2 <= result["shards_committed_before"] < result["shards"]
     after = folder_state(out / "commits")
     assert {name: after[name] for name in committed} == committed
-    assert ActivationStore(out).verify() == []
+    assert faults_in(out) == []

@@ -19,7 +19,7 @@ from transformers import GPT2LMHeadModel
 from actstore.errors import IdentityMismatch, InputError
 from actstore.reader import ActivationStore
 from pipelines.capture import Site, load_model
-from pipelines.collect import CollectConfig, collect
+from pipelines.collect import collect
 from pipelines.evaluate import (
     EvaluateConfig,
     _window_batches,
@@ -30,6 +30,7 @@ from pipelines.evaluate import (
     linear_fve,
     pca_basis,
 )
+from pipelines.recipe import CollectConfig
 from pipelines.sae.checkpoint import load_run, save_run
 from pipelines.sae.topk import TopKSae
 from pipelines.windows import Windows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
 
 import numpy as np
 import pytest
@@ -14,13 +15,14 @@ from actstore import plan
 from actstore.layout import (
     MAX_CHUNK_ROWS,
     MIN_CHUNK_ROWS,
+    MIN_SHARD_ROWS,
     MIN_SHARDS,
     ROUND_BUDGET_BYTES,
     SHARD_BUDGET_BYTES,
     Layout,
     choose_layout,
 )
-from actstore.plan import PartPlan, chunk_sequence, permutation, raw_words, round_order
+from actstore.plan import PartPlan, chunk_sequence, permutation, raw_words, round_order, rounds
 
 seeds = st.integers(0, 2**64 - 1)
 kept_counts = arrays(np.int64, st.integers(1, 60), elements=st.integers(0, 9) | st.just(0))
@@ -55,24 +57,49 @@ def test_an_impossible_layout_is_refused(shape: tuple[int, int, int]) -> None:
         Layout(*shape)
 
 
-@given(
-    n_rows=st.integers(0, 20_000) | st.integers(0, 10**10),
-    row_bytes=st.integers(1, SHARD_BUDGET_BYTES // MIN_CHUNK_ROWS),
-    n_sites=st.integers(1, 8),
-)
-def test_chosen_layout_keeps_its_bounds(n_rows: int, row_bytes: int, n_sites: int) -> None:
-    widest = -(-row_bytes // n_sites)
-    layout = choose_layout(n_rows, row_bytes, widest)
-    chunk, shard = layout.chunk_rows, layout.shard_rows
-    assert chunk in (128, 256, 512, 1024)
-    assert MIN_CHUNK_ROWS <= chunk <= MAX_CHUNK_ROWS
-    assert shard % chunk == 0
-    assert shard * row_bytes <= SHARD_BUDGET_BYTES
-    assert layout.n_shards >= MIN_SHARDS or n_rows < MIN_SHARDS * MIN_CHUNK_ROWS
-    assert layout.n_shards * chunk * widest <= ROUND_BUDGET_BYTES or chunk == MIN_CHUNK_ROWS
-    too_many_bytes = (shard + chunk) * row_bytes > SHARD_BUDGET_BYTES
-    too_few_shards = n_rows // (shard + chunk) < MIN_SHARDS
-    assert too_many_bytes or too_few_shards, "a larger shard would do"
+stores = {
+    "n_rows": st.integers(0, 20_000) | st.integers(0, 10**10),
+    "row_bytes": st.integers(1, 400_000),
+    "n_sites": st.integers(1, 48),
+}
+
+
+@given(**stores)
+def test_shards_are_as_many_as_bytes_ask_for_within_their_bounds(n_rows: int, row_bytes: int, n_sites: int) -> None:
+    """Of 128 MiB over all sites where that is 8,192 rows or more, and 16 where that leaves 128 rows."""
+    layout = choose_layout(n_rows, row_bytes, -(-row_bytes // n_sites))
+    by_bytes = -(-n_rows * row_bytes // SHARD_BUDGET_BYTES)
+    wanted = max(1, min(by_bytes, n_rows // MIN_SHARD_ROWS), min(MIN_SHARDS, n_rows // MIN_CHUNK_ROWS))
+    rounding = layout.n_chunks(0) + 1 if n_rows else 1
+    assert n_rows / wanted <= layout.shard_rows < n_rows / wanted + 1 + rounding
+    assert layout.n_shards == -(-n_rows // layout.shard_rows) <= wanted
+    if wanted <= MIN_SHARDS:
+        assert layout.n_shards == wanted or n_rows == 0
+
+
+@given(**stores)
+def test_shards_are_near_equal(n_rows: int, row_bytes: int, n_sites: int) -> None:
+    """What the last one lacks is rounding: less than a row and a chunk number for each shard."""
+    layout = choose_layout(n_rows, row_bytes, -(-row_bytes // n_sites))
+    sizes = [stop - start for start, stop in map(layout.shard_range, range(max(0, layout.n_shards - 2), layout.n_shards))]
+    if len(sizes) == 2:
+        assert sizes[0] - sizes[1] < layout.n_shards * (layout.n_chunks(0) + 1)
+        assert sizes[0] == layout.shard_rows
+
+
+@given(**stores)
+def test_chunks_are_as_large_as_a_round_can_pool(n_rows: int, row_bytes: int, n_sites: int) -> None:
+    pooled = -(-row_bytes // n_sites)
+    layout = choose_layout(n_rows, row_bytes, pooled)
+    by_bytes = min(-(-n_rows * row_bytes // SHARD_BUDGET_BYTES), n_rows // MIN_SHARD_ROWS)
+    n_shards = max(1, by_bytes, min(MIN_SHARDS, n_rows // MIN_CHUNK_ROWS))
+    allowed = [rows for rows in (1024, 512, 256) if n_shards * rows * pooled <= ROUND_BUDGET_BYTES]
+    most_rows = max([*allowed, MIN_CHUNK_ROWS])
+    assert most_rows <= MAX_CHUNK_ROWS
+    assert layout.chunk_rows <= most_rows
+    assert layout.n_chunks(0) <= max(1, -(-layout.shard_rows // most_rows)) or n_rows == 0
+    assert layout.shard_rows % layout.chunk_rows == 0
+    assert layout.n_shards * layout.chunk_rows * pooled <= ROUND_BUDGET_BYTES or most_rows == MIN_CHUNK_ROWS
 
 
 # The generator
@@ -100,14 +127,15 @@ def test_raw_words_are_philox_with_the_block_number_first_in_the_counter(
 
 def test_golden_values_guard_the_format() -> None:
     """A store written today must be read, and continued, by every later version."""
-    purposes = ("WINDOW_ORDER", "ROW_ORDER", "CHUNK_ORDER", "CHUNK_PHASE", "ROUND_ORDER", "DOCUMENT_ORDER", "SAMPLE")
+    purposes = ["WINDOW_ORDER", "ROW_ORDER", "CHUNK_ORDER", "CHUNK_PHASE", "ROUND_ORDER", "DOCUMENT_ORDER", "SAMPLE"]
     assert [getattr(plan, name) for name in purposes] == [1, 2, 3, 4, 5, 6, 7]
     assert raw_words(2, 0, plan.WINDOW_ORDER).tolist() == [0xD037F8C3F9A1D176, 0xC057419B4C210765]
     assert raw_words(2, 7, plan.ROW_ORDER, 1, 0, 5).tolist() == [0xE12235C684872DC4, 0x580F907866E992EC]
     assert permutation(10, 0, plan.WINDOW_ORDER).tolist() == [5, 3, 7, 8, 2, 4, 1, 0, 6, 9]
     assert permutation(10, 3, plan.ROW_ORDER, 0, 1, 2).tolist() == [7, 4, 0, 5, 3, 2, 9, 6, 8, 1]
     assert chunk_sequence(0, 0, [3, 2, 1]).tolist() == [[0, 0], [2, 0], [1, 1], [0, 1], [0, 2], [1, 0]]
-    assert round_order(0, 1, 2, 6).tolist() == [2, 4, 3, 0, 5, 1]
+    assert round_order(0, 1, 2, 11).tolist() == [2, 8, 10, 9, 4, 3, 0, 6, 5, 1, 7]
+    assert [list(map(len, rounds(np.zeros((11, 2)), 2, rank, 3))) for rank in range(3)] == [[2, 2], [2, 2], [2, 1]]
 
 
 @given(n=st.integers(0, 300), seed=seeds, purpose=st.integers(1, 7), index=st.lists(st.integers(0, 9), max_size=3))
@@ -207,8 +235,8 @@ def test_every_stretch_of_an_epoch_mixes_unequal_shards_in_proportion(seed: int,
 def test_another_epoch_and_another_seed_give_another_order() -> None:
     orders = {chunk_sequence(seed, epoch, [8] * 4).tobytes() for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
-    rounds = {round_order(seed, epoch, index, 50).tobytes() for seed in range(3) for epoch in range(3) for index in range(3)}
-    assert len(rounds) == 27
+    found = {round_order(*key, 50, rank).tobytes() for key in product(range(3), repeat=3) for rank in range(2)}
+    assert len(found) == 54
 
 
 def test_chunk_order_is_roughly_uniform() -> None:
@@ -218,3 +246,66 @@ def test_chunk_order_is_roughly_uniform() -> None:
         sequence = chunk_sequence(0, epoch, [8] * 8)
         total[sequence[:, 0], sequence[:, 1]] += np.arange(64)
     assert np.abs(total / 400 - 31.5).max() < 4.5 * 0.92
+
+
+# Rounds
+
+round_shapes = {
+    "n_chunks": st.integers(0, 200),
+    "chunks_per_round": st.integers(1, 20),
+    "n_ranks": st.integers(1, 9),
+}
+
+
+def chunks_of_ranks(n_chunks: int, chunks_per_round: int, n_ranks: int) -> list[list[list[int]]]:
+    """For each rank, the numbers of the chunks in each of its rounds."""
+    sequence = np.stack([np.arange(n_chunks), np.arange(n_chunks)], axis=1)
+    return [[found[:, 0].tolist() for found in rounds(sequence, chunks_per_round, rank, n_ranks)] for rank in range(n_ranks)]
+
+
+@given(**round_shapes)
+def test_the_ranks_rounds_are_each_chunk_once(n_chunks: int, chunks_per_round: int, n_ranks: int) -> None:
+    ranks = chunks_of_ranks(n_chunks, chunks_per_round, n_ranks)
+    assert sorted(chunk for found in ranks for chunks in found for chunk in chunks) == list(range(n_chunks))
+    assert all(len(chunks) <= chunks_per_round for found in ranks for chunks in found)
+    if n_ranks == 1:
+        assert [chunk for chunks in ranks[0] for chunk in chunks] == list(range(n_chunks))
+
+
+@given(**round_shapes)
+def test_no_rank_has_more_than_one_chunk_more_than_another(n_chunks: int, chunks_per_round: int, n_ranks: int) -> None:
+    """Of an epoch, and of each round."""
+    ranks = chunks_of_ranks(n_chunks, chunks_per_round, n_ranks)
+    for counts in ([sum(map(len, found)) for found in ranks], *zip(*[map(len, found) for found in ranks], strict=True)):
+        assert max(counts) - min(counts) <= 1
+
+
+@given(**round_shapes)
+def test_rounds_are_near_equal_runs_of_the_sequence(n_chunks: int, chunks_per_round: int, n_ranks: int) -> None:
+    ranks = chunks_of_ranks(n_chunks, chunks_per_round, n_ranks)
+    for chunks in (chunks for found in ranks for chunks in found if chunks):
+        assert chunks == list(range(chunks[0], chunks[-1] + 1))
+    joint = [sorted(chunk for chunks in together for chunk in chunks) for together in zip(*ranks, strict=True)]
+    assert [chunk for chunks in joint for chunk in chunks] == list(range(n_chunks))
+    assert len({len(chunks) for chunks in joint}) <= 2
+    assert max(map(len, joint)) - min(map(len, joint)) <= 1
+    assert len(joint) == max(1, -(-n_chunks // (chunks_per_round * n_ranks)))
+
+
+@given(
+    seed=seeds, epoch=st.integers(0, 10**6), index=st.integers(0, 10**6), n_rows=st.integers(0, 300), rank=st.integers(0, 99)
+)
+def test_a_round_emits_its_pool_in_the_order_of_random_words(
+    seed: int, epoch: int, index: int, n_rows: int, rank: int
+) -> None:
+    words = raw_words(n_rows, seed, 5, epoch, index, rank).tolist()
+    order = round_order(seed, epoch, index, n_rows, rank)
+    assert order.dtype == np.int64
+    assert order.tolist() == sorted(range(n_rows), key=words.__getitem__)
+
+
+def test_any_row_of_a_round_stands_at_any_place() -> None:
+    """12 rows, 4,000 rounds: each row at each place about 333 times (standard deviation 18)."""
+    orders = np.stack([round_order(0, 0, index, 12) for index in range(4000)])
+    counts = np.stack([np.bincount(orders[:, place], minlength=12) for place in range(12)])
+    assert np.abs(counts - 4000 / 12).max() < 5 * (4000 / 12) ** 0.5

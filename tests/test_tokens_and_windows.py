@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 from actstore.errors import InputError
 from actstore.schema import PARTS, WindowPolicy
 from pipelines.corpus import Document
-from pipelines.tokens import TextCodec, TokenTable, is_heldout, load_tokenizer, tokenize_documents
+from pipelines.tokens import BATCH_DOCUMENTS, TextCodec, TokenSource, TokenTable, is_heldout, load_tokenizer
 from pipelines.windows import Windows, cut_windows
 
 TEXTS = st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=40), min_size=1, max_size=30)
@@ -31,7 +31,7 @@ def codec(model_folder: Path) -> TextCodec:
 def tabled(texts: Sequence[str], codec: TextCodec, n_tokens: int = 10**9, modulus: int | None = None) -> TokenTable:
     """The table of texts named `0`, `1`, ..."""
     documents = (Document(str(i), text) for i, text in enumerate(texts))
-    table = tokenize_documents(documents, codec, n_tokens, modulus)
+    table = TokenSource(documents, codec).take(n_tokens, modulus)
     assert table is not None
     return table
 
@@ -144,17 +144,153 @@ def test_the_number_of_tokens_is_exact_and_only_the_last_document_is_cut(
         assert len(ids) > 0
 
 
+# Table after table
+
+LONGER = st.lists(st.integers(0, 60), min_size=1, max_size=12)
+"""Words of each document; some have none."""
+TAKES = st.lists(st.integers(1, 90), min_size=1, max_size=8)
+
+
+def documents_of(lengths: list[int]) -> list[Document]:
+    """Documents of so many different words, named by their number."""
+    return [Document(str(i), " ".join(f"w{i}x{j}" for j in range(n))) for i, n in enumerate(lengths)]
+
+
+def take_all(source: TokenSource, sizes: list[int], modulus: int | None = 3) -> list[TokenTable]:
+    """Tables of these numbers of tokens, and one of the rest."""
+    tables = [source.take(n_tokens, modulus) for n_tokens in [*sizes, 10**9]]
+    return [table for table in tables if table is not None]
+
+
+def joined(tables: list[TokenTable]) -> dict[str, list[int]]:
+    """Tokens of each document from all the tables that have some of it."""
+    found: dict[str, list[int]] = {}
+    for table in tables:
+        for name, ids in document_ids(table).items():
+            found.setdefault(name, []).extend(ids.tolist())
+    return found
+
+
+@settings(deadline=None)
+@given(lengths=LONGER, sizes=TAKES)
+def test_tables_taken_one_after_another_have_every_token_once(
+    lengths: list[int], sizes: list[int], codec: TextCodec
+) -> None:
+    """Nothing is repeated or lost, wherever the cuts fall."""
+    documents = documents_of(lengths)
+    tables = take_all(TokenSource(iter(documents), codec), sizes)
+    expected = {document.name: codec.ids([document.text])[0] for document in documents}
+    assert joined(tables) == {name: ids for name, ids in expected.items() if ids}
+    for table, n_tokens in zip(tables[:-1], sizes, strict=False):
+        assert len(table.ids) - len(table.names) == n_tokens
+    for table in tables:
+        assert [bool(held) for held in table.heldout] == [is_heldout(name, 3) for name in table.names]
+        assert table.n_train_tokens == table.offsets[len(table.names) - int(table.heldout.sum())]
+
+
+@settings(deadline=None)
+@given(lengths=LONGER, first=st.integers(1, 90), second=st.integers(1, 90))
+def test_two_tables_have_what_one_of_both_sizes_has(lengths: list[int], first: int, second: int, codec: TextCodec) -> None:
+    documents = documents_of(lengths)
+    source = TokenSource(iter(documents), codec)
+    parts = [table for table in (source.take(first, 3), source.take(second, 3)) if table is not None]
+    whole = TokenSource(iter(documents), codec).take(first + second, 3)
+    assert joined(parts) == ({} if whole is None else joined([whole]))
+    if whole is not None:
+        assert (parts[0].begins, parts[-1].ends) == (whole.begins, whole.ends)
+
+
+@settings(deadline=None)
+@given(lengths=LONGER, sizes=TAKES)
+def test_each_table_begins_where_the_one_before_it_ended_and_says_so(
+    lengths: list[int], sizes: list[int], codec: TextCodec
+) -> None:
+    """In documents of the corpus and tokens of one of them; documents without tokens are counted."""
+    documents = documents_of(lengths)
+    n_tokens = [len(ids) for ids in codec.ids([document.text for document in documents])]
+    tables = take_all(TokenSource(iter(documents), codec), sizes)
+    begins = (0, 0)
+    for table in tables:
+        assert table.begins == begins
+        assert 0 <= table.ends[1] < (n_tokens[table.ends[0]] if table.ends[0] < len(n_tokens) else 1)
+        taken = sum(n_tokens[table.begins[0] : table.ends[0]]) - table.begins[1] + table.ends[1]
+        assert len(table.ids) - len(table.names) == taken
+        begins = table.ends
+    if tables:
+        assert begins[0] > max(i for i, n in enumerate(n_tokens) if n)
+        assert begins[1] == 0
+
+
+@settings(deadline=None)
+@given(lengths=LONGER, sizes=TAKES, data=st.data())
+def test_a_source_that_starts_where_a_table_ended_gives_the_tables_that_would_have_followed(
+    lengths: list[int], sizes: list[int], data: st.DataObject, codec: TextCodec
+) -> None:
+    documents = documents_of(lengths)
+    tables = take_all(TokenSource(iter(documents), codec), sizes)
+    if not tables:
+        return
+    done = data.draw(st.integers(1, len(tables)))
+    document, token = tables[done - 1].ends
+    again = take_all(TokenSource(iter(documents[document:]), codec, document, token), sizes[done:])
+    assert len(again) == len(tables) - done
+    for found, expected in zip(again, tables[done:], strict=True):
+        assert (found.begins, found.ends, found.names) == (expected.begins, expected.ends, expected.names)
+        np.testing.assert_array_equal(found.ids, expected.ids)
+        np.testing.assert_array_equal(found.offsets, expected.offsets)
+
+
+def test_a_document_that_is_cut_goes_on_in_the_next_table(codec: TextCodec) -> None:
+    (document,) = documents_of([30])
+    (ids,) = codec.ids([document.text])
+    source = TokenSource(iter([document]), codec)
+    tables = [source.take(10, 0) for _ in range(3)]
+    assert [table and table.ids[:-1].tolist() for table in tables] == [ids[:10], ids[10:20], ids[20:30]]
+    assert [table and (table.begins, table.ends) for table in tables[:2]] == [((0, 0), (0, 10)), ((0, 10), (0, 20))]
+    assert {table and table.ids[-1] for table in tables} == {codec.separator_token_id}
+
+
+def test_documents_without_tokens_are_counted(codec: TextCodec) -> None:
+    source = TokenSource(iter(documents_of([0, 2, 0, 0, 2, 0])), codec)
+    first = source.take(len(codec.ids([documents_of([0, 2])[1].text])[0]), 0)
+    second = source.take(10**9, 0)
+    assert first is not None
+    assert second is not None
+    assert (first.names, first.ends) == (["1"], (2, 0))
+    assert (second.names, second.begins) == (["4"], (2, 0))
+    assert second.ends == (source.document, source.token) == (6, 0)
+
+
+def test_no_more_documents_are_read_than_a_table_needs_and_one_batch(codec: TextCodec) -> None:
+    n_read = 0
+
+    def documents() -> Iterator[Document]:
+        nonlocal n_read
+        for document in documents_of([3] * 1000):
+            n_read += 1
+            yield document
+
+    source = TokenSource(documents(), codec)
+    table = source.take(5, 0)
+    assert table is not None
+    assert n_read == BATCH_DOCUMENTS
+    rest = source.take(10**9, 0)
+    assert rest is not None
+    assert n_read == 1000
+    assert len(joined([table, rest])) == 1000
+
+
 def test_ids_take_the_smallest_type_that_holds_the_vocabulary(codec: TextCodec) -> None:
     assert tabled(["a"], codec).ids.dtype == np.uint16
 
 
 def test_no_document_gives_no_table(codec: TextCodec) -> None:
-    assert tokenize_documents(iter([]), codec, 10, None) is None
-    assert tokenize_documents(iter([Document("empty", "")]), codec, 10, None) is None
+    assert TokenSource(iter([]), codec).take(10, None) is None
+    assert TokenSource(iter([Document("empty", "")]), codec).take(10, None) is None
 
 
 def test_a_line_break_in_a_name_does_not_break_the_list_of_names(codec: TextCodec) -> None:
-    table = tokenize_documents(iter([Document("a\nb", "text")]), codec, 10, None)
+    table = TokenSource(iter([Document("a\nb", "text")]), codec).take(10, None)
     assert table is not None
     assert table.names == ["a b"]
 

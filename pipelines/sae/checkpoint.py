@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from actstore.errors import IdentityMismatch, InputError, NotAStore, OutputExists, WidthMismatch
-from actstore.files import content_hash, fsync_path, object_record, publish_json, read_json
+from actstore.files import content_hash, fsync_path, object_entry, publish_json, read_json
 from actstore.reader import ActivationStore
 from pipelines.sae.topk import TopKSae
 
@@ -62,7 +62,7 @@ def save_run(path: Path, sae: TopKSae, record: RunRecord) -> RunRecord:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()}, temporary)
     fsync_path(temporary)
     os.replace(temporary, path / WEIGHTS)
-    record = replace(record, sae_sha256=object_record(path / WEIGHTS)["sha256"])
+    record = replace(record, sae_sha256=object_entry((path / WEIGHTS).read_bytes())["sha256"])
     publish_json(
         path / RECORD, {"format": "actstore-run", "version": RUN_VERSION, **asdict(record), "run_id": record.run_id}
     )
@@ -81,7 +81,7 @@ def load_run(path: Path) -> tuple[TopKSae, RunRecord]:
     record = RunRecord(**value)
     sae = TopKSae(record.d_model, record.n_features, record.k)
     weights = path / WEIGHTS
-    if not weights.exists() or object_record(weights)["sha256"] != record.sae_sha256:
+    if not weights.exists() or object_entry(weights.read_bytes())["sha256"] != record.sae_sha256:
         raise NotAStore(f"{weights}: missing, or not this run's weights; restore them from a copy.")
     sae.load_state_dict(load_file(weights))
     return sae.eval().requires_grad_(False), record
@@ -91,16 +91,16 @@ def require_match(path: Path, record: RunRecord, store: ActivationStore) -> None
     """Raises InputError, WidthMismatch or IdentityMismatch unless a run's SAE reads rows such as the store's."""
     if record.site not in store.sites:
         raise InputError(
-            f"{path}: the SAE reads {record.site}, {store.path} holds {', '.join(store.sites)}; "
+            f"{path}: the SAE reads {record.site}, {store.url} holds {', '.join(store.sites)}; "
             "pass a store of that site, or train on this one."
         )
     if record.d_model != store.d_model(record.site):
         raise WidthMismatch(
-            f"{path}: the SAE has d_model={record.d_model}, {store.path} has d_model={store.d_model(record.site)}; "
+            f"{path}: the SAE has d_model={record.d_model}, {store.url} has d_model={store.d_model(record.site)}; "
             "train a new SAE, or pass a store of the same model."
         )
     if record.weights_sha256 != store.manifest.model.weights_sha256:
         raise IdentityMismatch(
-            f"{path}: the SAE was trained on a model with weights {record.weights_sha256[:12]}, {store.path} comes from "
+            f"{path}: the SAE was trained on a model with weights {record.weights_sha256[:12]}, {store.url} comes from "
             f"{store.manifest.model.weights_sha256[:12]}; pass a store of the same model."
         )

@@ -1,0 +1,148 @@
+"""Arrays as the bytes of Zarr v3 objects, and back. Pure: nothing here reads or writes a place.
+
+zarr-python makes every object, in memory, and reads the tables. Chunks of row arrays are taken out of their shard
+directly, by the shard's index: a tenth of the time, and each chunk's crc32c is checked where its rows are used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import zarr
+from numcodecs import blosc
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
+from zarr.core.array_spec import ArrayConfigParams
+from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.storage import MemoryStore
+
+from actstore import paths
+from actstore.codecs import ENCODINGS
+from actstore.layout import Layout
+from actstore.schema import Manifest, RowArray, SegmentRecord
+
+TABLE_CHUNK = 1 << 20
+ALL_CHUNKS: ArrayConfigParams = {"write_empty_chunks": True}
+"""Chunks of zeros are written too: what is missing is a fault."""
+CRC_BYTES = 4
+ABSENT = np.iinfo(np.uint64).max
+
+
+class Unreadable(Exception):
+    """Bytes that are not what a writer made: says what about them."""
+
+
+def segment_objects(manifest: Manifest, segment: SegmentRecord, tables: dict[str, NDArray[Any]]) -> dict[str, bytes]:
+    """Every object that a segment has before its first row, by its name in the store: groups, tables, array metadata.
+
+    Metadata of arrays lie below `data.zarr/segments/0000/`, and the groups above them are part of it, since a Zarr
+    library that walks the store needs them.
+    """
+    memory: dict[str, Buffer] = {}
+    group = paths.segment_group(segment.index)
+    for name, values in tables.items():
+        table = zarr.create_array(
+            store=MemoryStore(memory),
+            name=f"{group}/{name}",
+            shape=values.shape,
+            chunks=tuple(min(TABLE_CHUNK, max(n, 1)) for n in values.shape),
+            dtype=values.dtype,
+            compressors=_compressors(True, values.dtype.itemsize),
+            config=ALL_CHUNKS,
+        )
+        table[...] = values
+    for part, record in segment.parts.items():
+        for array in manifest.arrays:
+            _create_row_array(memory, f"{group}/{part}/{array.name}", array, record.layout, record.n_rows)
+    return {f"{paths.DATA}/{name}": data for name, data in _objects(memory).items()}
+
+
+def read_table(objects: dict[str, bytes]) -> NDArray[Any]:
+    """A table from its objects, named relative to its folder (`zarr.json`, `c/0`, ...). Raises Unreadable."""
+    buffer = default_buffer_prototype().buffer
+    memory = MemoryStore({name: buffer.from_bytes(data) for name, data in objects.items()})
+    try:
+        return np.asarray(zarr.open_array(memory, mode="r")[...])
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        raise Unreadable(str(error)) from error
+
+
+def shard_object(array: RowArray, layout: Layout, kept: NDArray[Any]) -> bytes:
+    """The one object of a shard: its chunks, each with its crc32c, and the index. `kept` is (rows of the shard, width)."""
+    memory: dict[str, Buffer] = {}
+    _create_row_array(memory, "", array, layout, len(kept))[...] = kept
+    return next(data for name, data in _objects(memory).items() if name != "zarr.json")
+
+
+def index_bytes(layout: Layout) -> int:
+    """Length of a shard's index: offset and length of every chunk, and a crc32c."""
+    return 16 * (layout.shard_rows // layout.chunk_rows) + CRC_BYTES
+
+
+def read_index(data: bytes, n_chunks: int, *, may_be_absent: bool = False) -> NDArray[np.uint64]:
+    """(n_chunks, 2): offset and length of each of the first chunks, those that hold rows. Raises Unreadable.
+
+    With `may_be_absent`, chunks that are not there are left out, as those behind the last row may be.
+    """
+    if _crc(np.frombuffer(data, np.uint8)[:-CRC_BYTES]) != data[-CRC_BYTES:]:
+        raise Unreadable("the crc32c of the shard's index does not match")
+    index = np.frombuffer(data, "<u8", count=(len(data) - CRC_BYTES) // 8).reshape(-1, 2)[:n_chunks]
+    is_there = (index != ABSENT).any(axis=1)
+    if not is_there.all() and not may_be_absent:
+        raise Unreadable("a chunk that holds rows is absent from the shard's index")
+    return np.asarray(index[is_there], np.uint64)
+
+
+def is_compressed(array: RowArray) -> bool:
+    return ENCODINGS[array.encoding].compressed
+
+
+def check_chunk(data: NDArray[np.uint8], crc: bytes | bytearray) -> None:
+    """Raises Unreadable when a chunk's bytes do not have the crc32c that follows them."""
+    if _crc(data) != crc:
+        raise Unreadable("the crc32c of a chunk does not match")
+
+
+def unpack_chunk(data: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
+    """Decompress a chunk's checked bytes into `out`. Raises Unreadable."""
+    try:
+        blosc.decompress(data, out)
+    except (ValueError, RuntimeError) as error:
+        raise Unreadable(f"a chunk does not decompress ({error})") from error
+
+
+def _crc(data: NDArray[np.uint8]) -> bytes:
+    return int(google_crc32c.value(data)).to_bytes(CRC_BYTES, "little")
+
+
+def _create_row_array(memory: dict[str, Buffer], name: str, array: RowArray, layout: Layout, n_rows: int) -> Any:
+    return zarr.create_array(
+        store=MemoryStore(memory),
+        name=name,
+        shape=(n_rows, *array.tail),
+        chunks=(layout.chunk_rows, *array.tail),
+        shards=(layout.shard_rows, *array.tail),
+        dtype=array.dtype,
+        fill_value=_no_row_value(np.dtype(array.dtype)),
+        compressors=_compressors(is_compressed(array), np.dtype(array.dtype).itemsize),
+        config=ALL_CHUNKS,
+    )
+
+
+def _no_row_value(dtype: np.dtype[Any]) -> float:
+    """NaN, the largest unsigned (for bf16 a NaN as well) or the smallest signed integer, which no row has: what lies
+    behind the rows of a short last shard."""
+    if dtype.kind == "f":
+        return float("nan")
+    return int(np.iinfo(dtype).min or np.iinfo(dtype).max)
+
+
+def _compressors(compressed: bool, itemsize: int) -> list[Any]:
+    blosc_codec = [BloscCodec(typesize=itemsize, cname="zstd", clevel=1, shuffle=BloscShuffle.shuffle)] if compressed else []
+    return [*blosc_codec, Crc32cCodec()]
+
+
+def _objects(memory: dict[str, Buffer]) -> dict[str, bytes]:
+    return {name: buffer.to_bytes() for name, buffer in memory.items()}

@@ -1,0 +1,303 @@
+"""Verify a store, and drop what is damaged so that the command that wrote it can fill exactly that in again.
+
+Three levels: `meta` reads every record and looks for every object and its length; `crc` reads every chunk, too, and
+checks its crc32c; `full` compares the sha256 of every object with what was committed. Nothing here raises over what it
+finds: a fault is a value that names the object, the shard and the array.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from actstore import paths
+from actstore.arrays import Unreadable, check_chunk, index_bytes, read_index
+from actstore.errors import DamagedStore, NotAStore
+from actstore.files import object_entry, parse_record
+from actstore.layout import Layout
+from actstore.place import Place
+from actstore.records import Entry, Seal
+from actstore.schema import Manifest, SegmentRecord
+
+LEVELS = ("meta", "crc", "full")
+UNREADABLE = (DamagedStore, NotAStore, OSError, KeyError, TypeError)
+"""What reading a record raises when it is not one, or the disk does not give it."""
+PIECE_BYTES = 4 << 20
+
+ShardKey = tuple[int, str, int]
+"""(segment, part, shard)."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is not as it was committed."""
+
+    name: str
+    what: str
+    shard: ShardKey | None = None
+
+    def __str__(self) -> str:
+        if self.shard is None:
+            return f"{self.name}: {self.what}"
+        segment, part, shard = self.shard
+        return f"segment {segment}, {part} shard {shard}: {self.name}: {self.what}"
+
+
+@dataclass(frozen=True)
+class _Check:
+    """An object that a record names, and how its bytes are checked."""
+
+    name: str
+    entry: Entry
+    shard: ShardKey | None = None
+    layout: Layout | None = None
+    """Of the shard's part; None for objects that are no shard."""
+
+
+class Survey:
+    """All that the records of a place name, and what is wrong with the records themselves."""
+
+    def __init__(self, place: Place):
+        self.place = place
+        self.there = place.names()
+        self.faults: list[Fault] = []
+        self.checks: list[_Check] = []
+        self._objects: set[tuple[str, str]] = set()
+        self.seals: dict[int, Seal] = {}
+        self.segments: dict[int, SegmentRecord] = {}
+        folders = {name.split("/")[1] for name in self.there if name.startswith(f"{paths.COMMITS}/")}
+        n_segments = 1 + max((int(folder) for folder in folders if folder.isdecimal()), default=-1)
+        for segment in range(n_segments):
+            self._read_seal(segment)
+        self.manifest = self._read_manifest()
+        for segment in range(n_segments):
+            self._read_segment(segment)
+
+    def find(self, level: str, progress: Callable[[int], object]) -> list[Fault]:
+        """Every fault, in the order of the records; `progress` is told the bytes of each object that was checked."""
+
+        def run(check: _Check) -> Fault | None:
+            what = _fault_of(self.place, check, self.there.get(check.name), level)
+            progress(check.entry["bytes"])
+            return None if what is None else Fault(check.name, what, check.shard)
+
+        with ThreadPoolExecutor(self.place.readers) as pool:
+            return self.faults + [fault for fault in pool.map(run, self.checks) if fault is not None]
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all objects that will be checked."""
+        return sum(check.entry["bytes"] for check in self.checks)
+
+    def _fault(self, name: str, what: str, shard: ShardKey | None = None) -> None:
+        self.faults.append(Fault(name, what, shard))
+
+    def _read_seal(self, segment: int) -> None:
+        name = paths.sealed_record(segment)
+        if name in self.there:
+            try:
+                self.seals[segment] = Seal.from_bytes(self.place.read(name), name)
+            except UNREADABLE as error:
+                self._fault(name, _without(str(error), name))
+
+    def _read_manifest(self) -> Manifest | None:
+        """The manifest, or the copy that a seal has of it."""
+        manifest, copy = None, next((seal.manifest.encode() for seal in self.seals.values()), None)
+        try:
+            data = self.place.read(paths.MANIFEST)
+            manifest = Manifest.from_bytes(data, paths.MANIFEST)
+        except FileNotFoundError:
+            self._fault(paths.MANIFEST, "missing")
+        except UNREADABLE as error:
+            self._fault(paths.MANIFEST, _without(str(error), paths.MANIFEST))
+        else:
+            if copy is not None and copy != data:
+                self._fault(paths.MANIFEST, "is not the manifest that was sealed")
+        if copy is not None:
+            manifest = Manifest.from_bytes(copy, paths.MANIFEST)
+        if manifest is not None:
+            self._add_tokenizer(manifest)
+        return manifest
+
+    def _add_tokenizer(self, manifest: Manifest) -> None:
+        for name, entry in manifest.provenance["tokenizer_files"].items():
+            self._add_check(f"{paths.TOKENIZER}/{name}", entry)
+
+    def _add_check(self, name: str, entry: Entry, shard: ShardKey | None = None, layout: Layout | None = None) -> None:
+        """An object to look at, unless another record has named it: segments share the groups above them."""
+        if (name, entry["sha256"]) not in self._objects:
+            self._objects.add((name, entry["sha256"]))
+            self.checks.append(_Check(name, entry, shard, layout))
+
+    def _read_segment(self, index: int) -> None:
+        seal, name = self.seals.get(index), paths.segment_record(index)
+        segment = self._record(name, seal, None, partial(SegmentRecord.from_bytes, where=name))
+        if segment is None and seal is not None:
+            segment = SegmentRecord.from_bytes(seal.segment.encode(), name)
+        if segment is None:
+            if name not in self.there:
+                self._fault(name, "missing, though shards of the segment are committed")
+            return
+        if self.manifest is not None and segment.store_id != self.manifest.store_id:
+            self._fault(name, f"is of store {segment.store_id}, the manifest is of {self.manifest.store_id}")
+        self.segments[index] = segment
+        for key, entry in segment.objects.items():
+            self._add_check(key, entry)
+        is_complete = True
+        for part, record in segment.parts.items():
+            for shard in range(record.layout.n_shards):
+                is_complete &= self._read_shard(segment, part, shard, seal)
+        for extra in sorted(set(self.there) | set(seal.records if seal else ())):
+            if extra.startswith(f"{paths.commits(index)}/mixed-"):
+                self._record(extra, seal, None, partial(parse_record, where=extra))
+        if is_complete and seal is None and paths.sealed_record(index) not in self.there:
+            self._fault(paths.sealed_record(index), "missing, though every shard is committed")
+
+    def _read_shard(self, segment: SegmentRecord, part: str, shard: int, seal: Seal | None) -> bool:
+        """Whether there is a commit record, which need not be a good one."""
+        name, key = paths.shard_record(segment.index, part, shard), (segment.index, part, shard)
+        if name not in self.there:
+            if seal is not None:
+                self._fault(name, "missing", key)
+            return False
+        record = self._record(name, seal, key, partial(parse_record, where=name))
+        if record is not None and not segment.is_record_of(record, part, shard):
+            self._fault(name, "is of another shard", key)
+        elif record is not None:
+            for object_name, entry in record["objects"].items():
+                self._add_check(object_name, entry, key, segment.parts[part].layout)
+        return True
+
+    def _record(self, name: str, seal: Seal | None, key: ShardKey | None, parse: Callable[[bytes], Any]) -> Any:
+        """A record that is there and good, or None and a fault."""
+        if name not in self.there:
+            if seal is not None:
+                self._fault(name, "missing", key)
+            return None
+        try:
+            data = self.place.read(name)
+            record = parse(data)
+        except UNREADABLE as error:
+            self._fault(name, _without(str(error), name), key)
+            return None
+        if seal is not None and seal.records.get(name) != object_entry(data):
+            self._fault(name, "is not the record that was sealed", key)
+            return None
+        return record
+
+
+def find_faults(place: Place, level: str = "full", progress: Callable[[int], object] = lambda n: None) -> list[Fault]:
+    """Everything at a place that is not as it was committed; nothing when all is well."""
+    return Survey(place).find(level, progress)
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What `repair` did: how many faults there were, what was put back from a seal's copy, what was dropped, and the
+    shards that have to be computed again."""
+
+    faults: int
+    restored: list[str]
+    dropped: list[str]
+    shards: list[ShardKey]
+
+
+def repair(place: Place, level: str = "full", progress: Callable[[int], object] = lambda n: None) -> Repair:
+    """Drop what is damaged, so that what the records name is whole again and the rest is "not yet".
+
+    A manifest or segment record is put back from the seal's copy. A damaged shard loses its record first, then its
+    objects; its segment is no longer sealed. Good shards are not touched. Raises LockedStore while the store is written.
+    """
+    with place.lock():
+        survey = Survey(place)
+        faults = survey.find(level, progress)
+        restored, dropped = [], []
+        shards = sorted({fault.shard for fault in faults if fault.shard is not None})
+        for fault in faults:
+            copy = _sealed_copy(fault.name, survey)
+            if fault.shard is not None:
+                continue
+            if copy is not None:
+                place.publish(fault.name, copy)
+                restored.append(fault.name)
+            elif fault.name in survey.there:
+                place.remove(fault.name)
+                dropped.append(fault.name)
+        mixed = {int(fault.name.split("/")[1]) for fault in faults if "/mixed-" in fault.name}
+        for segment in sorted({segment for segment, _, _ in shards} | mixed):
+            place.remove(paths.sealed_record(segment))
+        for key in shards:
+            dropped += _drop_shard(place, survey, key)
+        return Repair(len(faults), restored, dropped, shards)
+
+
+def _drop_shard(place: Place, survey: Survey, key: ShardKey) -> Iterator[str]:
+    segment, part, shard = key
+    arrays = survey.manifest.arrays if survey.manifest else ()
+    names = [paths.shard_record(*key)]
+    names += [paths.shard_object(segment, part, array.name, shard, 1 + len(array.tail)) for array in arrays]
+    for name in names:
+        if name in survey.there:
+            place.remove(name)
+            yield name
+
+
+def _sealed_copy(name: str, survey: Survey) -> bytes | None:
+    if name == paths.MANIFEST:
+        return next((seal.manifest.encode() for seal in survey.seals.values()), None)
+    for index, seal in survey.seals.items():
+        if name == paths.segment_record(index):
+            return seal.segment.encode()
+    return None
+
+
+def _fault_of(place: Place, check: _Check, n_bytes: int | None, level: str) -> str | None:
+    """What is wrong with an object, or None."""
+    if n_bytes is None:
+        return "missing"
+    if n_bytes != check.entry["bytes"]:
+        return f"{n_bytes:,} bytes, {check.entry['bytes']:,} were committed"
+    if level == "meta":
+        return None
+    try:
+        if level == "crc" and check.layout is not None:
+            _check_chunks(place, check.name, n_bytes, check.layout)
+            return None
+        digest = hashlib.sha256()
+        for piece in _pieces(place, check.name, n_bytes):
+            digest.update(piece)
+    except (Unreadable, OSError) as error:
+        return str(error)
+    if digest.hexdigest() == check.entry["sha256"]:
+        return None
+    return f"sha256 {digest.hexdigest()[:12]}, {check.entry['sha256'][:12]} was committed"
+
+
+def _check_chunks(place: Place, name: str, n_bytes: int, layout: Layout) -> None:
+    """Read a shard's index and every chunk that it names. Raises Unreadable."""
+    index = bytearray(index_bytes(layout))
+    place.read_into(name, n_bytes - len(index), memoryview(index))
+    chunks = read_index(bytes(index), len(index) // 16, may_be_absent=True)
+    for offset, length in chunks.tolist():
+        data, crc = np.empty(length - 4, np.uint8), bytearray(4)
+        if place.read_into(name, offset, data.data, memoryview(crc)) != length:
+            raise Unreadable(f"a chunk of {length} bytes ends early")
+        check_chunk(data, crc)
+
+
+def _pieces(place: Place, name: str, n_bytes: int) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(min(PIECE_BYTES, n_bytes)))
+    for start in range(0, n_bytes, PIECE_BYTES):
+        found = place.read_into(name, start, buffer[: min(PIECE_BYTES, n_bytes - start)])
+        yield buffer[:found]
+
+
+def _without(message: str, name: str) -> str:
+    """A message that does not say the object's name again."""
+    return message.removeprefix(f"{name}: ")

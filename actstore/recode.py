@@ -1,0 +1,151 @@
+"""In: a store. Out: the same rows, in the same order, in another encoding, and what that costs in accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actstore import paths
+from actstore.codecs import Channels, decode_rows, encode_rows
+from actstore.errors import EncodingError
+from actstore.place import open_place
+from actstore.reader import ActivationStore, Shard, channels_table, scale_array
+from actstore.schema import PARTS, Manifest, SegmentRecord, site_arrays
+from actstore.writer import StoreWriter, require_store_place, write_shard
+
+CHANNEL_WINDOWS = 256
+
+
+def recode_store(
+    source: str | Path,
+    out: str | Path,
+    encoding: str,
+    advance: Callable[[int], object] = lambda n: None,
+    expect: Callable[[int], object] = lambda n: None,
+) -> dict[str, Any]:
+    """Write every row of a store into another one, or what is missing of it; goes on where it was interrupted.
+
+    Statistics stay those of the rows as the model gave them. From fp32 the result is what collecting in the other
+    encoding would have given, and is a store of the same identity; else its identity names the store it was made from.
+    Returns sizes and, by site, the unexplained variance Σ‖x − x'‖² / Σ‖x − mean x‖² over the rows written now. Raises
+    EncodingError, naming site, document and position, for a value that the encoding does not hold.
+    """
+    place = open_place(out)
+    require_store_place(place)
+    store = ActivationStore(source)
+    manifest = _manifest(store, encoding)
+    n_bytes_there = sum(place.names(paths.DATA).values())
+    place.require_space(_n_bytes(store, manifest) - n_bytes_there, f"{encoding} of {store.url}")
+    errors = {site: np.zeros(2) for site in store.sites}
+    means = {site: store.statistics(site).mean for site in store.sites}
+    with StoreWriter.open(place, manifest, store.tokenizer_files()) as writer:
+        for segment in store.segments:
+            channels = _channels(store, segment) if encoding == "int8" else {}
+            target = _segment(writer, store, segment, channels)
+            missing = set(writer.missing_shards(target))
+            expect(sum(shard.n_rows for shard in _shards(store, segment) if (shard.part, shard.index) in missing))
+            for shard in _shards(store, segment):
+                if (shard.part, shard.index) in missing:
+                    arrays = _recoded(store, shard, manifest, channels, means, errors)
+                    notes = store.notes(shard)
+                    write_shard(writer.place, manifest, target, shard.part, shard.index, arrays, notes)
+                    advance(shard.n_rows)
+            if not writer.is_sealed(target):
+                writer.seal(target)
+    written = ActivationStore(place)
+    return {
+        "store": str(out),
+        "store_id": written.store_id,
+        "rows": sum(written.n_rows(part) for part in PARTS),
+        "disk_bytes": written.disk_bytes,
+        "of_the_source": written.disk_bytes / store.disk_bytes,
+        "unexplained": {site: float(missed / total) for site, (missed, total) in errors.items() if total},
+    }
+
+
+def _manifest(store: ActivationStore, encoding: str) -> Manifest:
+    d_model = store.manifest.model.d_model
+    plain = [array for array in store.manifest.arrays if array.name.startswith("rows/")]
+    sites = [array for site in store.sites for array in site_arrays(site, d_model, encoding)]
+    is_exact = not store.manifest.source and all(
+        array.encoding == "fp32" for array in store.manifest.arrays if array.name.startswith("acts/")
+    )
+    source = {} if is_exact else {"store_id": store.store_id}
+    provenance = {**store.manifest.provenance, "recoded_from": store.url}
+    del provenance["tokenizer_files"]
+    return replace(store.manifest, arrays=(*plain, *sites), source=source, provenance=provenance)
+
+
+def _segment(
+    writer: StoreWriter, store: ActivationStore, segment: SegmentRecord, channels: dict[str, Channels]
+) -> SegmentRecord:
+    """The segment of the copy: there already, or added with the source's tables."""
+    names = [*paths.TABLES, *(f"{part}/windows/{name}" for part in PARTS for name in paths.WINDOW_TABLES)]
+    tables = {name: store.table(segment.index, name) for name in names}
+    tables |= {channels_table(f"acts/{site}"): found.table for site, found in channels.items()}
+    there = writer.segments()
+    if segment.index < len(there):
+        if writer.missing_objects(there[segment.index]):
+            writer.restore_segment(there[segment.index], tables)
+        return there[segment.index]
+    return writer.add_segment(replace(segment, store_id=writer.manifest.store_id), tables)
+
+
+def _channels(store: ActivationStore, segment: SegmentRecord) -> dict[str, Channels]:
+    """What int8 measures by: as `collect` does it, over the plan's first 256 training windows."""
+    part = PARTS[0] if segment.parts[PARTS[0]].n_windows else PARTS[1]
+    first_rows = np.sort(store.table(segment.index, f"{part}/windows/first_row"))
+    n_rows = int(first_rows[CHANNEL_WINDOWS]) if len(first_rows) > CHANNEL_WINDOWS else segment.parts[part].n_rows
+    own_first = store.table(segment.index, f"{part}/windows/first_row")
+    sums = {site: np.zeros((2, store.d_model(site))) for site in store.sites}
+    for shard in _shards(store, segment):
+        if shard.part == part and shard.start < n_rows:
+            is_first = own_first[store.read(shard, "rows/window")] < n_rows
+            for site in store.sites:
+                rows = store.read(shard, f"acts/{site}")[is_first].astype(np.float64)
+                sums[site] += rows.sum(axis=0), np.square(rows).sum(axis=0)
+    return {site: Channels.of_moments(*(found / max(n_rows, 1))) for site, found in sums.items()}
+
+
+def _recoded(
+    store: ActivationStore,
+    shard: Shard,
+    manifest: Manifest,
+    channels: dict[str, Channels],
+    means: dict[str, NDArray[np.float64]],
+    errors: dict[str, NDArray[np.float64]],
+) -> dict[str, NDArray[Any]]:
+    """A shard's arrays in the other encoding; adds to each site's (missed, total) variance."""
+    arrays = {name: store.read(shard, name) for name in ("rows/window", "rows/position")}
+    for site in store.sites:
+        name = f"acts/{site}"
+        rows = store.read(shard, name)
+        encoding = manifest.array(name).encoding
+        try:
+            arrays[name], scale = encode_rows(rows, encoding, channels.get(site))
+        except EncodingError as error:
+            document = store.document_names(shard.segment)[int(store.documents(shard)[error.row])]
+            raise EncodingError(
+                f"{site}: {document}, token {store.token_index(shard)[error.row]} of the segment's table, position "
+                f"{arrays['rows/position'][error.row]} of its window: {error}",
+                error.row,
+            ) from error
+        if scale is not None:
+            arrays[scale_array(name)] = scale
+        back = decode_rows(arrays[name], encoding, scale, channels.get(site))
+        errors[site] += np.square(rows - back, dtype=np.float64).sum(), np.square(rows - means[site]).sum()
+    return arrays
+
+
+def _shards(store: ActivationStore, segment: SegmentRecord) -> list[Shard]:
+    return [shard for part in PARTS for shard in store.shards(part) if shard.segment == segment.index]
+
+
+def _n_bytes(store: ActivationStore, manifest: Manifest) -> int:
+    row = sum(max(array.width, 1) * np.dtype(array.dtype).itemsize for array in manifest.arrays)
+    return row * sum(store.n_rows(part) for part in PARTS)

@@ -1,0 +1,118 @@
+"""The records of a store, read and checked: its manifest, segments, seals and committed shards.
+
+A record carries the hash of its own content; the seal of a segment carries the hash of each of its records, and a copy
+of the manifest and of the segment's record. So a record of a finished segment that was changed, exchanged
+or lost is noticed, unless all records of the last segment are lost at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from actstore import paths
+from actstore.errors import DamagedStore, NotAStore
+from actstore.files import object_entry, parse_record, record_bytes
+from actstore.place import Place
+from actstore.schema import Manifest, SegmentRecord
+
+Entry = dict[str, Any]
+"""`{bytes, sha256}` of an object."""
+
+
+@dataclass(frozen=True)
+class Seal:
+    """What a finished segment consists of: the entry of every record, and copies of the two that say what it is."""
+
+    records: dict[str, Entry]
+    manifest: str
+    segment: str
+
+    def to_bytes(self) -> bytes:
+        return record_bytes({"records": self.records, "manifest": self.manifest, "segment": self.segment})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> Seal:
+        """Raises DamagedStore when it was changed after it was written."""
+        return cls(**parse_record(data, where))
+
+
+class Records:
+    """The records at a place, as many as there were when this was made.
+
+    Everything raises DamagedStore for a record that is missing or is not the one that was written.
+    """
+
+    def __init__(self, place: Place):
+        self.place = place
+        self.names = place.names(paths.COMMITS)
+
+    @cached_property
+    def segments(self) -> list[SegmentRecord]:
+        """The published segments, in order."""
+        found: list[SegmentRecord] = []
+        while True:
+            name, seal = paths.segment_record(len(found)), self.seal(len(found))
+            if name not in self.names:
+                if seal is not None:
+                    raise DamagedStore(f"{self.place}: {name} is missing, though its segment is sealed{REMEDY}")
+                return found
+            found.append(SegmentRecord.from_bytes(self._checked(name, seal), f"{self.place}: {name}"))
+
+    def seal(self, segment: int) -> Seal | None:
+        """The seal of a segment; None when it is not finished."""
+        name = paths.sealed_record(segment)
+        if name not in self.names:
+            return None
+        if segment not in self._seals:
+            self._seals[segment] = Seal.from_bytes(self.place.read(name), f"{self.place}: {name}")
+        return self._seals[segment]
+
+    def shards(self, segment: SegmentRecord, part: str) -> list[int]:
+        """The committed shards of a part, in order."""
+        seal = self.seal(segment.index)
+        every = range(segment.parts[part].layout.n_shards)
+        found = [shard for shard in every if paths.shard_record(segment.index, part, shard) in self.names]
+        if seal is not None and len(found) < len(every):
+            lost = min(set(every) - set(found))
+            raise DamagedStore(
+                f"{self.place}: segment {segment.index} is sealed but the commit record of {part} shard {lost} is missing"
+                f"{REMEDY}"
+            )
+        return found
+
+    def shard(self, segment: int, part: str, shard: int) -> dict[str, Any]:
+        """The commit record of a shard."""
+        name = paths.shard_record(segment, part, shard)
+        data = self._checked(name, self.seal(segment))
+        return parse_record(data, f"{self.place}: {name}")
+
+    @cached_property
+    def _seals(self) -> dict[int, Seal]:
+        return {}
+
+    def _checked(self, name: str, seal: Seal | None) -> bytes:
+        try:
+            data = self.place.read(name)
+        except FileNotFoundError as error:
+            raise DamagedStore(f"{self.place}: {name} is missing{REMEDY}") from error
+        if seal is not None and seal.records.get(name) != object_entry(data):
+            raise DamagedStore(f"{self.place}: {name} is not the record that was sealed{REMEDY}")
+        return data
+
+
+REMEDY = "; `actstore repair` drops what is damaged, and the command that wrote the store then fills it in again."
+
+
+def read_manifest(place: Place) -> Manifest:
+    """Raises NotAStore when there is none, or one of another format."""
+    try:
+        data = place.read(paths.MANIFEST)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if place.names(paths.COMMITS):
+            raise DamagedStore(f"{place}: {paths.MANIFEST} is missing{REMEDY}") from error
+        raise NotAStore(
+            f"{place}: not a store (no {paths.MANIFEST}); pass a folder that `collect` or `encode` wrote."
+        ) from error
+    return Manifest.from_bytes(data, str(place))
