@@ -39,8 +39,7 @@ def raw_dimension_findings(store_path: Path, workers: int) -> list[Finding]:
     """The best rule of each of the 2 d signed dimensions of a store's only site."""
     store = ActivationStore(store_path)
     site = store.site()
-    policy = store.manifest.policy
-    codec = store_tokenizer(store_path, policy.bos_token_id, policy.separator_token_id)
+    codec = store_tokenizer(store)
     labels = label_store(store, codec)
     thresholds = _thresholds(store, site, labels)
     shards = [shard for part in PARTS for shard in store.shards(part)]
