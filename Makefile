@@ -2,6 +2,7 @@
 #
 #   make demo    install, then run the whole chain on the built-in model
 #   make test    install what the tests need, then run them
+#   make slow    the tests that take long: fifty kills, hundreds of flipped bits
 #   make lint    ruff, check and format
 #   make types   mypy
 #
@@ -15,7 +16,7 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 SOURCES := actstore pipelines benchmarks tests cli.py
 
-.PHONY: demo test lint types clean
+.PHONY: demo test slow lint types clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed
@@ -23,6 +24,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slow -s $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check $(SOURCES)

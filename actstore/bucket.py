@@ -121,7 +121,7 @@ class Bucket(Place):
             pass
 
     def clear_leftovers(self) -> None:
-        """A PUT that was cut off leaves no object; of a large one, parts that only a lifecycle rule of the bucket removes."""
+        """A PUT that was cut off leaves no object; of a large one, parts that a lifecycle rule of the bucket removes."""
 
     def require_space(self, needed_bytes: int, what: str) -> None:
         """A bucket has no end."""

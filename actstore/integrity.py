@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from actstore import paths
-from actstore.arrays import Unreadable, check_chunk, index_bytes, read_index
+from actstore.arrays import CRC_BYTES, Unreadable, check_chunk, index_bytes, read_index
 from actstore.errors import DamagedStore, NotAStore
 from actstore.files import object_entry, parse_record
 from actstore.layout import Layout
@@ -284,11 +284,26 @@ def _check_chunks(place: Place, name: str, n_bytes: int, layout: Layout) -> None
     index = bytearray(index_bytes(layout))
     place.read_into(name, n_bytes - len(index), memoryview(index))
     chunks = read_index(bytes(index), len(index) // 16, may_be_absent=True)
-    for offset, length in chunks.tolist():
-        data, crc = np.empty(length - 4, np.uint8), bytearray(4)
-        if place.read_into(name, offset, data.data, memoryview(crc)) != length:
-            raise Unreadable(f"a chunk of {length} bytes ends early")
-        check_chunk(data, crc)
+    for together in _neighbours(chunks.tolist()):
+        start, n_read = together[0][0], sum(length for _, length in together)
+        data = np.empty(n_read, np.uint8)
+        if place.read_into(name, start, data.data) != n_read:
+            raise Unreadable("a chunk ends early")
+        for offset, length in together:
+            chunk = data[offset - start : offset - start + length]
+            check_chunk(chunk[:-CRC_BYTES], chunk[-CRC_BYTES:].tobytes())
+
+
+def _neighbours(chunks: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """(offset, length) of chunks that lie one behind another, about 4 MiB at a time."""
+    together: list[tuple[int, int]] = []
+    for offset, length in chunks:
+        if together and (offset != sum(together[-1]) or offset + length - together[0][0] > PIECE_BYTES):
+            yield together
+            together = []
+        together.append((offset, length))
+    if together:
+        yield together
 
 
 def _pieces(place: Place, name: str, n_bytes: int) -> Iterator[memoryview]:

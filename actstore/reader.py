@@ -25,6 +25,9 @@ from actstore.place import Place, absolute, open_place
 from actstore.records import Records, read_manifest
 from actstore.schema import PARTS, RowArray, SegmentRecord
 
+READ_BYTES, READ_CHUNKS = 16 << 20, 256
+"""How much of a shard is asked for in one read, and in how many pieces."""
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -239,20 +242,9 @@ class Store:
     def read_kept_chunk(self, shard: Shard, name: str, chunk: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """One chunk of a shard as its encoding keeps it, checked; in `out`, (chunk_rows, width), when given."""
         found = self._object(shard, name)
-        offset, n_bytes = found.chunks[chunk]
         if out is None:
             out = np.empty((shard.chunk_rows, *found.array.tail), found.array.dtype)
-        data = np.empty(n_bytes - 4, np.uint8) if found.is_compressed else out.reshape(-1).view(np.uint8)
-        crc = bytearray(4)
-        try:
-            n_found = self.place.read_into(found.key, offset, data.data, memoryview(crc))
-            if n_found != n_bytes or len(data) + len(crc) != n_bytes:
-                raise Unreadable(f"a chunk of {n_bytes} bytes has {n_found}")
-            check_chunk(data, crc)
-            if found.is_compressed:
-                unpack_chunk(data, out.reshape(-1).view(np.uint8))
-        except (Unreadable, FileNotFoundError) as error:
-            raise self._damaged(found.key, error) from error
+        self._read_chunks(found, chunk, chunk + 1, out)
         return out[: shard.n_chunk_rows(chunk)]
 
     def channels(self, segment: int, name: str) -> Channels:
@@ -345,13 +337,39 @@ class Store:
 
     def _kept_rows(self, shard: Shard, array: RowArray, start: int, stop: int) -> NDArray[Any]:
         """Rows [start, stop) of a shard as the encoding keeps them."""
-        kept = np.empty((max(stop - start, 0), *array.tail), array.dtype)
-        for chunk in range(start // shard.chunk_rows, -(-stop // shard.chunk_rows) if stop > start else 0):
-            first = chunk * shard.chunk_rows
-            rows = self.read_kept_chunk(shard, array.name, chunk)[max(start - first, 0) : stop - first]
-            at = max(first - start, 0)
-            kept[at : at + len(rows)] = rows
-        return kept
+        if start >= stop:
+            return np.empty((0, *array.tail), array.dtype)
+        found, size = self._object(shard, array.name), shard.chunk_rows
+        first, last = start // size, -(-stop // size)
+        kept = np.empty(((last - first) * size, *array.tail), array.dtype)
+        at_once = max(1, min(READ_CHUNKS, READ_BYTES // (size * max(array.width, 1) * kept.itemsize)))
+        for chunk in range(first, last, at_once):
+            after = min(chunk + at_once, last)
+            self._read_chunks(found, chunk, after, kept[(chunk - first) * size : (after - first) * size])
+        return kept[start - first * size : stop - first * size]
+
+    def _read_chunks(self, found: _ShardObject, first: int, last: int, out: NDArray[Any]) -> None:
+        """Whole chunks [first, last) into `out`, checked; those that lie one behind another in one read."""
+        parts = out.reshape(last - first, -1).view(np.uint8)
+        pieces, runs, end = [], [], -1
+        for part, (offset, n_bytes) in zip(parts, found.chunks[first:last], strict=True):
+            data, crc = np.empty(n_bytes - 4, np.uint8) if found.is_compressed else part, bytearray(4)
+            if offset != end:
+                runs.append((offset, list[memoryview]()))
+            runs[-1][1].extend((data.data, memoryview(crc)))
+            pieces.append((part, data, crc))
+            end = offset + len(data) + len(crc)
+        try:
+            for offset, buffers in runs:
+                n_bytes = sum(buffer.nbytes for buffer in buffers)
+                if (n_found := self.place.read_into(found.key, offset, *buffers)) != n_bytes:
+                    raise Unreadable(f"{n_bytes} bytes of chunks were expected, {n_found} are there")
+            for part, data, crc in pieces:
+                check_chunk(data, crc)
+                if found.is_compressed:
+                    unpack_chunk(data, part)
+        except (Unreadable, FileNotFoundError) as error:
+            raise self._damaged(found.key, error) from error
 
     def _object(self, shard: Shard, name: str) -> _ShardObject:
         """A shard's object of an array, once it has been found to be as long as was committed."""

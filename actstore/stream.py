@@ -7,6 +7,7 @@ several ranks, each streams its own share of every epoch's chunks.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -106,15 +107,16 @@ class BatchStream:
         chunk_bytes = max(shard.chunk_rows for shard in self.shards) * self.d_model * 4
         self.chunks_per_round = max(1, min(len(self.shards), budget_bytes // chunk_bytes))
         self._next_row = 0
-        self._pools = _Pools()
+        largest_round = self.chunks_per_round * max(shard.chunk_rows for shard in self.shards)
+        self._pools = _Pools(largest_round * self.d_model * self._pool_dtype.itemsize)
         self._scratch = local()
 
     @property
     def memory_bytes(self) -> int:
-        """Upper bound of what the stream holds: three pools (a batch that runs on from one pins it while the next two
+        """Upper bound of what the stream holds: four pools (a batch, and one that runs on, can pin two while the next two
         are used and read), some chunks for each reader, and a batch as it is kept and as it is given out."""
         chunk_rows = max(shard.chunk_rows for shard in self.shards)
-        rows_held = 3 * self.chunks_per_round * chunk_rows + 3 * self.store.place.readers * chunk_rows
+        rows_held = 4 * self.chunks_per_round * chunk_rows + 3 * self.store.place.readers * chunk_rows
         row_bytes = self.d_model * self._pool_dtype.itemsize
         return rows_held * row_bytes + self.batch_rows * self.d_model * 8 + 40 * self.chunks_per_round * chunk_rows
 
@@ -250,26 +252,30 @@ class _Round:
 
 
 class _Pools:
-    """Memory of pools, used again when nobody holds a batch of it any more: new memory costs as much as reading."""
+    """Memory of pools, used again when nobody holds a batch of it any more: new memory costs as much as reading.
 
-    def __init__(self) -> None:
+    All of one size, so that any can be used again, and mapped, so that the heap is not torn up.
+    """
+
+    def __init__(self, n_bytes: int) -> None:
+        self._n_bytes = n_bytes
         self._lent: list[tuple[NDArray[np.uint8], ref[Any]]] = []
         self._lock = Lock()
 
     def take(self, n_bytes: int) -> NDArray[np.uint8]:
         with self._lock:  # an iterator that was left may still be reading
-            memory = self._free(n_bytes)
+            memory = self._free()
             lent = np.frombuffer(memory.data, np.uint8)
             self._lent.append((memory, ref(lent.base)))  # every array that looks at the memory keeps this base alive
             return lent[:n_bytes]
 
-    def _free(self, n_bytes: int) -> NDArray[np.uint8]:
+    def _free(self) -> NDArray[np.uint8]:
         """Memory that nothing looks at; what is still looked at is left to those who do."""
         looked_at, free = [], []
         for memory, watched in self._lent:
             if watched() is not None:
                 looked_at.append((memory, watched))
-            elif len(memory) >= n_bytes:
+            else:
                 free.append(memory)
         self._lent = looked_at
-        return free[0] if free else np.empty(n_bytes, np.uint8)
+        return free[0] if free else np.frombuffer(mmap.mmap(-1, self._n_bytes), np.uint8)

@@ -68,7 +68,9 @@ class StoreWriter:
         `tables` maps array names below the segment (`tokens/ids`, `train/windows/token_start`, ...) to arrays. Raises
         LockedStore when the text does not go on where the segments that are there end.
         """
-        segments = self.segments()
+        objects = segment_objects(self.manifest, record, tables)
+        published = replace(record, objects={name: object_entry(data) for name, data in sorted(objects.items())})
+        segments = self.segments()  # as late as can be: who was taken for dead must not touch what another writes
         if record.index != len(segments):
             raise ValueError(f"segment {record.index} is not the next one")
         end = (segments[-1].next_document, segments[-1].next_token) if segments else (0, 0)
@@ -78,8 +80,6 @@ class StoreWriter:
                 f"{record.first_document}, token {record.first_token} does not go on there: another process added to the "
                 "store meanwhile; run the command again."
             )
-        objects = segment_objects(self.manifest, record, tables)
-        published = replace(record, objects={name: object_entry(data) for name, data in sorted(objects.items())})
         self._remove_leftovers(published)
         there = self.place.names(paths.DATA)
         for name, data in objects.items():

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from modelkit import ROOT
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -75,6 +76,7 @@ def _run(arguments: list[str], output: Path) -> None:
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT, 0o644), descriptor)
     os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(1)  # enough for small matrices; a second one is waited for on a busy machine
     sys.argv = ["actstore", *arguments]
     from actstore.__main__ import main
 

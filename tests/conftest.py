@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from pipelines.recipe import CollectConfig
 
+import torch
 from daskkit import address_of, dask_process
 from modelkit import build_model, write_texts
 
@@ -30,6 +31,12 @@ def _no_fsync() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Matrices this small gain nothing from a second thread, and lose a lot to waiting for it on a busy machine."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,7 @@ def worker_processes(nanny: int) -> list[psutil.Process]:
         return []
 
 
-def until(found: Callable[[], T | None], seconds: float = 30) -> T:
+def until(found: Callable[[], T | None], seconds: float = 120) -> T:
     """What a function gives as soon as it gives something."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -110,6 +110,7 @@ def collect_and_die(config: CollectConfig, n_operations: int) -> None:
     from pipelines.collect import collect
 
     os.fsync = lambda descriptor: None
+    torch.set_num_threads(1)
     left = itertools.count(n_operations - 1, -1)
 
     def count(event: str, arguments: tuple[object, ...]) -> None:

@@ -24,8 +24,16 @@ from typing import Any
 
 import pytest
 
-LEASE = {"HEARTBEAT_S": 0.1, "DEAD_AFTER_S": 0.8, "POLL_S": 0.02}
+LEASE = {"HEARTBEAT_S": 0.1, "DEAD_AFTER_S": 1.2, "POLL_S": 0.02}
 """What a lease's times are in tests: those of a store are minutes' work for one that is killed fifty times."""
+
+SERVE = """
+import os, sys, threading
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+from moto.server import main
+main(sys.argv[1:])
+"""
+"""moto's server, which ends when the tests' process does, however that ends."""
 
 PROCESSES = multiprocessing.get_context("forkserver")
 """Processes of their own that start fast, and in which obstore has not run before."""
@@ -104,14 +112,14 @@ def serving(folder: Path) -> Iterator[Server]:
         port = free.getsockname()[1]
     server = Server(port, folder / "requests.log")
     with open(server.log, "wb") as log:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        command = [sys.executable, "-c", SERVE, "-H", "127.0.0.1", "-p", str(port)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
     try:
         _wait_for(server, process)
         yield server
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 def _wait_for(server: Server, process: subprocess.Popen[bytes]) -> None:

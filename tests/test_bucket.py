@@ -677,25 +677,27 @@ def test_opening_a_store_takes_four_requests_however_many_shards_it_has(wide: st
     assert n == {"GET": 3, "LIST": 1}
 
 
-def test_a_stream_asks_once_for_each_chunk_and_three_times_for_each_shard(wide: str, server: Server) -> None:
+def test_a_stream_asks_once_for_each_chunk_and_a_few_times_more_for_each_shard(wide: str, server: Server) -> None:
     store = ActivationStore(wide)
     n_shards, n_chunks = len(store.shards()), sum(shard.n_chunks for shard in store.shards())
     with counting(server) as n:
         assert sum(map(len, BatchStream(store, SITE, 100, epochs=1))) == store.n_rows()
-    assert n == {"GET": n_chunks + 2 * n_shards, "HEAD": n_shards}
+    # Once for its record, its length and its index; twice where two of its chunks are read at the same time.
+    assert n_chunks + 3 * n_shards <= n.total() <= n_chunks + 6 * n_shards
     with counting(server) as n:
         assert sum(map(len, BatchStream(store, SITE, 100, epochs=1))) == store.n_rows()
     assert n == {"GET": n_chunks}
 
 
-def test_verifying_lists_once_and_reads_each_object_once(wide: str, server: Server) -> None:
-    n_objects = len(server.objects(wide))
+def test_verifying_lists_once_and_reads_each_object_once(written: str, server: Server) -> None:
+    n_objects = len(server.objects(written))
     with counting(server) as n:
-        assert find_faults(open_place(wide), "full") == []
+        assert find_faults(open_place(written), "full") == []
     assert n == {"GET": n_objects, "LIST": 1}
     with counting(server) as n:
-        assert find_faults(open_place(wide), "meta") == []
-    assert n["GET"] < len(ActivationStore(wide).shards()) + 20
+        assert find_faults(open_place(written), "meta") == []
+    n_records = sum(name.startswith("commits/") for name in open_place(written).names())
+    assert n == {"GET": n_records + 1, "LIST": 1}
 
 
 def test_writing_puts_each_object_once(server: Server, url: str, small: dict[str, bytes]) -> None:

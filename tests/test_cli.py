@@ -292,7 +292,7 @@ def test_ctrl_c_keeps_what_was_committed_and_the_same_command_completes_it(model
             texts,
             *options,
         ],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

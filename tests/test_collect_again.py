@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from modelkit import faults_in, files_of, folder_state
 from rowkit import assert_each_kept_token_is_one_row, assert_rows_are_the_models, documents_in
 from safetensors.torch import load_file, save_file
@@ -52,6 +53,18 @@ def test_a_shards_bytes_do_not_depend_on_what_was_computed_before_it(
     result = collect(replace(small_config, out=own_store))
     assert result["shards"] - result["shards_committed_before"] == 4
     assert files_of(own_store) == files_of(small_store)
+
+
+@pytest.mark.parametrize("compute_dtype", ["fp32", "bf16"])
+def test_the_number_of_threads_changes_no_bit(compute_dtype: str, small_config: CollectConfig, tmp_path: Path) -> None:
+    n_threads = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            collect(replace(small_config, out=tmp_path / str(threads), compute_dtype=compute_dtype, layer=(0, 2)))
+    finally:
+        torch.set_num_threads(n_threads)
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
 
 
 def test_more_tokens_are_a_new_segment_and_the_first_is_not_touched(

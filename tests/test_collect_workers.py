@@ -7,9 +7,8 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -19,8 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from commandkit import Command
 from daskkit import address_of, dask_process, until, worker_processes
-from modelkit import ROOT, faults_in, files_of, folder_state, plant, run_cli
+from modelkit import faults_in, files_of, folder_state, plant, run_cli
 
 from actstore.errors import IdentityMismatch, InputError
 from actstore.reader import ActivationStore
@@ -233,33 +233,6 @@ def assert_names_the_value(line: str, path: Path, token: int) -> None:
 
 
 @pytest.mark.cluster
-def test_a_worker_killed_in_the_midst_changes_nothing(
-    slow_store: Path, slow_config: CollectConfig, cluster: Cluster, tmp_path: Path
-) -> None:
-    out, moments = tmp_path / "store", random.Random(0)
-    n_shards = len(records_of(slow_store))
-    seen: list[int] = []
-
-    def kill() -> None:
-        for nanny in cluster.nannies:
-            n_before = len(records_of(out)) if seen else 0
-            until(lambda: len(records_of(out)) > n_before or None, 120)  # noqa: B023
-            victims = worker_processes(nanny)
-            threading.Event().wait(moments.uniform(0, 0.1))
-            seen.append(len(records_of(out)))
-            for victim in victims:
-                victim.kill()
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    collect(replace(slow_config, out=out, scheduler=cluster.address))
-    killer.join()
-    assert len(seen) == 2
-    assert max(seen) < n_shards
-    assert files_of(out) == files_of(slow_store)
-
-
-@pytest.mark.cluster
 def test_workers_that_outlive_a_killed_command_do_no_harm(
     slow_store: Path, slow_config: CollectConfig, cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -267,13 +240,10 @@ def test_workers_that_outlive_a_killed_command_do_no_harm(
     out = tmp_path / "store"
     options = ["--model", slow_config.model, "--corpus", slow_config.corpus, "--layer", "0", "--tokens", "5000"]
     options += ["--context", "8", "--batch-windows", "1", "--encoding", "fp32", "--scheduler", cluster.address]
-    command = [sys.executable, str(ROOT / "cli.py"), "collect", "--out", str(out), *map(str, options)]
-    first = subprocess.Popen(
-        command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    until(lambda: len(records_of(out)) >= 2 or None, 120)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    first = Command.forked(tmp_path, "collect", "--out", out, *options)
+    until(lambda: len(records_of(out)) >= 2 or None)
+    os.kill(first.pid, signal.SIGKILL)
+    first.join()
     kept = records_of(out)
     assert 2 <= len(kept) < len(records_of(slow_store))
     collect(replace(slow_config, out=out))
@@ -293,3 +263,25 @@ def test_what_a_killed_worker_left_half_written_is_cleared_away(
     monkeypatch.setattr(stage, "run_tasks", with_a_death)
     collect(replace(small_config, out=tmp_path / "store", scheduler=client.scheduler.address))
     assert files_of(tmp_path / "store") == files_of(small_store)
+
+
+@pytest.mark.cluster
+def test_a_worker_killed_in_the_midst_changes_nothing(
+    slow_store: Path, slow_config: CollectConfig, cluster: Cluster, tmp_path: Path
+) -> None:
+    out, seen = tmp_path / "store", []
+
+    def kill_one() -> None:
+        until(lambda: records_of(out) or None)
+        time.sleep(random.Random(0).uniform(0, 0.1))
+        for worker in worker_processes(cluster.nannies[0]):
+            seen.append(len(records_of(out)))
+            worker.kill()
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    collect(replace(slow_config, out=out, scheduler=cluster.address))
+    killer.join()
+    assert len(seen) == 1
+    assert seen[0] < len(records_of(slow_store))
+    assert files_of(out) == files_of(slow_store)

@@ -134,7 +134,8 @@ def test_golden_values_guard_the_format() -> None:
     assert permutation(10, 0, plan.WINDOW_ORDER).tolist() == [5, 3, 7, 8, 2, 4, 1, 0, 6, 9]
     assert permutation(10, 3, plan.ROW_ORDER, 0, 1, 2).tolist() == [7, 4, 0, 5, 3, 2, 9, 6, 8, 1]
     assert chunk_sequence(0, 0, [3, 2, 1]).tolist() == [[0, 0], [2, 0], [1, 1], [0, 1], [0, 2], [1, 0]]
-    assert round_order(0, 1, 2, 11).tolist() == [2, 8, 10, 9, 4, 3, 0, 6, 5, 1, 7]
+    assert round_order(0, 1, 2, 6).tolist() == [2, 4, 3, 0, 5, 1]
+    assert round_order(0, 1, 2, 6, rank=3).tolist() == [4, 5, 2, 0, 1, 3]
     assert [list(map(len, rounds(np.zeros((11, 2)), 2, rank, 3))) for rank in range(3)] == [[2, 2], [2, 2], [2, 1]]
 
 

@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,19 @@ def test_each_row_leads_to_its_token_and_its_document(path: Path) -> None:
         assert ((offsets[document] <= index) & (index < offsets[document + 1])).all()
         assert (store.table(shard.segment, "documents/heldout")[document] == (shard.part == "heldout")).all()
     assert store.document_names(1) == [f"document {i}" for i in range(SPEC.n_documents)]
+
+
+def test_threads_may_read_the_tables_of_several_segments_at_once(path: Path) -> None:
+    """The reader has one segment's in memory, and lets go of them when another's are asked for."""
+    store = ActivationStore(path)
+    expected = [build_segment(SPEC, segment).tables["tokens/ids"] for segment in range(SPEC.n_segments)]
+
+    def read(segment: int) -> None:
+        for _ in range(40):
+            np.testing.assert_array_equal(store.table(segment, "tokens/ids"), expected[segment])
+
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(read, [0, 1] * 3))
 
 
 def test_a_row_is_located_by_its_number(path: Path) -> None:

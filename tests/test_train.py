@@ -29,15 +29,6 @@ MARK = 1e6
 """The last channel of held-out rows, and of no other."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from a second thread, and lose a lot to waiting for it on a busy machine."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 def low_rank_rows() -> NDArray[np.float32]:
     """Three of twelve directions a row, far from the origin and of a scale of about thirty."""
     generator = np.random.default_rng(0)
