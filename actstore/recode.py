@@ -44,9 +44,11 @@ def recode_store(
     errors = {site: np.zeros(2) for site in store.sites}
     means = {site: store.statistics(site).mean for site in store.sites}
     with StoreWriter.open(place, manifest, store.tokenizer_files()) as writer:
-        for segment in store.segments:
-            channels = _channels(store, segment) if encoding == "int8" else {}
-            target = _segment(writer, store, segment, channels)
+        measured = [_channels(store, segment) if encoding == "int8" else {} for segment in store.segments]
+        # Every segment first: a copy that was interrupted between two of them would else look whole.
+        pairs = zip(store.segments, measured, strict=True)
+        targets = [_segment(writer, store, segment, channels) for segment, channels in pairs]
+        for segment, channels, target in zip(store.segments, measured, targets, strict=True):
             missing = set(writer.missing_shards(target))
             expect(sum(shard.n_rows for shard in _shards(store, segment) if (shard.part, shard.index) in missing))
             for shard in _shards(store, segment):
