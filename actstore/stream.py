@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from threading import Lock, local
@@ -278,4 +279,13 @@ class _Pools:
             else:
                 free.append(memory)
         self._lent = looked_at
-        return free[0] if free else np.frombuffer(mmap.mmap(-1, self._n_bytes), np.uint8)
+        return free[0] if free else _mapped(self._n_bytes)
+
+
+def _mapped(n_bytes: int) -> NDArray[np.uint8]:
+    """New memory, in huge pages where there are some: rows are scattered all over it."""
+    memory = mmap.mmap(-1, n_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
