@@ -25,7 +25,8 @@ from actstore.stream import BatchStream
 from pipelines.capture import choose_device
 from pipelines.progress import track
 from pipelines.sae.checkpoint import METRICS, RunRecord, require_new_run, save_run
-from pipelines.sae.topk import TopKSae, geometric_median
+from pipelines.sae.median import geometric_median
+from pipelines.sae.topk import TopKSae
 
 MEDIAN_ROWS = 32_768
 SILENT_ROWS = 1_000_000

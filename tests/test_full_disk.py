@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -119,7 +121,9 @@ def test_a_disk_that_is_filled_in_the_midst_loses_nothing_and_is_continued_with_
     out = folder / "store"
     command = Command.forked(tmp_path, *arguments, "--out", out)
     until(lambda: (out / moment).exists() or None)
+    os.kill(command.pid, signal.SIGSTOP)  # or it may have ended before the disk is full
     with filled(folder):
+        os.kill(command.pid, signal.SIGCONT)
         line = the_line(command.result())
         assert line.startswith((f"error: {out}/", f"error: {out}: "))
         if line.startswith(f"error: {out}/"):

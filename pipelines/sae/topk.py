@@ -1,84 +1,68 @@
-"""The TopK sparse autoencoder (Gao et al. 2024, "Scaling and evaluating sparse autoencoders")."""
+"""TopK: exactly k features are active in a row (Gao et al. 2024, "Scaling and evaluating sparse autoencoders")."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from actstore.errors import InputError
-from pipelines.sae.kernels import SparseDecode, SparseEncode
+from pipelines.sae import select
+from pipelines.sae.base import Codes, Losses, Objective, Sae, dead_loss
+from pipelines.sae.sparse import Active, EncodeActive
 
-EPSILON = 1e-12
 
+class TopKSae(Sae):
+    """The codes of a row are its k largest pre-activations (x − b_dec) · W_enc + b_enc, those below zero set to zero.
 
-class TopKSae(nn.Module):
-    """x ≈ b_dec + Σ_j value_j · W_dec[index_j] over the k largest codes of (x − b_dec) W_encᵀ + b_enc.
-
-    Both weights are kept feature-major, (n_features, d_model). Decoder rows are unit vectors; the encoder starts
-    as their copy (tied init). Raises InputError when k is not in 1..n_features.
+    The loss is the mean squared error over all elements, which is 1 − FVE for rows whose variance is 1 on average, plus
+    the L1 and dead-feature terms of the objective.
     """
 
-    def __init__(self, d_model: int, n_features: int, k: int, *, seed: int = 0):
-        super().__init__()
-        if not 1 <= k <= n_features:
-            raise InputError(f"k {k}: the SAE has {n_features} features; choose --k between 1 and {n_features}.")
-        self.d_model, self.n_features, self.k = d_model, n_features, k
-        directions = torch.randn(n_features, d_model, generator=torch.Generator().manual_seed(seed))
-        directions /= directions.norm(dim=1, keepdim=True)
-        self.W_dec = nn.Parameter(directions)
-        self.W_enc = nn.Parameter(directions.clone())
-        self.b_enc = nn.Parameter(torch.zeros(n_features))
-        self.b_dec = nn.Parameter(torch.zeros(d_model))
+    architecture = "topk"
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, d_model) rows -> codes: values (n, k) >= 0 and feature indices (n, k), by rising index."""
-        values, indices = SparseEncode.apply(x, self.W_enc, self.b_enc, self.b_dec, self.k)
-        return values, indices
+    @property
+    def code_width(self) -> int | None:
+        return self.k
 
-    def decode(self, values: Tensor, indices: Tensor) -> Tensor:
-        """Codes (n, k) -> reconstruction (n, d_model)."""
-        reconstruction: Tensor = SparseDecode.apply(values, indices, self.W_dec) + self.b_dec
-        return reconstruction
+    def codes(self, x: Tensor) -> Codes:
+        return self.training_codes(x, "sparse-fp32")
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(reconstruction, values, indices) of rows (n, d_model)."""
-        values, indices = self.encode(x)
-        return self.decode(values, indices), values, indices
+    def search(self, centred: Tensor, *, fast: bool) -> tuple[Active, Tensor]:
+        """Which features are active in rows x − b_dec (n, d), and their pre-activations (nnz,), without gradients."""
+        return select.top_k(centred, self.W_enc, self.b_enc, self.k, fast=fast)
 
-    @torch.no_grad()
-    def project_decoder_gradient(self) -> None:
-        """Take out of each decoder row's gradient what points along the row: the renormalisation would undo it."""
-        if self.W_dec.grad is not None:
-            along = (self.W_dec.grad * self.W_dec).sum(dim=1, keepdim=True)
-            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+    def largest(self, pre: Tensor) -> Active:
+        """Which of all pre-activations (n, F) are active."""
+        return Active.of_k(torch.topk(pre, self.k, dim=1, sorted=False).indices.sort(dim=1).values, self.n_features)
 
-    @torch.no_grad()
-    def normalise_decoder(self) -> None:
-        """Make every decoder row a unit vector again."""
-        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(EPSILON))
+    def training_codes(self, x: Tensor, kernel: str) -> Codes:
+        """The codes of a training batch, with gradients, in one of `KERNELS`."""
+        if kernel == "dense":
+            pre = torch.addmm(self.b_enc, x - self.b_dec, self.W_enc.T)
+            active = self.largest(pre.detach())
+            return Codes(pre[active.rows, active.features].relu(), active)
+        with torch.no_grad():
+            centred = x - self.b_dec
+            active, pre = self.search(centred, fast=kernel == "sparse")
+        return Codes(EncodeActive.apply(pre, centred, self.W_enc, self.b_enc, self.b_dec, active), active)
 
-    @torch.no_grad()
-    def fold_input_scale(self, scale: float) -> None:
-        """Turn an SAE of `scale` times x into the same SAE of x: TopK commutes with scaling, so only biases change."""
-        self.b_enc.div_(scale)
-        self.b_dec.div_(scale)
+    def training_reconstruction(self, codes: Codes, kernel: str) -> Tensor:
+        """(n, d_model) with gradients, in one of `KERNELS`."""
+        if kernel != "dense":
+            return self.reconstruct(codes)
+        dense = codes.values.new_zeros(codes.active.n_rows, self.n_features)
+        return dense.index_put((codes.active.rows, codes.active.features), codes.values) @ self.W_dec + self.b_dec
+
+    def losses(self, x: Tensor, objective: Objective, dead: Tensor | None = None) -> Losses:
+        codes = self.training_codes(x, objective.kernel)
+        reconstruction = self.training_reconstruction(codes, objective.kernel)
+        terms = {"mse": (reconstruction - x).square().mean()}
+        if objective.l1:
+            terms["l1"] = objective.l1 * codes.values.sum() / (len(x) * self.n_features)
+        if objective.auxk and dead is not None and bool(dead.any()):
+            residual = (x - reconstruction).detach()
+            terms["auxk"] = objective.auxk * dead_loss(self, x - self.b_dec, residual, dead)
+        return Losses(sum_of(terms), terms, reconstruction.detach(), codes)
 
 
-def geometric_median(rows: Tensor, *, iterations: int = 100, tolerance: float = 1e-7) -> Tensor:
-    """The point with the least sum of distances to (n, d) rows, by Weiszfeld's algorithm in float64.
-
-    Unlike the mean it is hardly moved by the few rows with huge norms that residual streams have.
-    """
-    points = rows.double()
-    median = points.mean(dim=0)
-    for _ in range(iterations):
-        distance = (points - median).norm(dim=1)
-        weights = torch.where(distance > 0, 1.0 / distance, 0.0)
-        step = weights @ points / weights.sum().clamp_min(EPSILON) - median
-        # A point that the estimate lies on would hold it there: it only pulls with its own count (Vardi, Zhang 2000).
-        pull = weights.sum() * step.norm()
-        step *= (1.0 - (distance == 0).sum() / pull.clamp_min(EPSILON)).clamp_min(0.0)
-        median = median + step
-        if step.norm() <= tolerance * distance.mean():
-            break
-    return median.to(rows.dtype)
+def sum_of(terms: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(terms.values())).sum()

@@ -1,0 +1,28 @@
+"""The geometric median, where decoder biases start."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-12
+
+
+def geometric_median(rows: Tensor, *, iterations: int = 100, tolerance: float = 1e-7) -> Tensor:
+    """The point with the least sum of distances to (n, d) rows, by Weiszfeld's algorithm in float64.
+
+    Unlike the mean it is hardly moved by the few rows with huge norms that residual streams have.
+    """
+    points = rows.double()
+    median = points.mean(dim=0)
+    for _ in range(iterations):
+        distance = (points - median).norm(dim=1)
+        weights = torch.where(distance > 0, 1.0 / distance, 0.0)
+        step = weights @ points / weights.sum().clamp_min(EPSILON) - median
+        # A point that the estimate lies on would hold it there: it only pulls with its own count (Vardi, Zhang 2000).
+        pull = weights.sum() * step.norm()
+        step *= (1.0 - (distance == 0).sum() / pull.clamp_min(EPSILON)).clamp_min(0.0)
+        median = median + step
+        if step.norm() <= tolerance * distance.mean():
+            break
+    return median.to(rows.dtype)

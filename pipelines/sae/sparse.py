@@ -1,0 +1,145 @@
+"""The sparse half of a training step, exact, in PyTorch's own operators.
+
+Few of the F codes of a row are non-zero, so everything but the encoder's forward product can be sparse: a decoded row
+is an `embedding_bag` of decoder rows, the gradient of the codes a sampled product, and a weight gradient an
+`embedding_bag` of the batch's rows, one bag a feature. Gradients equal autograd's of the dense form to fp32 rounding.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn.functional import embedding_bag
+
+
+@dataclass(frozen=True)
+class Active:
+    """Which features each of n rows has: `features[starts[i] : starts[i + 1]]`, rising, are those of row i.
+
+    features (nnz,), starts (n + 1,), both int64; `n_features` is F.
+    """
+
+    features: Tensor
+    starts: Tensor
+    n_features: int
+
+    @classmethod
+    def of_k(cls, indices: Tensor, n_features: int) -> Active:
+        """The same number of features in every row: indices (n, k), rising."""
+        n, k = indices.shape
+        return cls(indices.flatten(), torch.arange(0, n * k + 1, k, device=indices.device), n_features)
+
+    @classmethod
+    def of_mask(cls, mask: Tensor) -> Active:
+        """Where (n, F) is true."""
+        counts = mask.sum(dim=1)
+        return cls(mask.nonzero()[:, 1], _starts(counts), mask.shape[1])
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.starts) - 1
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """(n,) how many features each row has."""
+        return self.starts.diff()
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """(nnz,) the row of each entry."""
+        return torch.repeat_interleave(self.counts, output_size=len(self.features))
+
+    @cached_property
+    def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same entries feature by feature: their order (nnz,), their rows (nnz,), and starts (F + 1,)."""
+        features, order = self.features.sort(stable=True)
+        starts = _starts(torch.bincount(features, minlength=self.n_features))
+        return order, self.rows[order], starts
+
+    def keep(self, chosen: Tensor) -> Active:
+        """Only the entries where (nnz,) `chosen` is true."""
+        counts = torch.zeros(self.n_rows + 1, dtype=torch.int64, device=chosen.device)
+        torch.cumsum(chosen, 0, out=(running := torch.empty_like(chosen, dtype=torch.int64)))
+        counts[1:] = torch.where(self.starts[1:] > 0, running[self.starts[1:].clamp_min(1) - 1], 0)
+        return Active(self.features[chosen], counts, self.n_features)
+
+
+def sampled_product(x: Tensor, weight: Tensor, active: Active) -> Tensor:
+    """(nnz,) the products x_i · weight_f of the active pairs; x (n, d), weight (F, d)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        pattern = torch.sparse_csr_tensor(
+            active.starts,
+            active.features,
+            x.new_zeros(len(active.features)),
+            (active.n_rows, active.n_features),
+            check_invariants=False,
+        )
+    return torch.sparse.sampled_addmm(pattern, x, weight.T).values()
+
+
+def decode_rows(values: Tensor, active: Active, weight: Tensor) -> Tensor:
+    """(n, d): of each row, the sum of value · weight_f over its features; values (nnz,), weight (F, d)."""
+    return _bags(active.features, weight, active.starts, values)
+
+
+def feature_sums(values: Tensor, active: Active, rows: Tensor) -> Tensor:
+    """(F, d): of each feature, the sum of value · row over the rows that have it; values (nnz,), rows (n, d)."""
+    order, row_of, starts = active.by_feature
+    return _bags(row_of, rows, starts, values[order])
+
+
+class EncodeActive(Function):
+    """Codes (nnz,) of the active features, relu of given pre-activations, with a gradient that touches only those.
+
+    `pre` (nnz,) holds (x − b_dec) · W_enc_f + b_enc_f, whichever way it was computed; `centred` is x − b_dec (n, d).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, pre: Tensor, centred: Tensor, w_enc: Tensor, b_enc: Tensor, b_dec: Tensor, active: Active
+    ) -> Tensor:
+        values = pre.relu()
+        ctx.active = active
+        ctx.save_for_backward(centred, w_enc, values)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, Tensor, Tensor, Tensor, None]:
+        centred, w_enc, values = ctx.saved_tensors
+        through = gradients[0] * (values > 0)
+        d_b_enc = torch.bincount(ctx.active.features, through, ctx.active.n_features).to(through.dtype)
+        return None, None, feature_sums(through, ctx.active, centred), d_b_enc, -(d_b_enc @ w_enc), None
+
+
+class Decode(Function):
+    """`decode_rows`, with the gradients of values and weight."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, w_dec: Tensor, active: Active) -> Tensor:
+        ctx.active = active
+        ctx.save_for_backward(values, w_dec)
+        return decode_rows(values, active, w_dec)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        values, w_dec = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        d_values = sampled_product(gradient, w_dec, ctx.active) if ctx.needs_input_grad[0] else None
+        return d_values, feature_sums(values, ctx.active, gradient), None
+
+
+def _bags(which: Tensor, table: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+    return embedding_bag(which, table, starts, per_sample_weights=weights, mode="sum", include_last_offset=True)
+
+
+def _starts(counts: Tensor) -> Tensor:
+    starts = torch.zeros(len(counts) + 1, dtype=torch.int64, device=counts.device)
+    torch.cumsum(counts, 0, out=starts[1:])
+    return starts
