@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import click
@@ -348,30 +349,69 @@ def recode(as_json: bool, **options: Any) -> None:
 @cli.command()
 @STORE_ARGUMENT
 @OUT_OPTION
-@click.option("--layer", type=int, help="Which layer of the store; needed when it holds several.")
-@click.option("--site", default="resid_post", show_default=True, help="Which site of that layer.")
-@click.option("--features", default=4096, show_default=True, help="Width of the SAE.")
-@click.option("--k", default=32, show_default=True, help="Features active in each row.")
+@click.option("--layer", multiple=True, type=int, help="Which layer of the store; needed when it holds several. *")
+@click.option("--site", multiple=True, default=["resid_post"], show_default=True, help="Which site of that layer. *")
+@click.option(
+    "--architecture",
+    multiple=True,
+    default=["topk"],
+    show_default=True,
+    help="topk, batchtopk, matryoshka, relu, jumprelu or gated. *",
+)
+@click.option("--features", multiple=True, type=int, default=[4096], show_default=True, help="Width of the SAE. *")
+@click.option("--k", multiple=True, type=int, default=[32], show_default=True, help="Features active in each row. *")
 @click.option("--tokens", default=0, help="Rows to train on; 0: as many as --epochs says.")
 @click.option("--epochs", default=1.0, show_default=True, help="Passes over the store's rows.")
 @click.option("--batch", default=4096, show_default=True, help="Rows in a step.")
-@click.option("--lr", default=0.0, help="Learning rate; 0: 2e-4 / sqrt(features / 16384), and more in short runs.")
-@click.option("--l1", default=0.0, show_default=True, help="Coefficient of the mean absolute code in the loss.")
-@click.option("--clip", default=1.0, show_default=True, help="Largest gradient norm.")
-@SEED_OPTION
+@click.option(
+    "--lr",
+    multiple=True,
+    type=float,
+    default=[0.0],
+    help="Learning rate; 0: 2e-4 / sqrt(features / 16384), more in short runs. *",
+)
+@click.option(
+    "--l1", multiple=True, type=float, default=[0.0], help="Coefficient of the mean absolute code; 0: the architecture's. *"
+)
+@click.option("--auxk", default=0.03125, show_default=True, help="Weight of the loss that revives dead features.")
+@click.option(
+    "--recipe", default="standard", show_default=True, help="standard, or textbook: constant rate, Linear start, clip at 1."
+)
+@click.option("--kernel", default="auto", show_default=True, help="How a step is computed: sparse, sparse-fp32 or dense.")
+@click.option(
+    "--seed",
+    multiple=True,
+    type=click.IntRange(0, 2**63 - 1),
+    default=[0],
+    show_default=True,
+    help="Of the first weights. *",
+)
+@click.option(
+    "--order-seed", default=0, show_default=True, type=click.IntRange(0, 2**64 - 1), help="Seed of the order of the rows."
+)
 @DEVICE_OPTION
+@click.option(
+    "--checkpoint-minutes", default=10.0, show_default=True, help="Time between saved states; 0: when stopped only."
+)
+@click.option("--resume", is_flag=True, help="Continue a training that was stopped or killed.")
+@click.option("--tensorboard", is_flag=True, help="Also write the metrics for TensorBoard, in RUN/tensorboard.")
+@click.option("--wandb", is_flag=True, help="Also send the metrics to Weights & Biases.")
 @JSON_OPTION
 def train(as_json: bool, **options: Any) -> None:
-    """Train a TopK sparse autoencoder on batches streamed from a store.
+    """Train sparse autoencoders on batches streamed from a store.
+
+    Options marked * can be repeated: every combination is trained, all in one pass over the store.
 
     \b
     Example:
       actstore train gpt2.store --out run --features 24576 --k 32 --epochs 2
+      actstore train gpt2.store --out sweep --k 16 --k 32 --k 64 --seed 0 --seed 1
+      torchrun --nproc-per-node 2 -m actstore train gpt2.store --out run
     """
-    from pipelines.train import TrainConfig
-    from pipelines.train import train as stage
+    from pipelines.sweep import comparison_lines, grid, sweep
 
-    _print(stage(_shown("train", TrainConfig(**options))), as_json, _key_lines)
+    _shown("train", SimpleNamespace(**{name: _sole(options[name]) for name in vars(grid(options)[0])}))
+    _print(sweep(options), as_json, lambda v: comparison_lines(v) if "runs" in v else _key_lines(v))
 
 
 @cli.command()
@@ -531,6 +571,11 @@ def _shown(command: str, config: Any) -> Any:
     fields = " ".join(f"{name}={value}" for name, value in vars(config).items() if value not in (None, ()))
     click.echo(f"{command}: {fields}", err=True)
     return config
+
+
+def _sole(value: Any) -> Any:
+    """The value of an option that can be repeated and was not."""
+    return value[0] if isinstance(value, tuple) and len(value) == 1 else value
 
 
 def _print(value: Any, as_json: bool, lines: Callable[[Any], Any]) -> None:

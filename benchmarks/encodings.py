@@ -30,7 +30,8 @@ from pipelines.collect import collect
 from pipelines.evaluate import evaluate_rows
 from pipelines.recipe import CollectConfig
 from pipelines.sae.checkpoint import load_run
-from pipelines.train import TrainConfig, train
+from pipelines.train import train
+from pipelines.training.config import TrainConfig
 
 N_ROWS, D_MODEL = 50_000, 768
 SEEDS = (0, 1, 2)

@@ -25,8 +25,8 @@ from actstore.schema import PARTS, Manifest, RowArray, SegmentRecord
 from actstore.writer import StoreWriter, require_store_place, write_shard
 from pipelines.cluster import connect, run_tasks
 from pipelines.code_store import CodeStore
+from pipelines.sae.base import Sae
 from pipelines.sae.checkpoint import RunRecord, load_run, require_match
-from pipelines.sae.topk import TopKSae
 
 ENCODE_ROWS = 4096
 
@@ -54,7 +54,7 @@ def encode(config: EncodeConfig, client: Any = None) -> dict[str, Any]:
     require_match(config.run, record, store)
     manifest = _manifest(store, record, config.run)
     n_rows = sum(store.n_rows(part) for part in PARTS)
-    open_place(config.out).require_space(n_rows * record.k * 8, f"the codes of {n_rows:,} rows")
+    open_place(config.out).require_space(n_rows * record.code_width * 8, f"the codes of {n_rows:,} rows")
     # The cluster comes before the store: nothing is written when the scheduler does not answer.
     where = connect(config.scheduler, config.workers) if client is None else nullcontext(client)
     with where as connected, StoreWriter.open(config.out, manifest, store.tokenizer_files()) as writer:
@@ -80,7 +80,7 @@ def encode(config: EncodeConfig, client: Any = None) -> dict[str, Any]:
         "store_id": codes.store_id,
         "rows": n_rows,
         "features": record.n_features,
-        "k": record.k,
+        "k": record.code_width,
         "disk_bytes": codes.disk_bytes,
     }
 
@@ -95,12 +95,12 @@ def encode_shard(
     window, position = store.read(shard, "rows/window"), store.read(shard, "rows/position")
     order = np.lexsort((position, window))
     index_array, value_array = target.manifest.array("codes/index"), target.manifest.array("codes/value")
-    indices = np.empty((shard.n_rows, record.k), index_array.dtype)
-    values = np.empty((shard.n_rows, record.k), value_array.dtype)
+    indices = np.empty((shard.n_rows, record.code_width), index_array.dtype)
+    values = np.empty((shard.n_rows, record.code_width), value_array.dtype)
     for start in range(0, shard.n_rows, ENCODE_ROWS):
         rows = store.read(shard, f"acts/{record.site}", start, min(start + ENCODE_ROWS, shard.n_rows))
         with torch.inference_mode():
-            found_values, found_indices = sae.encode(torch.from_numpy(rows))
+            found_values, found_indices = sae.encode(torch.from_numpy(rows), record.code_width)
         values[start : start + len(rows)] = found_values.numpy()
         indices[start : start + len(rows)] = found_indices.numpy()
     arrays = {"rows/window": window[order], "rows/position": position[order]}
@@ -109,7 +109,7 @@ def encode_shard(
 
 
 @lru_cache(maxsize=4)
-def _opened(store_url: str, run_path: Path, snapshot: str, run_id: str) -> tuple[ActivationStore, TopKSae, RunRecord]:
+def _opened(store_url: str, run_path: Path, snapshot: str, run_id: str) -> tuple[ActivationStore, Sae, RunRecord]:
     """A store and a run, opened once a process. Raises IdentityMismatch when this process sees others at these paths."""
     store = ActivationStore(store_url, snapshot=snapshot)
     sae, record = load_run(run_path)
@@ -128,8 +128,8 @@ def _manifest(store: ActivationStore, record: RunRecord, run_path: Path) -> Mani
         arrays=(
             RowArray("rows/window", 0, "uint32", "raw"),
             RowArray("rows/position", 0, "uint16", "raw"),
-            RowArray("codes/index", record.k, index_dtype, "packed"),
-            RowArray("codes/value", record.k, "float32", "packed"),
+            RowArray("codes/index", record.code_width, index_dtype, "packed"),
+            RowArray("codes/value", record.code_width, "float32", "packed"),
         ),
         source={
             "store_id": store.store_id,

@@ -22,8 +22,8 @@ from actstore.errors import IdentityMismatch, InputError
 from actstore.reader import ActivationStore
 from pipelines.capture import Site, choose_device, hooked, load_model, model_identity
 from pipelines.progress import track
+from pipelines.sae.base import Sae
 from pipelines.sae.checkpoint import load_run, require_match
-from pipelines.sae.topk import TopKSae
 from pipelines.windows import Windows
 
 PART = "heldout"
@@ -75,9 +75,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "pca_components": config.pca,
         "pca_fve": pca_fve,
         "unexplained_over_pca": (1 - rows["fve"]) / (1 - pca_fve),
-        "silent_features": record.metrics["silent_features"],
-        "silent_share": record.metrics["silent_features"] / record.n_features,
-        "silent_window_rows": record.metrics["silent_window_rows"],
+        "dead_features": record.metrics["dead_features"],
+        "dead_share": record.metrics["dead_features"] / record.n_features,
+        "dead_window_rows": record.metrics["dead_window_rows"],
         **text,
     }
 
@@ -91,7 +91,7 @@ def require_same_model(model: nn.Module, store: ActivationStore, name: str) -> N
         )
 
 
-def evaluate_rows(sae: TopKSae, store: ActivationStore, site: str) -> dict[str, float]:
+def evaluate_rows(sae: Sae, store: ActivationStore, site: str) -> dict[str, float]:
     """FVE, MSE, L0, cosine, shrinkage and the share of features that never fire, over the held-out rows.
 
     fve = 1 − E‖x−x̂‖² / (E‖x‖² − ‖E x‖²); l2_ratio = mean ‖x̂‖/‖x‖; cosine = mean cos(x, x̂).
@@ -159,7 +159,7 @@ def _held_out_rows(store: ActivationStore, site: str) -> Any:
 
 
 def evaluate_text(
-    sae: TopKSae, model: nn.Module, store: ActivationStore, site: Site, n_windows: int, device: str
+    sae: Sae, model: nn.Module, store: ActivationStore, site: Site, n_windows: int, device: str
 ) -> dict[str, float | None]:
     """Next-token cross-entropy (nats) with the site's activation kept, reconstructed, zeroed, or set to its mean.
 

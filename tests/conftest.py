@@ -99,7 +99,8 @@ def reference(model_folder: Path) -> GPT2LMHeadModel:
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
     """A run trained on the store's `resid_post.2`: 64 features, k = 4. Read-only."""
-    from pipelines.train import TrainConfig, train
+    from pipelines.train import train
+    from pipelines.training.config import TrainConfig
 
     out = tmp_path_factory.mktemp("trained") / "run"
     train(TrainConfig(store=store, out=out, layer=2, features=64, k=4, epochs=4, batch=256))

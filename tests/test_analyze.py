@@ -249,7 +249,7 @@ def test_the_last_of_256_features_may_be_the_only_one(store: Path, run: Path, cl
     sae = TopKSae(32, 256, 1)
     with torch.no_grad():
         sae.b_enc[255] = 1e6
-    save_run(tmp_path / "run", sae, replace(load_run(run)[1], n_features=256, k=1))
+    save_run(tmp_path / "run", sae, replace(load_run(run)[1], n_features=256, k=1, code_width=1))
     encode(EncodeConfig(store=store, run=tmp_path / "run", out=tmp_path / "codes"), client)
     codes = CodeStore(tmp_path / "codes")
     assert faults_in(tmp_path / "codes") == []
@@ -501,7 +501,7 @@ def test_a_text_of_negative_length_is_refused(asked: dict[str, int]) -> None:
 def test_codes_of_no_firing_at_all_are_analysed(store: Path, run: Path, client: Any, tmp_path: Path) -> None:
     sae = TopKSae(32, 8, 2)
     torch.nn.init.constant_(sae.b_enc, -1e9)
-    save_run(tmp_path / "run", sae, replace(load_run(run)[1], n_features=8, k=2))
+    save_run(tmp_path / "run", sae, replace(load_run(run)[1], n_features=8, k=2, code_width=2))
     encode(EncodeConfig(store=store, run=tmp_path / "run", out=tmp_path / "codes"), client)
     record = analyze(config_of(tmp_path / "codes", tmp_path / "analysis"), client)
     assert record["bands"] == {"always": 0, "common": 0, "rare": 0, "very rare": 0, "dead": 8}

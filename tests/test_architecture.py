@@ -29,6 +29,7 @@ LEAVES = frozenset(
         "python_labels",
         "recipe",
         "sae",
+        "training",
         "shards",
         "statistics",
         "stdlib",
@@ -39,7 +40,7 @@ LEAVES = frozenset(
 )
 """Modules (or subpackages) of `pipelines` that any other may import."""
 
-COMPOSERS = frozenset({"demo", "lesson"})
+COMPOSERS = frozenset({"demo", "lesson", "sweep"})
 """Modules of `pipelines` whose work is to call the stages one after another."""
 
 HEAVY = ("torch", "dask", "distributed", "zarr", "transformers", "datasets", "pyarrow", "scipy")

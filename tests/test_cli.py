@@ -23,13 +23,14 @@ from actstore.reader import ActivationStore
 from cli import cli
 from pipelines.collect import collect
 from pipelines.recipe import CollectConfig
+from pipelines.sweep import SWEPT
 
 CONFIGS = {
     "demo": "pipelines.demo.DemoConfig",
     "collect": "pipelines.recipe.CollectConfig",
     "estimate": "pipelines.recipe.CollectConfig",
     "recode": "pipelines.upkeep.RecodeConfig",
-    "train": "pipelines.train.TrainConfig",
+    "train": "pipelines.training.config.TrainConfig",
     "evaluate": "pipelines.evaluate.EvaluateConfig",
     "encode": "pipelines.codes.EncodeConfig",
     "analyze": "pipelines.analyze.AnalyzeConfig",
@@ -56,7 +57,8 @@ def values_of(command: str) -> dict[str, Any]:
         if parameter.required:
             needed += ["1"] if parameter.param_type_name == "argument" else [parameter.opts[0], "x"]
     values = cli.commands[command].make_context(command, needed).params
-    return {name: value for name, value in values.items() if name not in NOT_FIELDS}
+    hidden = NOT_FIELDS - ({"resume"} if command == "train" else set())
+    return {name: value for name, value in values.items() if name not in hidden}
 
 
 def config_of(command: str) -> type:
@@ -83,6 +85,8 @@ def test_options_and_defaults_are_the_fields_and_defaults_of_the_configuration(c
     assert list(values) == list(fields) or set(values) == set(fields)
     for name, default in fields.items():
         if default is not dataclasses.MISSING:
+            if name in SWEPT and command == "train":
+                default = () if default is None else (default,)
             assert (values[name], type(values[name])) == (default, type(default)), name
 
 
@@ -137,7 +141,9 @@ def test_a_stage_says_what_it_runs_with_defaults_included(store: Path, tmp_path:
     result = invoke("train", store, "--out", tmp_path / "run", "--layer", 2, "--features", 8, "--k", 2, "--batch", 64)
     assert result.exit_code == 0
     first = result.stderr.splitlines()[0]
-    assert first.startswith(f"train: store={store} out={tmp_path / 'run'} layer=2 site=resid_post features=8 k=2 ")
+    assert first.startswith(
+        f"train: store={store} out={tmp_path / 'run'} layer=2 site=resid_post architecture=topk features=8 k=2 "
+    )
     assert " epochs=1.0 batch=64 " in first
 
 

@@ -97,10 +97,10 @@ def test_all_components_but_one_leave_the_smallest_variance(opened: ActivationSt
     assert linear_fve(opened, SITE, basis[:, :-1], mean) < 1
 
 
-def test_the_silent_features_are_those_the_training_counted(run: Path, figures: dict[str, Any]) -> None:
+def test_the_dead_features_are_those_the_training_counted(run: Path, figures: dict[str, Any]) -> None:
     metrics = load_run(run)[1].metrics
-    assert figures["silent_features"] == metrics["silent_features"]
-    assert figures["silent_share"] == metrics["silent_features"] / 64
+    assert figures["dead_features"] == metrics["dead_features"]
+    assert figures["dead_share"] == metrics["dead_features"] / 64
 
 
 # Text

@@ -17,11 +17,16 @@ from torch import Tensor
 
 from actstore.errors import InputError, NotAStore, OutputExists
 from actstore.reader import ActivationStore
-from pipelines import train as train_module
 from pipelines.sae import checkpoint
-from pipelines.sae.checkpoint import METRICS, RECORD, WEIGHTS, RunRecord, load_run, save_run
+from pipelines.sae.base import Codes, Losses
+from pipelines.sae.checkpoint import RECORD, WEIGHTS, RunRecord, load_run, save_run
 from pipelines.sae.topk import TopKSae
-from pipelines.train import TrainConfig, train
+from pipelines.train import train
+from pipelines.training import trainee
+from pipelines.training.config import TrainConfig
+from pipelines.training.log import METRICS
+from pipelines.training.start import sample_rows
+from pipelines.training.trainee import Trainee
 
 D_MODEL, N_DOCUMENTS, DOCUMENT_TOKENS = 16, 60, 40
 HELDOUT = 6
@@ -72,17 +77,17 @@ def trained(config: TrainConfig) -> dict[str, Any]:
 
 
 @pytest.fixture
-def forward_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
-    """(x, values, indices) of every forward pass of any SAE."""
-    calls: list[tuple[Tensor, Tensor, Tensor]] = []
-    forward = TopKSae.forward
+def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, Codes]]]:
+    """(scaled rows, codes) of every step of any training."""
+    calls: list[tuple[Tensor, Codes]] = []
+    step = Trainee.step
 
-    def recorded(self: TopKSae, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        reconstruction, values, indices = forward(self, x)
-        calls.append((x, values.detach(), indices))
-        return reconstruction, values, indices
+    def recorded(self: Trainee, rows: Tensor, global_rows: int | None = None) -> tuple[Tensor, Losses]:
+        x, losses = step(self, rows, global_rows)
+        calls.append((x, losses.codes))
+        return x, losses
 
-    monkeypatch.setattr(TopKSae, "forward", recorded)
+    monkeypatch.setattr(Trainee, "step", recorded)
     return calls
 
 
@@ -105,7 +110,8 @@ def fve(rows: NDArray[np.float32], reconstruction: NDArray[np.float32]) -> float
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(config: TrainConfig, tmp_path: Path) -> None:
     short = replace(config, tokens=2400)
     first, again, other = (
-        train(replace(short, out=tmp_path / name, seed=seed)) for name, seed in (("first", 0), ("again", 0), ("other", 1))
+        train(replace(short, out=tmp_path / name, seed=seed, order_seed=seed))
+        for name, seed in (("first", 0), ("again", 0), ("other", 1))
     )
     for name in (WEIGHTS, METRICS):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
@@ -155,16 +161,14 @@ def test_epochs_count_the_training_rows_and_tokens_win_over_them(config: TrainCo
     assert train(replace(config, out=tmp_path / "one", tokens=1000, epochs=2.0, batch=100))["rows_seen"] == 1000
 
 
-def test_heldout_rows_are_never_trained_on(
-    config: TrainConfig, tmp_path: Path, forward_calls: list[tuple[Tensor, Tensor, Tensor]]
-) -> None:
+def test_heldout_rows_are_never_trained_on(config: TrainConfig, tmp_path: Path, steps: list[tuple[Tensor, Codes]]) -> None:
     store = ActivationStore(config.store)
     assert all((store.read(shard, f"acts/{SITE}")[:, -1] == MARK).all() for shard in store.shards("heldout"))
     found = train(replace(config, out=tmp_path / "run", tokens=0, epochs=2.0))
-    seen = torch.cat([x for x, _, _ in forward_calls])
+    seen = torch.cat([x for x, _ in steps])
     assert float(seen[:, -1].abs().max()) == 0
     assert len(torch.unique(seen, dim=0)) == len(train_rows(config.store))
-    assert float(train_module.sample_rows(store, SITE, 10**9, 0)[:, -1].max()) == 0
+    assert float(sample_rows(store, SITE, 10**9, 0)[:, -1].max()) == 0
     variance = train_rows(config.store).astype(np.float64).var(axis=0).mean()
     assert found["input_scale"] == pytest.approx(variance**-0.5, rel=1e-9)
 
@@ -176,7 +180,7 @@ def test_the_loss_falls_and_the_explained_variance_rises(config: TrainConfig, tr
     first, *_, last = metrics_of(config.out)
     assert last["loss"] < 0.5 * first["loss"]
     assert last["fve"] > max(0.85, first["fve"])
-    assert last["loss"] == pytest.approx(1 - last["fve"], rel=0.2)
+    assert last["mse"] == pytest.approx(1 - last["fve"], rel=0.2)
     assert last["l0"] <= config.k
 
 
@@ -199,20 +203,22 @@ def test_the_saved_weights_read_and_give_raw_rows(config: TrainConfig, trained: 
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(config.features))
 
 
-def test_the_silent_features_are_those_an_independent_count_finds(
+def test_the_dead_features_are_those_an_independent_count_finds(
     config: TrainConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    forward_calls: list[tuple[Tensor, Tensor, Tensor]],
+    steps: list[tuple[Tensor, Codes]],
 ) -> None:
-    monkeypatch.setattr(train_module, "SILENT_ROWS", 600)
-    found = train(replace(config, out=tmp_path / "run", features=400, tokens=3000))["metrics"]
-    window = forward_calls[-600 // config.batch :]
-    fired = {int(f) for _, values, indices in window for f in indices[values > 0]}
-    ever = {int(f) for _, values, indices in forward_calls for f in indices[values > 0]}
-    assert found["silent_features"] == 400 - len(fired)
-    assert found["silent_window_rows"] == 600
-    assert found["silent"] == pytest.approx(1 - len(fired) / 400)
+    monkeypatch.setattr(trainee, "DEAD_AFTER_ROWS", 600)
+    monkeypatch.setattr(trainee, "FIRINGS_EXPECTED", 1)
+    found = train(replace(config, out=tmp_path / "run", features=400, auxk=0.0, tokens=6000))["metrics"]
+    fired, ever = (
+        {int(feature) for _, codes in some for feature in codes.active.features[codes.values > 0]}
+        for some in (steps[-600 // config.batch :], steps)
+    )
+    assert found["dead_features"] == 400 - len(fired)
+    assert found["dead_window_rows"] == 600
+    assert found["dead"] == pytest.approx(1 - len(fired) / 400)
     assert 0 < len(fired) < len(ever)
 
 
@@ -226,7 +232,19 @@ def test_rows_that_do_not_vary_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "asked", [{"k": 0}, {"k": 65}, {"batch": 0}, {"epochs": 0.0}, {"tokens": -1}, {"lr": -1.0}, {"l1": -0.1}, {"clip": 0.0}]
+    "asked",
+    [
+        {"k": 0},
+        {"k": 65},
+        {"batch": 0},
+        {"epochs": 0.0},
+        {"tokens": -1},
+        {"lr": -1.0},
+        {"l1": -0.1},
+        {"auxk": -1.0},
+        {"recipe": "x"},
+        {"kernel": "x"},
+    ],
 )
 def test_values_that_make_no_training_are_refused(asked: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(asked))):
@@ -239,7 +257,7 @@ def test_values_that_make_no_training_are_refused(asked: dict[str, Any]) -> None
 def test_the_log_is_one_json_object_a_line(config: TrainConfig, trained: dict[str, Any]) -> None:
     lines = metrics_of(config.out)
     assert [line["rows"] for line in lines] == [3000, 6000, 9000, 9600]
-    assert all(line.keys() == {"rows", "loss", "fve", "l0", "silent"} for line in lines)
+    assert all(line.keys() >= {"rows", "loss", "mse", "fve", "l0", "dead", "lr"} for line in lines)
 
 
 def test_a_run_reads_back_as_it_was_written(config: TrainConfig, trained: dict[str, Any], tmp_path: Path) -> None:
@@ -255,7 +273,7 @@ def test_a_run_reads_back_as_it_was_written(config: TrainConfig, trained: dict[s
 
 @pytest.mark.parametrize(
     "edit",
-    [{"k": 3}, {"site": "resid_post.1"}, {"extra": 1}, {"config": {}}, {"run_id": None}, {"version": 2}, {"format": ""}],
+    [{"k": 3}, {"site": "resid_post.1"}, {"extra": 1}, {"config": {}}, {"run_id": None}, {"version": 1}, {"format": ""}],
     ids=str,
 )
 def test_an_edited_record_is_refused(
@@ -293,7 +311,7 @@ def test_an_interrupted_training_leaves_no_run_and_can_be_started_again(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for module, name in ((train_module, "_metrics"), (checkpoint, "publish_json")):
+    for module, name in ((Trainee, "metrics"), (checkpoint, "publish_json")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, interrupt)
             with pytest.raises(KeyboardInterrupt):

@@ -106,6 +106,11 @@ class Sae(nn.Module, ABC):
         """What training minimises for rows (n, d_model); `dead` (F,) marks features that have not fired for long."""
 
     @property
+    def default_l1(self) -> float:
+        """The coefficient of the mean absolute code that is used when none is asked for."""
+        return 0.0
+
+    @property
     def code_width(self) -> int | None:
         """How many codes any row has at most, where the architecture fixes that."""
         return None

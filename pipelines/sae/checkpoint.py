@@ -12,24 +12,27 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from actstore.errors import IdentityMismatch, InputError, NotAStore, OutputExists, WidthMismatch
+from actstore.errors import IdentityMismatch, InputError, NotAStore, WidthMismatch
 from actstore.files import content_hash, fsync_path, object_entry, publish_json, read_json
 from actstore.reader import ActivationStore
-from pipelines.sae.topk import TopKSae
+from pipelines.sae.architectures import make
+from pipelines.sae.base import Sae
 
-RUN_VERSION = 1
-RECORD, WEIGHTS, METRICS = "run.json", "sae.safetensors", "metrics.jsonl"
+RUN_VERSION = 2
+RECORD, WEIGHTS = "run.json", "sae.safetensors"
 
 
 @dataclass(frozen=True)
 class RunRecord:
     """Where an SAE came from and what it is. `weights_sha256` is the language model's, `sae_sha256`
-    that of the SAE's file; `bos` says whether its windows began with a start-of-text token."""
+    that of the SAE's file; `bos` says whether its windows began with a start-of-text token; `code_width` codes of a row
+    are kept; `history` holds [rows seen, ranks] at every start of the training."""
 
     architecture: str
     d_model: int
     n_features: int
     k: int
+    code_width: int
     site: str
     store_id: str
     snapshot: str
@@ -38,6 +41,7 @@ class RunRecord:
     bos: bool
     input_scale: float
     rows_seen: int
+    history: list[list[int]]
     config: dict[str, Any]
     metrics: dict[str, float]
     sae_sha256: str = ""
@@ -48,14 +52,7 @@ class RunRecord:
         return content_hash(asdict(self))[:16]
 
 
-def require_new_run(path: Path) -> None:
-    """Raises OutputExists when anything but what an interrupted training leaves is at `path`."""
-    leftovers = {METRICS, WEIGHTS, f".{WEIGHTS}.tmp", f".{RECORD}.tmp"}
-    if path.exists() and (not path.is_dir() or any(item.name not in leftovers for item in path.iterdir())):
-        raise OutputExists(f"{path}: exists; choose another --out, or move it away.")
-
-
-def save_run(path: Path, sae: TopKSae, record: RunRecord) -> RunRecord:
+def save_run(path: Path, sae: Sae, record: RunRecord) -> RunRecord:
     """Publish a run: weights first, flushed, then the record, completed with their sha256, which is returned."""
     path.mkdir(parents=True, exist_ok=True)
     temporary = path / f".{WEIGHTS}.tmp"
@@ -69,7 +66,7 @@ def save_run(path: Path, sae: TopKSae, record: RunRecord) -> RunRecord:
     return record
 
 
-def load_run(path: Path) -> tuple[TopKSae, RunRecord]:
+def load_run(path: Path) -> tuple[Sae, RunRecord]:
     """The SAE of a run, in raw units, and its record. Raises NotAStore when `path` holds no finished run."""
     if not (path / RECORD).exists():
         raise NotAStore(f"{path}: not a finished run (no {RECORD}); pass a folder that `train` wrote.")
@@ -79,7 +76,7 @@ def load_run(path: Path) -> tuple[TopKSae, RunRecord]:
     if value.pop("run_id", None) != content_hash(value)[:16]:
         raise NotAStore(f"{path / RECORD}: was changed after it was written; restore it from a copy.")
     record = RunRecord(**value)
-    sae = TopKSae(record.d_model, record.n_features, record.k)
+    sae = make(record.architecture, record.d_model, record.n_features, record.k)
     weights = path / WEIGHTS
     if not weights.exists() or object_entry(weights.read_bytes())["sha256"] != record.sae_sha256:
         raise NotAStore(f"{weights}: missing, or not this run's weights; restore them from a copy.")

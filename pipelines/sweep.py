@@ -1,0 +1,107 @@
+"""In: a store and values for some of `train`'s options. Out: a run for each combination, and how they compare.
+
+All are trained in one pass over the store. The runs lie below one folder, named by what they differ in, beside
+`sweep.json` (the comparison) and `frontier.svg` (variance explained over active features).
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from actstore.errors import InputError, OutputExists
+from actstore.files import publish_json
+from pipelines.train import train, train_together
+from pipelines.training.config import OWN, TrainConfig
+
+SUMMARY, FRONTIER = "sweep.json", "frontier.svg"
+SWEPT = tuple(name for name in OWN if name != "out")
+COMPARED = ("fve", "l0", "dead", "loss")
+
+
+def sweep(options: dict[str, Any]) -> dict[str, Any]:
+    """`train` with a tuple of values for any of `SWEPT`; one combination is trained as `train` does.
+
+    Raises InputError for a value that is given twice, OutputExists for a finished sweep, and what training raises.
+    """
+    configs = grid(options)
+    if len(configs) == 1:
+        return train(configs[0])
+    out = Path(options["out"])
+    if (out / SUMMARY).exists():
+        raise OutputExists(f"{out}: holds a finished sweep; choose another --out, or move it away.")
+    found = train_together(configs, out)
+    rows = [
+        {"run": config.out.name, **{name: getattr(config, name) for name in SWEPT}, **_compared(result)}
+        for config, result in zip(configs, found, strict=True)
+    ]
+    rows.sort(key=lambda row: -row["fve"])
+    draw_frontier(rows, out / FRONTIER)
+    summary = {"store": str(options["store"]), "runs": rows, "frontier": str(out / FRONTIER)}
+    publish_json(out / SUMMARY, summary)
+    return {
+        "sweep": str(out),
+        "rows_per_s": found[0]["rows_per_s"],
+        "data_wait_share": found[0]["data_wait_share"],
+        **summary,
+    }
+
+
+def grid(options: dict[str, Any]) -> list[TrainConfig]:
+    """One configuration for each combination of the values; its `out` names what it differs in.
+
+    >>> [config.out.as_posix() for config in grid({"store": "s", "out": "o", "k": (8, 16), "features": (64,)})]
+    ['o/k8', 'o/k16']
+    """
+    values = {name: _values(name, options[name]) for name in SWEPT if name in options}
+    varied = [name for name in values if len(values[name]) > 1]
+    rest = {name: value for name, value in options.items() if name not in values}
+    configs = []
+    for chosen in product(*values.values()):
+        own = dict(zip(values, chosen, strict=True))
+        name = "-".join(own[key] if isinstance(own[key], str) else f"{key}{own[key]:g}" for key in varied)
+        configs.append(TrainConfig(**{**rest, **own, "out": Path(options["out"]) / name}))
+    return configs
+
+
+def draw_frontier(rows: list[dict[str, Any]], path: Path) -> None:
+    """Variance explained over active features, a line for each architecture, site and width."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        layer = "" if row["layer"] is None else f".{row['layer']}"
+        lines.setdefault(f"{row['architecture']} {row['site']}{layer} {row['features']:,}", []).append(
+            (row["l0"], row["fve"])
+        )
+    for label, points in sorted(lines.items()):
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+    axes.set(xlabel="L0 (active features in a row)", ylabel="variance explained (FVE)", xscale="log")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def comparison_lines(summary: dict[str, Any]) -> list[str]:
+    """The comparison as a table, best first."""
+    rows = summary["runs"]
+    width = max(len(row["run"]) for row in rows)
+    lines = [f"{'run':<{width}}{'FVE':>9}{'L0':>9}{'dead':>9}"]
+    lines += [f"{row['run']:<{width}}{row['fve']:>9.4f}{row['l0']:>9.1f}{row['dead']:>9.1%}" for row in rows]
+    return [*lines, f"{summary['rows_per_s']:,} rows/s of {len(rows)} SAEs each; plot: {summary['frontier']}"]
+
+
+def _values(name: str, given: Any) -> tuple[Any, ...]:
+    default = next(field.default for field in fields(TrainConfig) if field.name == name)
+    values = given if isinstance(given, tuple) else (given,)
+    if len(set(values)) < len(values):
+        raise InputError(f"{name} {', '.join(map(str, values))}: a value is given twice; give each once.")
+    return values or (default,)
+
+
+def _compared(result: dict[str, Any]) -> dict[str, float]:
+    return {name: result["metrics"][name] for name in COMPARED}

@@ -1,0 +1,63 @@
+"""Where a training's metrics go: always to `metrics.jsonl`, and to TensorBoard or Weights & Biases where asked."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from actstore.errors import InputError
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsLog:
+    """One JSON object a line. `n_bytes` of it are kept when a training is continued; what came after is written anew."""
+
+    def __init__(self, folder: Path, n_bytes: int, *, tensorboard: bool = False, wandb: dict[str, Any] | None = None):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(folder / METRICS, "ab")  # noqa: SIM115 - closed by close()
+        self._file.truncate(n_bytes)
+        self._board = _board(folder) if tensorboard else None
+        self._run = _wandb(folder, wandb) if wandb is not None else None
+
+    @property
+    def n_bytes(self) -> int:
+        """How long the file is, on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def write(self, metrics: dict[str, float]) -> None:
+        self._file.write((json.dumps(metrics) + "\n").encode())
+        self._file.flush()
+        rows = int(metrics["rows"])
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, rows)
+        if self._run is not None:
+            self._run.log(metrics, step=rows)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._run is not None:
+            self._run.finish()
+
+
+def _board(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError("tensorboard: is not installed; pip install 'actstore[tensorboard]', or leave it out.") from error
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def _wandb(folder: Path, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError("wandb: is not installed; pip install 'actstore[wandb]', or leave it out.") from error
+    return wandb.init(project="actstore", name=folder.name, dir=str(folder), config=config, resume="allow")

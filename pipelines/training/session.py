@@ -1,0 +1,256 @@
+"""One pass over a store that trains any number of SAEs: batches in, steps, saved states, runs out."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from actstore.errors import InputError
+from actstore.files import require_free_space
+from actstore.reader import ActivationStore
+from actstore.stream import BatchStream
+from pipelines.progress import Tracker, track
+from pipelines.sae.base import Sae
+from pipelines.sae.checkpoint import RunRecord, save_run
+from pipelines.training.config import TrainConfig, recorded, require_same
+from pipelines.training.log import MetricsLog
+from pipelines.training.ranks import Ranks
+from pipelines.training.start import MEDIAN_ROWS, new_trainee, sample_rows
+from pipelines.training.state import Saved, discard_state, save_state
+from pipelines.training.stopping import Stop
+from pipelines.training.trainee import Trainee
+
+LOG_EVERY_STEPS = 25
+
+
+@dataclass
+class Session:
+    """A pass over the store: what is trained, from which streams, and how far it is."""
+
+    configs: list[TrainConfig]
+    out: Path
+    store: ActivationStore
+    trainees: list[Trainee]
+    sites: list[str]
+    streams: dict[str, BatchStream]
+    n_steps: int
+    device: str
+    ranks: Ranks
+    history: list[list[int]]
+    """[rows seen, ranks] at every start."""
+    log_bytes: list[int]
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    waited_s: float = 0.0
+
+    @classmethod
+    def begun(
+        cls,
+        configs: Sequence[TrainConfig],
+        out: Path,
+        device: str,
+        ranks: Ranks,
+        saved: Saved | None,
+    ) -> Session:
+        """From the start, or from where a state was saved."""
+        first = configs[0]
+        if first.batch % ranks.n_ranks:
+            raise InputError(f"batch {first.batch}: cannot be shared by {ranks.n_ranks} ranks; choose a multiple.")
+        store = ActivationStore(first.store, snapshot=None if saved is None else saved[1]["snapshot"])
+        sites = [store.site(config.site, config.layer) for config in configs]
+        streams = {
+            site: BatchStream(
+                store,
+                site,
+                first.batch // ranks.n_ranks,
+                seed=first.order_seed,
+                rank=ranks.rank,
+                n_ranks=ranks.n_ranks,
+            )
+            for site in dict.fromkeys(sites)
+        }
+        n_rows = next(iter(streams.values())).n_rows
+        n_steps = max(1, (first.tokens or round(first.epochs * n_rows)) // first.batch)
+        weights_bytes = sum(8 * config.features * store.d_model(site) for config, site in zip(configs, sites, strict=True))
+        require_free_space(out, 7 * weights_bytes, f"{len(configs)} SAEs and the state of their training")
+        samples: dict[tuple[str, int], torch.Tensor] = {}
+        trainees = []
+        for index, (config, site) in enumerate(zip(configs, sites, strict=True)):
+            trainees.append(new_trainee(config, site, store, n_steps, device, ranks, samples, fresh=saved is None))
+            if saved is not None:
+                require_same(out, config, saved[1]["configs"], index, len(configs))
+                trainees[-1].load(saved[0][index], saved[1]["counts"][index])
+        own = cls(
+            [_settled(config, trainee) for config, trainee in zip(configs, trainees, strict=True)],
+            out,
+            store,
+            trainees,
+            sites,
+            streams,
+            n_steps,
+            device,
+            ranks,
+            [*(saved[1]["history"] if saved else []), [trainees[0].rows_seen, ranks.n_ranks]],
+            saved[1]["log_bytes"] if saved else [0] * len(configs),
+            saved[1]["metrics"] if saved else [{} for _ in configs],
+        )
+        for stream in streams.values():
+            own._place(stream)
+        return own
+
+    def _place(self, stream: BatchStream) -> None:
+        """Where a training with so many rows behind it goes on. With as many ranks as before, that is exact."""
+        stream.load_state_dict({**stream.state_dict(), "row": self.trainees[0].rows_seen // self.ranks.n_ranks})
+
+    def run(self, stop: Stop) -> list[dict[str, Any]]:
+        """All steps that are left, then the runs."""
+        logs = self._logs() if self.ranks.is_first else []
+        started, rows_before = time.monotonic(), self.trainees[0].rows_seen
+        try:
+            if rows_before < self.n_steps * self.configs[0].batch:
+                with track("train", self.n_steps * self.configs[0].batch) as progress:
+                    progress.done = rows_before
+                    self._loop(stop, logs, progress)
+        finally:
+            for log in logs:
+                log.close()
+        seconds = time.monotonic() - started
+        timing = {
+            "rows_per_s": round((self.trainees[0].rows_seen - rows_before) / max(seconds, 1e-9)),
+            "data_wait_share": round(self.waited_s / max(seconds, 1e-9), 4),
+        }
+        found = [self._publish(index) | timing for index in range(len(self.configs))]
+        if self.ranks.is_first:
+            discard_state(self.out)
+        return found
+
+    def _logs(self) -> list[MetricsLog]:
+        return [
+            MetricsLog(config.out, n_bytes, tensorboard=config.tensorboard, wandb=recorded(config) if config.wandb else None)
+            for config, n_bytes in zip(self.configs, self.log_bytes, strict=True)
+        ]
+
+    def _loop(self, stop: Stop, logs: list[MetricsLog], progress: Tracker) -> None:
+        batch_rows, first = self.configs[0].batch, self.configs[0]
+        batches = {site: iter(stream) for site, stream in self.streams.items()}
+        saved_at = time.monotonic()
+        try:
+            for step in range(self.trainees[0].n_steps + 1, self.n_steps + 1):
+                rows = self._next_rows(batches)
+                note = ""
+                is_logged = step % LOG_EVERY_STEPS == 0 or step == self.n_steps
+                for index, (trainee, site) in enumerate(zip(self.trainees, self.sites, strict=True)):
+                    x, losses = trainee.step(rows[site], batch_rows)
+                    if is_logged:
+                        self.metrics[index] = trainee.metrics(x, losses)
+                        self._require_finite(index)
+                if is_logged:
+                    for log, metrics in zip(logs, self.metrics, strict=False):
+                        log.write(metrics)
+                    note = _note(self.metrics)
+                progress.advance(batch_rows, note)
+                stopping = self.ranks.agree(bool(stop), self.device)
+                is_due = first.checkpoint_minutes > 0 and time.monotonic() - saved_at >= 60 * first.checkpoint_minutes
+                if (stopping or is_due) and step < self.n_steps:
+                    self._save(logs)
+                    saved_at = time.monotonic()
+                    if stopping:
+                        _stop(stop)
+        finally:
+            for iterator in batches.values():
+                iterator.close()  # type: ignore[attr-defined]
+
+    def _next_rows(self, batches: dict[str, Iterator[np.ndarray]]) -> dict[str, torch.Tensor]:
+        started = time.monotonic()
+        rows = {site: torch.from_numpy(next(iterator)).to(self.device) for site, iterator in batches.items()}
+        self.waited_s += time.monotonic() - started
+        return rows
+
+    def _require_finite(self, index: int) -> None:
+        config, metrics = self.configs[index], self.metrics[index]
+        if not math.isfinite(metrics["loss"]):
+            raise InputError(
+                f"{config.out}: training diverged, loss {metrics['loss']} after {metrics['rows']:,} rows; "
+                f"choose an --lr below {config.lr:g}."
+            )
+
+    def _save(self, logs: list[MetricsLog]) -> None:
+        if not self.ranks.is_first:
+            return
+        self.log_bytes = [log.n_bytes for log in logs]
+        facts = {
+            "snapshot": self.store.snapshot,
+            "rows_seen": self.trainees[0].rows_seen,
+            "configs": [recorded(config) for config in self.configs],
+            "counts": [trainee.counts() for trainee in self.trainees],
+            "metrics": self.metrics,
+            "log_bytes": self.log_bytes,
+            "history": self.history,
+        }
+        save_state(self.out, [trainee.tensors() for trainee in self.trainees], facts)
+
+    def _publish(self, index: int) -> dict[str, Any]:
+        """One finished run, in raw units; by the first rank."""
+        config, trainee, site = self.configs[index], self.trainees[index], self.sites[index]
+        sae, manifest = trainee.sae, self.store.manifest
+        sae.fold_input_scale(trainee.scale)
+        record = RunRecord(
+            architecture=sae.architecture,
+            d_model=sae.d_model,
+            n_features=sae.n_features,
+            k=sae.k,
+            code_width=sae.code_width or _code_width(sae, self.store, site, config.seed, self.device),
+            site=site,
+            store_id=self.store.store_id,
+            snapshot=self.store.snapshot,
+            weights_sha256=manifest.model.weights_sha256,
+            model=manifest.provenance["model"],
+            bos=manifest.policy.bos,
+            input_scale=trainee.scale,
+            rows_seen=trainee.rows_seen,
+            history=self.history,
+            config=recorded(config),
+            metrics={
+                **self.metrics[index],
+                "dead_features": int(trainee.dead.sum()),
+                "dead_window_rows": min(trainee.recipe.dead_after_rows, trainee.rows_seen),
+            },
+        )
+        if self.ranks.is_first:
+            record = save_run(config.out, sae, record)
+        return {"run": str(config.out), "run_id": record.run_id, **asdict(record)}
+
+
+@torch.no_grad()
+def _code_width(sae: Sae, store: ActivationStore, site: str, seed: int, device: str) -> int:
+    """How many codes of a row are kept where the architecture leaves that open: a quarter more than all but one row in
+    a thousand of a sample have."""
+    rows = torch.from_numpy(sample_rows(store, site, MEDIAN_ROWS, seed)).to(device)
+    counts = torch.cat([sae.codes(part).active.counts for part in rows.split(4096)])
+    return min(sae.n_features, max(1, math.ceil(1.25 * float(torch.quantile(counts.double(), 0.999)))))
+
+
+def _settled(config: TrainConfig, trainee: Trainee) -> TrainConfig:
+    """With the values that defaults stand for."""
+    objective = trainee.recipe.objective
+    return replace(config, lr=trainee.recipe.lr, l1=objective.l1, kernel=objective.kernel)
+
+
+def _note(metrics: list[dict[str, float]]) -> str:
+    if len(metrics) == 1:
+        return "FVE {fve:.3f}  L0 {l0:.1f}  dead {dead:.1%}  loss {loss:.4f}".format(**metrics[0])
+    scores = [own["fve"] for own in metrics]
+    return f"{len(metrics)} SAEs  FVE {min(scores):.3f} to {max(scores):.3f}"
+
+
+def _stop(stop: Stop) -> None:
+    if stop.signal == signal.SIGTERM:
+        raise SystemExit(128 + signal.SIGTERM)
+    raise KeyboardInterrupt

@@ -1,0 +1,77 @@
+"""A training under way, on disk: one file, `training.safetensors`, replaced as a whole, so that a kill leaves the last one.
+
+Tensors of each SAE lie under its number; everything else is JSON in the file's header, with the sha256 of the tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from actstore.errors import DamagedStore
+from actstore.files import fsync_path
+
+STATE = "training.safetensors"
+TEMPORARY = f".{STATE}.tmp"
+STATE_VERSION = 1
+Saved = tuple[list[dict[str, Tensor]], dict[str, Any]]
+"""The tensors of every SAE, and what else the training needs."""
+
+
+def save_state(folder: Path, trainees: list[dict[str, Tensor]], facts: dict[str, Any]) -> None:
+    """Publish the tensors of every SAE, and what else the training needs, in place of what was there."""
+    tensors = {f"{index}/{name}": tensor for index, own in enumerate(trainees) for name, tensor in own.items()}
+    header = {**facts, "version": STATE_VERSION, "sha256": _digest(tensors)}
+    temporary = folder / TEMPORARY
+    save_file(tensors, temporary, metadata={"actstore": json.dumps(header)})
+    fsync_path(temporary)
+    os.replace(temporary, folder / STATE)
+    fsync_path(folder)
+
+
+def load_state(folder: Path) -> Saved | None:
+    """What `save_state` was given; None when there is none. Raises DamagedStore when it is not what was saved."""
+    path = folder / STATE
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["actstore"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, str(error)) from error
+    if facts.pop("version", None) != STATE_VERSION or facts.pop("sha256", None) != _digest(tensors):
+        raise _damaged(path, "it is not what was saved")
+    trainees: list[dict[str, Tensor]] = []
+    for name, tensor in tensors.items():
+        index, _, own = name.partition("/")
+        while len(trainees) <= int(index):
+            trainees.append({})
+        trainees[int(index)][own] = tensor
+    return trainees, facts
+
+
+def discard_state(folder: Path) -> None:
+    """The training is finished: its runs are published."""
+    for name in (STATE, TEMPORARY):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _damaged(path: Path, what: str) -> DamagedStore:
+    return DamagedStore(f"{path}: cannot be continued from ({what}); move it away and train anew.")
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).numpy().data)
+    return digest.hexdigest()
