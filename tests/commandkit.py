@@ -17,7 +17,7 @@ from modelkit import ROOT
 PROCESSES = multiprocessing.get_context("forkserver")
 """Processes of their own that start fast: the stage is imported once, in the server they are forked from."""
 PROCESSES.set_forkserver_preload(
-    ["modelkit", "cli", "pipelines.collect", "zarr.codecs", "transformers.models.gpt2.modeling_gpt2"]
+    ["modelkit", "cli", "pipelines.collect", "pipelines.sweep", "zarr.codecs", "transformers.models.gpt2.modeling_gpt2"]
 )
 
 

@@ -26,7 +26,7 @@ RECORD, WEIGHTS = "run.json", "sae.safetensors"
 class RunRecord:
     """Where an SAE came from and what it is. `weights_sha256` is the language model's, `sae_sha256`
     that of the SAE's file; `bos` says whether its windows began with a start-of-text token; `code_width` codes of a row
-    are kept; `history` holds [rows seen, ranks] at every start of the training."""
+    are kept; `history` holds [rows seen, ranks] at the start, and wherever the number of ranks changed."""
 
     architecture: str
     d_model: int

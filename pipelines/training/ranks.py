@@ -45,10 +45,13 @@ class Ranks:
         self.any_of(mask)
         return bool(mask)
 
-    def wait(self) -> None:
-        """Until all ranks are here."""
-        if self.n_ranks > 1:
-            dist.barrier()
+    def mean(self, figures: dict[str, float], device: str) -> dict[str, float]:
+        """Each figure averaged over the ranks; those that are equal on all stay as they are."""
+        if self.n_ranks == 1:
+            return figures
+        values = torch.tensor(list(figures.values()), dtype=torch.float64, device=device)
+        self.average([values])
+        return {name: type(own)(value) for (name, own), value in zip(figures.items(), values.tolist(), strict=True)}
 
 
 @contextmanager

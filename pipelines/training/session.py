@@ -45,7 +45,7 @@ class Session:
     device: str
     ranks: Ranks
     history: list[list[int]]
-    """[rows seen, ranks] at every start."""
+    """[rows seen, ranks] at the start, and wherever the number of ranks changed."""
     log_bytes: list[int]
     metrics: list[dict[str, float]] = field(default_factory=list)
     waited_s: float = 0.0
@@ -97,7 +97,7 @@ class Session:
             n_steps,
             device,
             ranks,
-            [*(saved[1]["history"] if saved else []), [trainees[0].rows_seen, ranks.n_ranks]],
+            _with_start(saved[1]["history"] if saved else [], trainees[0].rows_seen, ranks.n_ranks),
             saved[1]["log_bytes"] if saved else [0] * len(configs),
             saved[1]["metrics"] if saved else [{} for _ in configs],
         )
@@ -149,7 +149,7 @@ class Session:
                 for index, (trainee, site) in enumerate(zip(self.trainees, self.sites, strict=True)):
                     x, losses = trainee.step(rows[site], batch_rows)
                     if is_logged:
-                        self.metrics[index] = trainee.metrics(x, losses)
+                        self.metrics[index] = self.ranks.mean(trainee.metrics(x, losses), self.device)
                         self._require_finite(index)
                 if is_logged:
                     for log, metrics in zip(logs, self.metrics, strict=False):
@@ -211,7 +211,7 @@ class Session:
             store_id=self.store.store_id,
             snapshot=self.store.snapshot,
             weights_sha256=manifest.model.weights_sha256,
-            model=manifest.provenance["model"],
+            model=manifest.provenance.get("model", manifest.model.architecture),
             bos=manifest.policy.bos,
             input_scale=trainee.scale,
             rows_seen=trainee.rows_seen,
@@ -235,6 +235,10 @@ def _code_width(sae: Sae, store: ActivationStore, site: str, seed: int, device: 
     rows = torch.from_numpy(sample_rows(store, site, MEDIAN_ROWS, seed)).to(device)
     counts = torch.cat([sae.codes(part).active.counts for part in rows.split(4096)])
     return min(sae.n_features, max(1, math.ceil(1.25 * float(torch.quantile(counts.double(), 0.999)))))
+
+
+def _with_start(history: list[list[int]], rows_seen: int, n_ranks: int) -> list[list[int]]:
+    return history if history and history[-1][1] == n_ranks else [*history, [rows_seen, n_ranks]]
 
 
 def _settled(config: TrainConfig, trainee: Trainee) -> TrainConfig:
