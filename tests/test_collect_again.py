@@ -171,7 +171,7 @@ def test_continuing_asks_for_the_space_of_what_is_missing(
     (own_store / "commits/0000/sealed.json").unlink()
     (own_store / "commits/0000/train/000002.json").unlink()
     before = folder_state(own_store)
-    monkeypatch.setattr("actstore.place.free_bytes", lambda path: 64 << 20)
+    monkeypatch.setattr("actstore.files.free_bytes", lambda path: 64 << 20)
     with pytest.raises(NoSpace, match="131 rows needs"):
         collect(replace(small_config, out=own_store))
     assert folder_state(own_store) == before
