@@ -342,7 +342,7 @@ class Store:
         found, size = self._object(shard, array.name), shard.chunk_rows
         first, last = start // size, -(-stop // size)
         kept = np.empty(((last - first) * size, *array.tail), array.dtype)
-        at_once = max(1, min(READ_CHUNKS, READ_BYTES // (size * max(array.width, 1) * kept.itemsize)))
+        at_once = max(1, min(READ_CHUNKS, READ_BYTES // (size * array.row_bytes)))
         for chunk in range(first, last, at_once):
             after = min(chunk + at_once, last)
             self._read_chunks(found, chunk, after, kept[(chunk - first) * size : (after - first) * size])
@@ -412,7 +412,7 @@ class ActivationStore(Store):
     @property
     def sites(self) -> list[str]:
         """The collected sites, such as `resid_post.3`."""
-        return [array.name.removeprefix("acts/") for array in self.manifest.arrays if array.name.startswith("acts/")]
+        return self.manifest.sites
 
     def site(self, name: str | None = None, layer: int | None = None) -> str:
         """The one collected site of a name and a layer, where given.

@@ -39,8 +39,9 @@ def recode_store(
     require_store_place(place)
     store = ActivationStore(source)
     manifest = _manifest(store, encoding)
+    n_bytes = manifest.row_bytes * sum(store.n_rows(part) for part in PARTS)
     n_bytes_there = sum(place.names(paths.DATA).values())
-    place.require_space(_n_bytes(store, manifest) - n_bytes_there, f"{encoding} of {store.url}")
+    place.require_space(n_bytes - n_bytes_there, f"{encoding} of {store.url}")
     errors = {site: np.zeros(2) for site in store.sites}
     means = {site: store.statistics(site).mean for site in store.sites}
     with StoreWriter.open(place, manifest, store.tokenizer_files()) as writer:
@@ -75,7 +76,7 @@ def _manifest(store: ActivationStore, encoding: str) -> Manifest:
     plain = [array for array in store.manifest.arrays if array.name.startswith("rows/")]
     sites = [array for site in store.sites for array in site_arrays(site, d_model, encoding)]
     is_exact = not store.manifest.source and all(
-        array.encoding == "fp32" for array in store.manifest.arrays if array.name.startswith("acts/")
+        store.manifest.array(f"acts/{site}").encoding == "fp32" for site in store.sites
     )
     source = {} if is_exact else {"store_id": store.store_id}
     provenance = {**store.manifest.provenance, "recoded_from": store.url}
@@ -146,8 +147,3 @@ def _recoded(
 
 def _shards(store: ActivationStore, segment: SegmentRecord) -> list[Shard]:
     return [shard for part in PARTS for shard in store.shards(part) if shard.segment == segment.index]
-
-
-def _n_bytes(store: ActivationStore, manifest: Manifest) -> int:
-    row = sum(max(array.width, 1) * np.dtype(array.dtype).itemsize for array in manifest.arrays)
-    return row * sum(store.n_rows(part) for part in PARTS)

@@ -72,9 +72,8 @@ def make_store(path: Path, n_rows: int, d_model: int = 768, encoding: str = "fp1
     if encoding == "int8":
         tables[f"channels/{SITE}"] = channels.table
     parts, plans = {}, {}
-    row_bytes = sum(max(array.width, 1) * np.dtype(array.dtype).itemsize for array in manifest.arrays)
     for index, part in enumerate(PARTS):
-        layout = choose_layout(int(counts[part].sum()), row_bytes, 4 * d_model, min_shards=MIN_SHARDS)
+        layout = choose_layout(int(counts[part].sum()), manifest.row_bytes, 4 * d_model, min_shards=MIN_SHARDS)
         plans[part] = PartPlan.build(seed, 0, index, layout, counts[part])
         parts[part] = PartRecord(len(counts[part]), layout.n_rows, layout.shard_rows, layout.chunk_rows)
         starts = np.arange(len(counts[part]), dtype=np.int64) * (CONTEXT - 1)

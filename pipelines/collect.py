@@ -146,7 +146,7 @@ class _Run:
         if missing:
             layouts = {part: record.layout for part, record in segment.parts.items()}
             sizes = [stop - start for start, stop in (layouts[part].shard_range(shard) for part, shard in missing)]
-            self.writer.place.require_space(sum(sizes) * self.maker.row_bytes, f"{sum(sizes):,} rows")
+            self.writer.place.require_space(sum(sizes) * self.recipe.manifest.row_bytes, f"{sum(sizes):,} rows")
             if self.client is not None:
                 self._fill_by_workers(segment, missing)
             else:
@@ -233,5 +233,5 @@ def _maker(config: CollectConfig, store_id: str) -> ShardMaker:
 
 
 def _require_space_for(config: CollectConfig, recipe: Recipe, table: TokenTable) -> None:
-    needed = len(table.ids) * (recipe.maker.row_bytes + 16)
+    needed = len(table.ids) * (recipe.manifest.row_bytes + 16)
     open_place(config.out).require_space(needed, f"{len(table.ids):,} tokens")

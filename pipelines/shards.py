@@ -109,14 +109,7 @@ class ShardMaker:
 
     @cached_property
     def sites(self) -> list[Site]:
-        return [
-            Site.parse(array.name.removeprefix("acts/")) for array in self.manifest.arrays if array.name.startswith("acts/")
-        ]
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row over all arrays, before compression."""
-        return sum(max(array.width, 1) * np.dtype(array.dtype).itemsize for array in self.manifest.arrays)
+        return [Site.parse(label) for label in self.manifest.sites]
 
     def shard(
         self,
@@ -178,7 +171,7 @@ class ShardMaker:
 
     def channels(self, text: SegmentText) -> dict[str, Channels]:
         """Mean and deviation of each site's channels over the plan's first 256 training windows, where int8 needs them."""
-        labels = {site.label for site in self.sites if self.manifest.array(f"acts/{site.label}").encoding == "int8"}
+        labels = int8_sites(self.manifest)
         if not labels:
             return {}
         d_model = self.manifest.model.d_model
@@ -235,13 +228,14 @@ class ShardMaker:
             yield batch, kept, {label: values[mask].float().cpu().numpy() for label, values in found.items()}
 
 
+def int8_sites(manifest: Manifest) -> list[str]:
+    """The sites whose rows are measured by channels."""
+    return [label for label in manifest.sites if manifest.array(f"acts/{label}").encoding == "int8"]
+
+
 def channels_of(store: Store, segment: SegmentRecord) -> dict[str, Channels]:
     """What a published segment's int8 sites are measured by."""
-    return {
-        array.name.removeprefix("acts/"): store.channels(segment.index, array.name)
-        for array in store.manifest.arrays
-        if array.encoding == "int8"
-    }
+    return {label: store.channels(segment.index, f"acts/{label}") for label in int8_sites(store.manifest)}
 
 
 def channel_tables(channels: dict[str, Channels]) -> dict[str, NDArray[Any]]:
