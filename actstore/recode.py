@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import paths
-from actstore.codecs import Channels, decode_rows, encode_rows
+from actstore.codecs import CHANNEL_WINDOWS, Channels, decode_rows, encode_rows
 from actstore.errors import EncodingError
+from actstore.moments import Moments
 from actstore.place import open_place
 from actstore.reader import ActivationStore, Shard, channels_table, scale_array
 from actstore.schema import PARTS, Manifest, SegmentRecord, site_arrays
 from actstore.writer import StoreWriter, require_store_place, write_shard
-
-CHANNEL_WINDOWS = 256
 
 
 def recode_store(
@@ -102,17 +101,16 @@ def _segment(
 def _channels(store: ActivationStore, segment: SegmentRecord) -> dict[str, Channels]:
     """What int8 measures by: as `collect` does it, over the plan's first 256 training windows."""
     part = PARTS[0] if segment.parts[PARTS[0]].n_windows else PARTS[1]
-    first_rows = np.sort(store.table(segment.index, f"{part}/windows/first_row"))
-    n_rows = int(first_rows[CHANNEL_WINDOWS]) if len(first_rows) > CHANNEL_WINDOWS else segment.parts[part].n_rows
     own_first = store.table(segment.index, f"{part}/windows/first_row")
-    sums = {site: np.zeros((2, store.d_model(site))) for site in store.sites}
+    first_rows = np.sort(own_first)
+    n_rows = int(first_rows[CHANNEL_WINDOWS]) if len(first_rows) > CHANNEL_WINDOWS else segment.parts[part].n_rows
+    moments = {site: Moments(store.d_model(site)) for site in store.sites}
     for shard in _shards(store, segment):
         if shard.part == part and shard.start < n_rows:
             is_first = own_first[store.read(shard, "rows/window")] < n_rows
             for site in store.sites:
-                rows = store.read(shard, f"acts/{site}")[is_first].astype(np.float64)
-                sums[site] += rows.sum(axis=0), np.square(rows).sum(axis=0)
-    return {site: Channels.of_moments(*(found / max(n_rows, 1))) for site, found in sums.items()}
+                moments[site].update(store.read(shard, f"acts/{site}")[is_first])
+    return {site: found.channels() for site, found in moments.items()}
 
 
 def _recoded(

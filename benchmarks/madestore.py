@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore.codecs import Channels, encode_rows
+from actstore.codecs import encode_rows
 from actstore.layout import MIN_SHARDS, choose_layout
+from actstore.moments import Moments
 from actstore.plan import PartPlan
 from actstore.schema import (
     PARTS,
@@ -67,8 +68,9 @@ def make_store(path: Path, n_rows: int, d_model: int = 768, encoding: str = "fp1
         "documents/heldout": np.zeros(1, np.uint8),
         "documents/source": np.frombuffer(b"made up", np.uint8),
     }
-    sample = residual_rows(4096, d_model, np.random.default_rng(seed)).astype(np.float64)
-    channels = Channels.of_moments(sample.mean(axis=0), np.square(sample).mean(axis=0))
+    sample = Moments(d_model)
+    sample.update(residual_rows(4096, d_model, np.random.default_rng(seed)))
+    channels = sample.channels()
     if encoding == "int8":
         tables[f"channels/{SITE}"] = channels.table
     parts, plans = {}, {}
@@ -98,13 +100,9 @@ def make_store(path: Path, n_rows: int, d_model: int = 768, encoding: str = "fp1
             }
             if scale is not None:
                 arrays[f"scales/{SITE}"] = scale
-            wide = rows.astype(np.float64)
-            statistics = {
-                "mean": wide.mean(axis=0).tolist(),
-                "second_moment": np.square(wide).mean(axis=0).tolist(),
-                "mean_norm": float(np.linalg.norm(wide, axis=1).mean()),
-            }
-            write_shard(writer.place, manifest, segment, part, shard, arrays, {"stats": {SITE: statistics}})
+            moments = Moments(d_model)
+            moments.update(rows)
+            write_shard(writer.place, manifest, segment, part, shard, arrays, {"stats": {SITE: moments.record()}})
         if not writer.is_sealed(segment):
             writer.seal(segment)
     return path

@@ -21,16 +21,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from actstore.codecs import Channels, encode_rows
+from actstore.codecs import CHANNEL_WINDOWS, Channels, encode_rows
 from actstore.errors import EncodingError, IdentityMismatch
+from actstore.moments import Moments
 from actstore.plan import PartPlan
 from actstore.reader import Store, channels_table, scale_array
 from actstore.schema import PARTS, Manifest, SegmentRecord
 from pipelines.capture import DTYPES, Site, capture, choose_device, load_model, model_identity
 from pipelines.windows import Windows
-
-CHANNEL_WINDOWS = 256
-"""int8 measures rows by the channel means and deviations of the plan's first so many windows."""
 
 Ints = NDArray[np.int64]
 Rows = NDArray[np.float32]
@@ -58,31 +56,6 @@ class SegmentText:
             counts = windows[part].kept_counts()
             plans[part] = PartPlan.build(store.manifest.seed, segment.index, index, segment.parts[part].layout, counts)
         return cls(windows, plans)
-
-
-@dataclass
-class Moments:
-    """Running sums of a site's rows in float64: what a commit record says of them."""
-
-    total: NDArray[np.float64]
-    squares: NDArray[np.float64]
-    norms: float = 0.0
-    n_rows: int = 0
-
-    def update(self, rows: Rows) -> None:
-        own = rows.astype(np.float64)
-        squares = own * own
-        self.total += own.sum(axis=0)
-        self.squares += squares.sum(axis=0)
-        self.norms += float(np.sqrt(squares.sum(axis=1)).sum())
-        self.n_rows += len(rows)
-
-    def record(self) -> dict[str, Any]:
-        return {
-            "mean": (self.total / self.n_rows).tolist(),
-            "second_moment": (self.squares / self.n_rows).tolist(),
-            "mean_norm": self.norms / self.n_rows,
-        }
 
 
 @dataclass(frozen=True)
@@ -129,8 +102,7 @@ class ShardMaker:
         chosen, mine = plan.shard_windows(shard)
         place = np.argsort(plan.row_order(shard))
         arrays = {array.name: np.empty((len(place), *array.tail), array.dtype) for array in self.manifest.arrays}
-        d_model = self.manifest.model.d_model
-        moments = {site.label: Moments(np.zeros(d_model), np.zeros(d_model)) for site in self.sites}
+        moments = {site.label: Moments(self.manifest.model.d_model) for site in self.sites}
 
         def keep(site: Site, here: Ints, rows: Rows, token: Ints, position: Ints) -> None:
             name = f"acts/{site.label}"
@@ -174,16 +146,12 @@ class ShardMaker:
         labels = int8_sites(self.manifest)
         if not labels:
             return {}
-        d_model = self.manifest.model.d_model
-        moments = {label: Moments(np.zeros(d_model), np.zeros(d_model)) for label in labels}
+        moments = {label: Moments(self.manifest.model.d_model) for label in labels}
         part = PARTS[0] if len(text.windows[PARTS[0]]) else PARTS[1]
         for _, _, rows in self._activations(text.windows[part], text.plans[part].window_order[:CHANNEL_WINDOWS]):
             for label in labels:
                 moments[label].update(rows[label])
-        return {
-            label: Channels.of_moments(found.total / max(found.n_rows, 1), found.squares / max(found.n_rows, 1))
-            for label, found in moments.items()
-        }
+        return {label: found.channels() for label, found in moments.items()}
 
     def probe(self, windows: Windows) -> str:
         """crc32c of what this machine computes for the first windows: equal probes write equal bytes."""
