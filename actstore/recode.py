@@ -131,11 +131,8 @@ def _recoded(
             arrays[name], scale = encode_rows(rows, encoding, channels.get(site))
         except EncodingError as error:
             document = store.document_names(shard.segment)[int(store.documents(shard)[error.row])]
-            raise EncodingError(
-                f"{site}: {document}, token {store.token_index(shard)[error.row]} of the segment's table, position "
-                f"{arrays['rows/position'][error.row]} of its window: {error}",
-                error.row,
-            ) from error
+            token, position = store.token_index(shard)[error.row], arrays["rows/position"][error.row]
+            raise error.at(site, document, int(token), int(position)) from error
         if scale is not None:
             arrays[scale_array(name)] = scale
         back = decode_rows(arrays[name], encoding, scale, channels.get(site))

@@ -111,11 +111,7 @@ class ShardMaker:
                 arrays[name][here], scale = encode_rows(rows, encoding, channels.get(site.label))
             except EncodingError as error:
                 at = int(token[error.row])
-                raise EncodingError(
-                    f"{site.label}: {document(at)}, token {at} of the segment's table, position "
-                    f"{position[error.row]} of its window: {error}",
-                    error.row,
-                ) from error
+                raise error.at(site.label, document(at), at, int(position[error.row])) from error
             if scale is not None:
                 arrays[scale_array(name)][here] = scale
             moments[site.label].update(rows)
