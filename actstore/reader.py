@@ -210,6 +210,11 @@ class Store:
             self._tables = {**mine, (segment, name): table}  # a new one, since other threads may look at the old
         return table
 
+    def text_tables(self, segment: int) -> dict[str, NDArray[Any]]:
+        """The tables that say which text a segment holds, in which windows: what a store of other rows of it takes over."""
+        names = [*paths.TABLES, *(f"{part}/windows/{name}" for part in PARTS for name in paths.WINDOW_TABLES)]
+        return {name: self.table(segment, name) for name in names}
+
     def tokenizer_file(self, name: str = "tokenizer.json") -> bytes:
         """A file of the store's copy of the tokenizer. Raises DamagedStore when it is missing or was changed."""
         key = f"{paths.TOKENIZER}/{name}"
@@ -445,6 +450,11 @@ def scale_array(name: str) -> str:
 def channels_table(name: str) -> str:
     """The table of channel means and deviations of an int8 `acts/<site>`."""
     return name.replace("acts/", "channels/", 1)
+
+
+def channel_tables(channels: dict[str, Channels]) -> dict[str, NDArray[Any]]:
+    """The tables that keep what int8 sites are measured by."""
+    return {channels_table(f"acts/{site}"): found.table for site, found in channels.items()}
 
 
 def _open_pinned(kind: type[Store], url: str, snapshot: str) -> Store:

@@ -15,7 +15,7 @@ from actstore.codecs import CHANNEL_WINDOWS, Channels, decode_rows, encode_rows
 from actstore.errors import EncodingError
 from actstore.moments import Moments
 from actstore.place import open_place
-from actstore.reader import ActivationStore, Shard, channels_table, scale_array
+from actstore.reader import ActivationStore, Shard, channel_tables, scale_array
 from actstore.schema import PARTS, Manifest, SegmentRecord, site_arrays
 from actstore.writer import StoreWriter, require_store_place, write_shard
 
@@ -87,15 +87,8 @@ def _segment(
     writer: StoreWriter, store: ActivationStore, segment: SegmentRecord, channels: dict[str, Channels]
 ) -> SegmentRecord:
     """The segment of the copy: there already, or added with the source's tables."""
-    names = [*paths.TABLES, *(f"{part}/windows/{name}" for part in PARTS for name in paths.WINDOW_TABLES)]
-    tables = {name: store.table(segment.index, name) for name in names}
-    tables |= {channels_table(f"acts/{site}"): found.table for site, found in channels.items()}
-    there = writer.segments()
-    if segment.index < len(there):
-        if writer.missing_objects(there[segment.index]):
-            writer.restore_segment(there[segment.index], tables)
-        return there[segment.index]
-    return writer.add_segment(replace(segment, store_id=writer.manifest.store_id), tables)
+    record = replace(segment, store_id=writer.manifest.store_id)
+    return writer.put_segment(record, lambda: store.text_tables(segment.index) | channel_tables(channels))
 
 
 def _channels(store: ActivationStore, segment: SegmentRecord) -> dict[str, Channels]:

@@ -8,7 +8,7 @@ that reads true and can be continued. A shard is written whole, by anyone who co
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +87,19 @@ class StoreWriter:
                 self.place.publish(name, data)
         _publish_record(self.place, paths.segment_record(record.index), published.to_bytes())
         return published
+
+    def put_segment(self, record: SegmentRecord, tables: Callable[[], dict[str, NDArray[Any]]]) -> SegmentRecord:
+        """The segment of a record's index: added, or there already, and then with what is missing of its tables.
+
+        Raises what `add_segment` and `restore_segment` raise; `tables` is called only where something is published.
+        """
+        there = self.segments()
+        if record.index >= len(there):
+            return self.add_segment(record, tables())
+        segment = there[record.index]
+        if self.missing_objects(segment):
+            self.restore_segment(segment, tables())
+        return segment
 
     def restore_segment(self, segment: SegmentRecord, tables: dict[str, NDArray[Any]]) -> None:
         """Publish again what is missing of a segment's tables and metadata.

@@ -86,8 +86,7 @@ def make_store(path: Path, n_rows: int, d_model: int = 768, encoding: str = "fp1
         }
     record = SegmentRecord(manifest.store_id, 0, 0, 0, 1, 0, 1, n_tokens, 0, parts, {}, {})
     with StoreWriter.open(path, manifest, {"tokenizer.json": b"{}"}) as writer:
-        there = writer.segments()
-        segment = there[0] if there else writer.add_segment(record, tables)
+        segment = writer.put_segment(record, lambda: tables)
         for part, shard in writer.missing_shards(segment):
             start, stop = segment.parts[part].layout.shard_range(shard)
             rows = residual_rows(stop - start, d_model, np.random.default_rng((seed, shard)))

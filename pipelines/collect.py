@@ -19,13 +19,13 @@ from actstore import paths
 from actstore.errors import InputError
 from actstore.files import record_bytes
 from actstore.place import absolute, open_place
-from actstore.reader import Store
+from actstore.reader import Store, channel_tables
 from actstore.schema import PARTS, SegmentRecord
 from actstore.writer import StoreWriter, require_store_place, write_shard
 from pipelines.cluster import connect, own_device, run_tasks
 from pipelines.progress import track
 from pipelines.recipe import CollectConfig, Recipe, compute_error, prepare
-from pipelines.shards import SegmentText, ShardMaker, channel_tables, channels_of, require_same_probe
+from pipelines.shards import SegmentText, ShardMaker, channels_of, require_same_probe
 from pipelines.tokens import TokenSource, TokenTable
 
 SEGMENT_TOKENS = 64 << 20

@@ -25,7 +25,7 @@ from actstore.codecs import CHANNEL_WINDOWS, Channels, encode_rows
 from actstore.errors import EncodingError, IdentityMismatch
 from actstore.moments import Moments
 from actstore.plan import PartPlan
-from actstore.reader import Store, channels_table, scale_array
+from actstore.reader import Store, scale_array
 from actstore.schema import PARTS, Manifest, SegmentRecord
 from pipelines.capture import DTYPES, Site, capture, choose_device, load_model, model_identity
 from pipelines.windows import Windows
@@ -200,11 +200,6 @@ def int8_sites(manifest: Manifest) -> list[str]:
 def channels_of(store: Store, segment: SegmentRecord) -> dict[str, Channels]:
     """What a published segment's int8 sites are measured by."""
     return {label: store.channels(segment.index, f"acts/{label}") for label in int8_sites(store.manifest)}
-
-
-def channel_tables(channels: dict[str, Channels]) -> dict[str, NDArray[Any]]:
-    """The tables that keep what int8 sites are measured by."""
-    return {channels_table(f"acts/{label}"): found.table for label, found in channels.items()}
 
 
 def require_same_probe(where: str, segment: SegmentRecord, maker: ShardMaker, probe: str) -> None:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -201,10 +202,7 @@ def write_store(
         on_locked()
         for index in range(spec.n_segments):
             segment = build_segment(spec, index)
-            records = writer.segments()
-            record = records[index] if index < len(records) else writer.add_segment(segment.record, segment.tables)
-            if writer.missing_objects(record):
-                writer.restore_segment(record, segment.tables)
+            record = writer.put_segment(segment.record, partial(dict, segment.tables))
             for part, shard in writer.missing_shards(record):
                 if n_shards == 0:
                     return path
