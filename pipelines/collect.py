@@ -15,6 +15,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import numpy as np
+
 from actstore import paths
 from actstore.errors import InputError
 from actstore.files import record_bytes
@@ -200,8 +202,8 @@ class _SegmentWork:
         return arrays, {"stats": statistics, "probe_crc32c": self.probe}
 
     def _document(self, token: int) -> str:
-        offsets = self.store.table(self.segment.index, "documents/offsets")
-        return self.store.document_names(self.segment.index)[int(offsets.searchsorted(token, side="right")) - 1]
+        (document,) = self.store.documents_of(self.segment.index, np.array([token]))
+        return self.store.document_names(self.segment.index)[document]
 
 
 _MODEL_IN_USE = Lock()
