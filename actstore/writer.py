@@ -40,6 +40,7 @@ class StoreWriter:
     def __init__(self, place: Place, manifest: Manifest):
         self.place = place
         self.manifest = manifest
+        self._records: Records | None = None
 
     @classmethod
     @contextmanager
@@ -58,9 +59,14 @@ class StoreWriter:
             finally:
                 place.clear_leftovers()  # of worker processes that were killed, or stopped in the midst
 
+    def records(self) -> Records:
+        """The records that are there now."""
+        self._records = Records(self.place, self._records)
+        return self._records
+
     def segments(self) -> list[SegmentRecord]:
         """The published segments, in order."""
-        return Records(self.place).segments
+        return self.records().segments
 
     def add_segment(self, record: SegmentRecord, tables: dict[str, NDArray[Any]]) -> SegmentRecord:
         """Publish a segment's tables and the metadata of its row arrays, and then its record with all their hashes.
@@ -123,7 +129,7 @@ class StoreWriter:
 
     def missing_shards(self, segment: SegmentRecord) -> list[tuple[str, int]]:
         """(part, shard) of every shard of a segment that has no commit record."""
-        records = Records(self.place)
+        records = self.records()
         committed = {part: set(records.shards(segment, part)) for part in segment.parts}
         return [
             (part, shard)
@@ -153,7 +159,7 @@ class StoreWriter:
         Shards that are committed stay: they are there already when a lost segment record is made again. Raises
         IdentityMismatch when they are not shards of this segment.
         """
-        records, kept = Records(self.place), set(segment.objects)
+        records, kept = self.records(), set(segment.objects)
         for part in segment.parts:
             for shard in records.shards(segment, part):
                 committed = records.shard(segment.index, part, shard)

@@ -88,10 +88,8 @@ class _Run:
         self.probes: dict[int, str] = {}
 
     def n_committed(self) -> int:
-        return sum(
-            sum(part.layout.n_shards for part in segment.parts.values()) - len(self.writer.missing_shards(segment))
-            for segment in self.writer.segments()
-        )
+        records = self.writer.records()
+        return sum(len(records.shards(segment, part)) for segment in records.segments for part in segment.parts)
 
     def source_after(self, segments: list[SegmentRecord]) -> TokenSource:
         """The corpus behind what the segments took of it."""
