@@ -145,13 +145,14 @@ class StoreWriter:
         """Publish the list of a finished segment's records: from now on a missing or changed one is a fault."""
         if self.missing_shards(segment):
             raise ValueError(f"segment {segment.index} is not complete")
-        names = self.place.names(paths.commits(segment.index))
+        own = paths.sealed_record(segment.index)  # which another, who took this writer for dead, may have put by now
+        names = [name for name in self.place.names(paths.commits(segment.index)) if name.endswith(".json") and name != own]
         seal = Seal(
-            {name: object_entry(self.place.read(name)) for name in names if name.endswith(".json")},
+            {name: object_entry(self.place.read(name)) for name in names},
             manifest=self.manifest.to_bytes().decode(),
             segment=segment.to_bytes().decode(),
         )
-        _publish_record(self.place, paths.sealed_record(segment.index), seal.to_bytes())
+        _publish_record(self.place, own, seal.to_bytes())
 
     def _remove_leftovers(self, segment: SegmentRecord) -> None:
         """Clear away what a killed attempt at this segment left, and which would else lie beside it for good.

@@ -367,6 +367,14 @@ def test_a_published_segment_is_never_replaced(own: Path) -> None:
     assert files_of(own) == before
 
 
+def test_a_segment_that_another_has_sealed_meanwhile_gets_the_same_seal(own: Path) -> None:
+    before = files_of(own)
+    with StoreWriter.open(own, SPEC.manifest, {}) as writer:
+        for segment in writer.segments():
+            writer.seal(segment)
+    assert files_of(own) == before
+
+
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_something_else_at_the_output_is_refused_and_left_alone(tmp_path: Path, kind: str) -> None:
     out = tmp_path / "thesis"
