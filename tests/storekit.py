@@ -7,7 +7,6 @@ a test can say exactly which rows it was given.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import signal
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from forkkit import preload
 from numpy.typing import NDArray
 
 from actstore import lease
@@ -80,6 +80,9 @@ class StoreSpec:
             seed=self.seed,
             provenance={"made_by": "tests/storekit.py"},
         )
+
+
+TWO_SEGMENTS = StoreSpec(n_segments=2, n_documents=30, document_tokens=20)
 
 
 @dataclass(frozen=True)
@@ -229,9 +232,7 @@ def flip_bit(file: Path, bit: int) -> None:
 
 # For processes of their own
 
-PROCESSES = multiprocessing.get_context("forkserver")
-"""They start fast: zarr is imported once, in the server they are forked from."""
-PROCESSES.set_forkserver_preload(["zarr.codecs", "actstore.reader", "pytest"])
+preload("zarr.codecs", "actstore.reader", "pytest")
 
 
 def write_and_hold(path: Path, spec: StoreSpec, locked: Connection) -> None:

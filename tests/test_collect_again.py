@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from modelkit import faults_in, files_of, folder_state
+from modelkit import faults_in, folder_state
 from rowkit import assert_each_kept_token_is_one_row, assert_rows_are_the_models, documents_in
 from safetensors.torch import load_file, save_file
+from storekit import files_of
 from transformers import GPT2LMHeadModel
 
 from actstore.errors import DamagedStore, IdentityMismatch, NoSpace

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import storekit
-from storekit import PROCESSES, StoreSpec, build_segment, files_of, flip_bit, recode_and_die, write_store
+from forkkit import PROCESSES
+from storekit import StoreSpec, build_segment, files_of, flip_bit, recode_and_die, write_store
 
 from actstore.codecs import CHANNEL_WINDOWS, Channels, decode_rows, encode_rows
 from actstore.errors import DamagedStore, EncodingError, IdentityMismatch, IncompleteStore, NoSpace, NotAStore, OutputExists
