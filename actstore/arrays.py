@@ -6,6 +6,7 @@ directly, by the shard's index: a tenth of the time, and each chunk's crc32c is 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import google_crc32c
@@ -93,6 +94,24 @@ def read_index(data: bytes, n_chunks: int, *, may_be_absent: bool = False) -> ND
     if not is_there.all() and not may_be_absent:
         raise Unreadable("a chunk that holds rows is absent from the shard's index")
     return np.asarray(index[is_there], np.uint64)
+
+
+def neighbours(chunks: list[tuple[int, int]], most_bytes: int, most_chunks: int) -> Iterator[list[tuple[int, int]]]:
+    """(offset, length) of chunks that lie one behind another, as many at a time as one read is to ask for.
+
+    >>> list(neighbours([(0, 4), (4, 4), (8, 4), (20, 4)], most_bytes=8, most_chunks=9))
+    [[(0, 4), (4, 4)], [(8, 4)], [(20, 4)]]
+    """
+    together: list[tuple[int, int]] = []
+    for offset, length in chunks:
+        is_next = together and offset == sum(together[-1]) and len(together) < most_chunks
+        if not (is_next and offset + length - together[0][0] <= most_bytes):
+            if together:
+                yield together
+            together = []
+        together.append((offset, length))
+    if together:
+        yield together
 
 
 def is_compressed(array: RowArray) -> bool:

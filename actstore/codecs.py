@@ -29,6 +29,8 @@ LARGEST = {
 INT8_STEPS, INT8_STEPS_PER_RMS = 127, 29
 INT8_FURTHEST = 1e16
 """Deviations from a channel's mean: what is further away has no place in the row's mean square."""
+CHANNEL_WINDOWS = 256
+"""int8 measures rows by the channel means and deviations of the plan's first so many windows."""
 FP16_BLOCK_ROWS = 256
 
 

@@ -57,6 +57,11 @@ class EncodingError(StoreError):
         super().__init__(message)
         self.row = row
 
+    def at(self, site: str, document: str, token: int, position: int) -> EncodingError:
+        """The same error, with where its row stands: a token of its segment's table, a position of its window."""
+        where = f"{document}, token {token} of the segment's table, position {position} of its window"
+        return type(self)(f"{site}: {where}: {self}", self.row)
+
     def __reduce__(self) -> tuple[type[EncodingError], tuple[str, int]]:
         """A worker process's error reaches the one that asked."""
         return type(self), (str(self), self.row)

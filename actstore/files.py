@@ -46,22 +46,35 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def publish_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader, or a crash, sees the whole file or none.
+def write_beside(path: Path, data: bytes, mark: str = "") -> Path:
+    """The data, flushed to the disk, as the file `.<name><mark>.tmp` beside `path`, ready to be renamed.
 
-    Only one process may publish a path at a time: the temporary name is the same, so that what a kill left behind is
-    written over and not left lying.
+    Raises OSError, naming `path`, and leaves nothing behind, when the disk does not take it.
     """
     made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    for folder in (path.parent, *(folder.parent for folder in made)):
-        fsync_path(folder)
+    temporary = path.with_name(f".{path.name}{mark}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    for folder in made:
+        fsync_path(folder.parent)
+    return temporary
+
+
+def publish_bytes(path: Path, data: bytes, mark: str = "") -> None:
+    """Write `data` to `path` so that a reader, or a crash, sees the whole file or none.
+
+    Without a `mark` of its own for each, only one process may publish a path at a time: the temporary name is the same,
+    so that what a kill left behind is written over and not left lying.
+    """
+    os.replace(write_beside(path, data, mark), path)
+    fsync_path(path.parent)
 
 
 def publish_json(path: Path, value: Any) -> None:
@@ -113,5 +126,5 @@ def require_free_space(path: Path, needed_bytes: int, what: str) -> None:
     if available < needed_bytes + RESERVE_BYTES:
         raise NoSpace(
             f"{path}: {what} needs {needed_bytes / 1e6:,.0f} MB and {RESERVE_BYTES / 1e6:,.0f} MB in reserve, the disk has "
-            f"{available / 1e6:,.0f} MB free; free some space, ask for fewer tokens, or write to another disk."
+            f"{available / 1e6:,.0f} MB free; free some space, ask for less, or write to another disk."
         )

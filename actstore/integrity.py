@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from actstore import paths
-from actstore.arrays import CRC_BYTES, Unreadable, check_chunk, index_bytes, read_index
+from actstore.arrays import CRC_BYTES, Unreadable, check_chunk, index_bytes, neighbours, read_index
 from actstore.errors import DamagedStore, NotAStore
 from actstore.files import object_entry, parse_record
 from actstore.layout import Layout
@@ -208,14 +208,21 @@ class Repair:
     shards: list[ShardKey]
 
 
-def repair(place: Place, level: str = "full", progress: Callable[[int], object] = lambda n: None) -> Repair:
+def repair(
+    place: Place,
+    level: str = "full",
+    progress: Callable[[int], object] = lambda n: None,
+    expect: Callable[[int], object] = lambda n: None,
+) -> Repair:
     """Drop what is damaged, so that what the records name is whole again and the rest is "not yet".
 
     A manifest or segment record is put back from the seal's copy. A damaged shard loses its record first, then its
     objects; its segment is no longer sealed. Good shards are not touched. Raises LockedStore while the store is written.
+    `expect` is told the bytes of which `progress` will be told.
     """
     with place.lock():
         survey = Survey(place)
+        expect(survey.n_bytes)
         faults = survey.find(level, progress)
         restored, dropped = [], []
         shards = sorted({fault.shard for fault in faults if fault.shard is not None})
@@ -284,7 +291,7 @@ def _check_chunks(place: Place, name: str, n_bytes: int, layout: Layout) -> None
     index = bytearray(index_bytes(layout))
     place.read_into(name, n_bytes - len(index), memoryview(index))
     chunks = read_index(bytes(index), len(index) // 16, may_be_absent=True)
-    for together in _neighbours(chunks.tolist()):
+    for together in neighbours(chunks.tolist(), PIECE_BYTES, len(chunks)):
         start, n_read = together[0][0], sum(length for _, length in together)
         data = np.empty(n_read, np.uint8)
         if place.read_into(name, start, data.data) != n_read:
@@ -292,18 +299,6 @@ def _check_chunks(place: Place, name: str, n_bytes: int, layout: Layout) -> None
         for offset, length in together:
             chunk = data[offset - start : offset - start + length]
             check_chunk(chunk[:-CRC_BYTES], chunk[-CRC_BYTES:].tobytes())
-
-
-def _neighbours(chunks: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """(offset, length) of chunks that lie one behind another, about 4 MiB at a time."""
-    together: list[tuple[int, int]] = []
-    for offset, length in chunks:
-        if together and (offset != sum(together[-1]) or offset + length - together[0][0] > PIECE_BYTES):
-            yield together
-            together = []
-        together.append((offset, length))
-    if together:
-        yield together
 
 
 def _pieces(place: Place, name: str, n_bytes: int) -> Iterator[memoryview]:

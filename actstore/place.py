@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
-from actstore.errors import InputError, NoSpace
-from actstore.files import RESERVE_BYTES, free_bytes, fsync_path
+from actstore.errors import InputError
+from actstore.files import fsync_path, publish_bytes, require_free_space, write_beside
 from actstore.lease import held_lease, held_lock
 
 LOCK = "lock"
@@ -126,14 +126,11 @@ class Folder(Place):
         return {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else {"."}
 
     def publish(self, name: str, data: bytes) -> None:
-        path = self.path / name
-        temporary = self._write(path, data)
-        os.replace(temporary, path)
-        fsync_path(path.parent)
+        publish_bytes(self.path / name, data, _own_mark())
 
     def create(self, name: str, data: bytes) -> bool:
         path = self.path / name
-        temporary = self._write(path, data)
+        temporary = write_beside(path, data, _own_mark())
         try:
             os.link(temporary, path)  # unlike a rename, fails when the name is taken
         except FileExistsError:
@@ -167,29 +164,12 @@ class Folder(Place):
                 yield
 
     def require_space(self, needed_bytes: int, what: str) -> None:
-        available = free_bytes(self.path)
-        if available < needed_bytes + RESERVE_BYTES:
-            raise NoSpace(
-                f"{self.url}: {what} needs {needed_bytes / 1e6:,.0f} MB and {RESERVE_BYTES / 1e6:,.0f} MB in reserve, the "
-                f"disk has {available / 1e6:,.0f} MB free; free some space, ask for less, or write to another disk."
-            )
+        require_free_space(self.path, needed_bytes, what)
 
-    def _write(self, path: Path, data: bytes) -> Path:
-        """The data under a temporary name of its own beside `path`, flushed to the disk."""
-        made = [folder for folder in path.parents if not folder.exists()]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        for folder in made:
-            fsync_path(folder.parent)
-        return temporary
+
+def _own_mark() -> str:
+    """Of the temporary files of one publication: several workers may publish the same object at the same time."""
+    return f".{uuid.uuid4().hex[:8]}"
 
 
 def is_temporary(file_name: str) -> bool:

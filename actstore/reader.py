@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import paths
-from actstore.arrays import Unreadable, check_chunk, index_bytes, is_compressed, read_index, read_table, unpack_chunk
+from actstore.arrays import (
+    CRC_BYTES,
+    Unreadable,
+    check_chunk,
+    index_bytes,
+    is_compressed,
+    neighbours,
+    read_index,
+    read_table,
+    unpack_chunk,
+)
 from actstore.codecs import Channels, decode_rows
 from actstore.errors import DamagedStore, IdentityMismatch, IncompleteStore, InputError, NotAStore
 from actstore.files import content_hash, object_entry
@@ -26,7 +37,7 @@ from actstore.records import Records, read_manifest
 from actstore.schema import PARTS, RowArray, SegmentRecord
 
 READ_BYTES, READ_CHUNKS = 16 << 20, 256
-"""How much of a shard is asked for in one read, and in how many pieces."""
+"""How much of a shard is asked for in one read, and in how many chunks."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +221,11 @@ class Store:
             self._tables = {**mine, (segment, name): table}  # a new one, since other threads may look at the old
         return table
 
+    def text_tables(self, segment: int) -> dict[str, NDArray[Any]]:
+        """The tables that say which text a segment holds, in which windows: what a store of other rows of it takes over."""
+        names = [*paths.TABLES, *(f"{part}/windows/{name}" for part in PARTS for name in paths.WINDOW_TABLES)]
+        return {name: self.table(segment, name) for name in names}
+
     def tokenizer_file(self, name: str = "tokenizer.json") -> bytes:
         """A file of the store's copy of the tokenizer. Raises DamagedStore when it is missing or was changed."""
         key = f"{paths.TOKENIZER}/{name}"
@@ -261,19 +277,16 @@ class Store:
 
     def token_index(self, shard: Shard) -> NDArray[np.int64]:
         """(n_rows,) each row's place in the segment's token table; -1 for a start-of-text position."""
-        window = self.read(shard, "rows/window").astype(np.int64)
-        position = self.read(shard, "rows/position").astype(np.int64)
-        starts = self.table(shard.segment, f"{shard.part}/windows/token_start")
-        offset = position - int(self.manifest.policy.bos)
-        return np.where(offset >= 0, starts[window] + offset, -1)
+        return self._places(shard)[2]
 
     def documents(self, shard: Shard) -> NDArray[np.int64]:
         """(n_rows,) the document of its segment that each row stands in; a start of text, in that of the token after it."""
-        window = self.read(shard, "rows/window").astype(np.int64)
-        starts = self.table(shard.segment, f"{shard.part}/windows/token_start")
-        token = np.maximum(self.token_index(shard), starts[window])
-        offsets = self.table(shard.segment, "documents/offsets")
-        return np.asarray(np.searchsorted(offsets, token, side="right") - 1, np.int64)
+        return self.documents_of(shard.segment, self._places(shard)[3])
+
+    def documents_of(self, segment: int, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(n,) the document in which each of n places of a segment's token table lies."""
+        offsets = self.table(segment, "documents/offsets")
+        return np.asarray(np.searchsorted(offsets, tokens, side="right") - 1, np.int64)
 
     def document_names(self, segment: int) -> list[str]:
         return bytes(self.table(segment, "documents/source")).decode().split("\n")
@@ -283,15 +296,15 @@ class Store:
         before = 0
         for shard in self.shards(part):
             if before <= row < before + shard.n_rows:
-                here = row - before
-                document = int(self.documents(shard)[here])
+                window, position, index, token = self._places(shard, row - before, row - before + 1)
+                document = int(self.documents_of(shard.segment, token)[0])
                 offsets = self.table(shard.segment, "documents/offsets")
                 return RowOrigin(
                     segment=shard.segment,
                     shard=shard.index,
-                    window=int(self.read(shard, "rows/window", here, here + 1)[0]),
-                    position=int(self.read(shard, "rows/position", here, here + 1)[0]),
-                    token_index=int(self.token_index(shard)[here]),
+                    window=int(window[0]),
+                    position=int(position[0]),
+                    token_index=int(index[0]),
                     document=document,
                     document_name=self.document_names(shard.segment)[document],
                     document_start=int(offsets[document]),
@@ -328,6 +341,18 @@ class Store:
         with ThreadPoolExecutor(self.place.readers) as pool:
             yield from pool.map(lambda shard: self._record(shard)["stats"][site], self.shards(part))
 
+    def _places(self, shard: Shard, start: int = 0, stop: int | None = None) -> tuple[NDArray[np.int64], ...]:
+        """Of rows [start, stop) of a shard, (n,) each: window, position, token index, and token to tell the document by.
+
+        A start-of-text position has index -1, and is in the document of the token after it.
+        """
+        window = self.read(shard, "rows/window", start, stop).astype(np.int64)
+        position = self.read(shard, "rows/position", start, stop).astype(np.int64)
+        starts = self.table(shard.segment, f"{shard.part}/windows/token_start")
+        offset = position - int(self.manifest.policy.bos)
+        token = starts[window] + np.maximum(offset, 0)
+        return window, position, np.where(offset >= 0, token, -1), token
+
     def _record(self, shard: Shard) -> dict[str, Any]:
         """A shard's commit record. Raises DamagedStore when it is that of another shard."""
         record = self._records.shard(shard.segment, shard.part, shard.index)
@@ -342,32 +367,26 @@ class Store:
         found, size = self._object(shard, array.name), shard.chunk_rows
         first, last = start // size, -(-stop // size)
         kept = np.empty(((last - first) * size, *array.tail), array.dtype)
-        at_once = max(1, min(READ_CHUNKS, READ_BYTES // (size * max(array.width, 1) * kept.itemsize)))
-        for chunk in range(first, last, at_once):
-            after = min(chunk + at_once, last)
-            self._read_chunks(found, chunk, after, kept[(chunk - first) * size : (after - first) * size])
+        self._read_chunks(found, first, last, kept)
         return kept[start - first * size : stop - first * size]
 
     def _read_chunks(self, found: _ShardObject, first: int, last: int, out: NDArray[Any]) -> None:
         """Whole chunks [first, last) into `out`, checked; those that lie one behind another in one read."""
-        parts = out.reshape(last - first, -1).view(np.uint8)
-        pieces, runs, end = [], [], -1
-        for part, (offset, n_bytes) in zip(parts, found.chunks[first:last], strict=True):
-            data, crc = np.empty(n_bytes - 4, np.uint8) if found.is_compressed else part, bytearray(4)
-            if offset != end:
-                runs.append((offset, list[memoryview]()))
-            runs[-1][1].extend((data.data, memoryview(crc)))
-            pieces.append((part, data, crc))
-            end = offset + len(data) + len(crc)
+        parts = iter(out.reshape(last - first, -1).view(np.uint8))
         try:
-            for offset, buffers in runs:
+            for together in neighbours(found.chunks[first:last], READ_BYTES, READ_CHUNKS):
+                pieces = []
+                for part, (_, n_bytes) in zip(islice(parts, len(together)), together, strict=True):
+                    data = np.empty(n_bytes - CRC_BYTES, np.uint8) if found.is_compressed else part
+                    pieces.append((part, data, bytearray(CRC_BYTES)))
+                buffers = [buffer for _, data, crc in pieces for buffer in (data.data, memoryview(crc))]
                 n_bytes = sum(buffer.nbytes for buffer in buffers)
-                if (n_found := self.place.read_into(found.key, offset, *buffers)) != n_bytes:
+                if (n_found := self.place.read_into(found.key, together[0][0], *buffers)) != n_bytes:
                     raise Unreadable(f"{n_bytes} bytes of chunks were expected, {n_found} are there")
-            for part, data, crc in pieces:
-                check_chunk(data, crc)
-                if found.is_compressed:
-                    unpack_chunk(data, part)
+                for part, data, crc in pieces:
+                    check_chunk(data, crc)
+                    if found.is_compressed:
+                        unpack_chunk(data, part)
         except (Unreadable, FileNotFoundError) as error:
             raise self._damaged(found.key, error) from error
 
@@ -412,7 +431,7 @@ class ActivationStore(Store):
     @property
     def sites(self) -> list[str]:
         """The collected sites, such as `resid_post.3`."""
-        return [array.name.removeprefix("acts/") for array in self.manifest.arrays if array.name.startswith("acts/")]
+        return self.manifest.sites
 
     def site(self, name: str | None = None, layer: int | None = None) -> str:
         """The one collected site of a name and a layer, where given.
@@ -445,6 +464,11 @@ def scale_array(name: str) -> str:
 def channels_table(name: str) -> str:
     """The table of channel means and deviations of an int8 `acts/<site>`."""
     return name.replace("acts/", "channels/", 1)
+
+
+def channel_tables(channels: dict[str, Channels]) -> dict[str, NDArray[Any]]:
+    """The tables that keep what int8 sites are measured by."""
+    return {channels_table(f"acts/{site}"): found.table for site, found in channels.items()}
 
 
 def _open_pinned(kind: type[Store], url: str, snapshot: str) -> Store:

@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import paths
-from actstore.codecs import Channels, decode_rows, encode_rows
+from actstore.codecs import CHANNEL_WINDOWS, Channels, decode_rows, encode_rows
 from actstore.errors import EncodingError
+from actstore.moments import Moments
 from actstore.place import open_place
-from actstore.reader import ActivationStore, Shard, channels_table, scale_array
+from actstore.reader import ActivationStore, Shard, channel_tables, scale_array
 from actstore.schema import PARTS, Manifest, SegmentRecord, site_arrays
 from actstore.writer import StoreWriter, require_store_place, write_shard
-
-CHANNEL_WINDOWS = 256
 
 
 def recode_store(
@@ -39,8 +38,9 @@ def recode_store(
     require_store_place(place)
     store = ActivationStore(source)
     manifest = _manifest(store, encoding)
+    n_bytes = manifest.row_bytes * sum(store.n_rows(part) for part in PARTS)
     n_bytes_there = sum(place.names(paths.DATA).values())
-    place.require_space(_n_bytes(store, manifest) - n_bytes_there, f"{encoding} of {store.url}")
+    place.require_space(n_bytes - n_bytes_there, f"{encoding} of {store.url}")
     errors = {site: np.zeros(2) for site in store.sites}
     means = {site: store.statistics(site).mean for site in store.sites}
     with StoreWriter.open(place, manifest, store.tokenizer_files()) as writer:
@@ -75,7 +75,7 @@ def _manifest(store: ActivationStore, encoding: str) -> Manifest:
     plain = [array for array in store.manifest.arrays if array.name.startswith("rows/")]
     sites = [array for site in store.sites for array in site_arrays(site, d_model, encoding)]
     is_exact = not store.manifest.source and all(
-        array.encoding == "fp32" for array in store.manifest.arrays if array.name.startswith("acts/")
+        store.manifest.array(f"acts/{site}").encoding == "fp32" for site in store.sites
     )
     source = {} if is_exact else {"store_id": store.store_id}
     provenance = {**store.manifest.provenance, "recoded_from": store.url}
@@ -87,31 +87,23 @@ def _segment(
     writer: StoreWriter, store: ActivationStore, segment: SegmentRecord, channels: dict[str, Channels]
 ) -> SegmentRecord:
     """The segment of the copy: there already, or added with the source's tables."""
-    names = [*paths.TABLES, *(f"{part}/windows/{name}" for part in PARTS for name in paths.WINDOW_TABLES)]
-    tables = {name: store.table(segment.index, name) for name in names}
-    tables |= {channels_table(f"acts/{site}"): found.table for site, found in channels.items()}
-    there = writer.segments()
-    if segment.index < len(there):
-        if writer.missing_objects(there[segment.index]):
-            writer.restore_segment(there[segment.index], tables)
-        return there[segment.index]
-    return writer.add_segment(replace(segment, store_id=writer.manifest.store_id), tables)
+    record = replace(segment, store_id=writer.manifest.store_id)
+    return writer.put_segment(record, lambda: store.text_tables(segment.index) | channel_tables(channels))
 
 
 def _channels(store: ActivationStore, segment: SegmentRecord) -> dict[str, Channels]:
     """What int8 measures by: as `collect` does it, over the plan's first 256 training windows."""
     part = PARTS[0] if segment.parts[PARTS[0]].n_windows else PARTS[1]
-    first_rows = np.sort(store.table(segment.index, f"{part}/windows/first_row"))
-    n_rows = int(first_rows[CHANNEL_WINDOWS]) if len(first_rows) > CHANNEL_WINDOWS else segment.parts[part].n_rows
     own_first = store.table(segment.index, f"{part}/windows/first_row")
-    sums = {site: np.zeros((2, store.d_model(site))) for site in store.sites}
+    first_rows = np.sort(own_first)
+    n_rows = int(first_rows[CHANNEL_WINDOWS]) if len(first_rows) > CHANNEL_WINDOWS else segment.parts[part].n_rows
+    moments = {site: Moments(store.d_model(site)) for site in store.sites}
     for shard in _shards(store, segment):
         if shard.part == part and shard.start < n_rows:
             is_first = own_first[store.read(shard, "rows/window")] < n_rows
             for site in store.sites:
-                rows = store.read(shard, f"acts/{site}")[is_first].astype(np.float64)
-                sums[site] += rows.sum(axis=0), np.square(rows).sum(axis=0)
-    return {site: Channels.of_moments(*(found / max(n_rows, 1))) for site, found in sums.items()}
+                moments[site].update(store.read(shard, f"acts/{site}")[is_first])
+    return {site: found.channels() for site, found in moments.items()}
 
 
 def _recoded(
@@ -132,11 +124,8 @@ def _recoded(
             arrays[name], scale = encode_rows(rows, encoding, channels.get(site))
         except EncodingError as error:
             document = store.document_names(shard.segment)[int(store.documents(shard)[error.row])]
-            raise EncodingError(
-                f"{site}: {document}, token {store.token_index(shard)[error.row]} of the segment's table, position "
-                f"{arrays['rows/position'][error.row]} of its window: {error}",
-                error.row,
-            ) from error
+            token, position = store.token_index(shard)[error.row], arrays["rows/position"][error.row]
+            raise error.at(site, document, int(token), int(position)) from error
         if scale is not None:
             arrays[scale_array(name)] = scale
         back = decode_rows(arrays[name], encoding, scale, channels.get(site))
@@ -146,8 +135,3 @@ def _recoded(
 
 def _shards(store: ActivationStore, segment: SegmentRecord) -> list[Shard]:
     return [shard for part in PARTS for shard in store.shards(part) if shard.segment == segment.index]
-
-
-def _n_bytes(store: ActivationStore, manifest: Manifest) -> int:
-    row = sum(max(array.width, 1) * np.dtype(array.dtype).itemsize for array in manifest.arrays)
-    return row * sum(store.n_rows(part) for part in PARTS)

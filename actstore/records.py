@@ -7,6 +7,7 @@ or lost is noticed, unless all records of the last segment are lost at once.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -41,24 +42,28 @@ class Seal:
 class Records:
     """The records at a place, as many as there were when this was made.
 
-    Everything raises DamagedStore for a record that is missing or is not the one that was written.
+    Everything raises DamagedStore for a record that is missing or is not the one that was written. Since a record never
+    changes, the segments and seals that `before` has read are not read again.
     """
 
-    def __init__(self, place: Place):
+    def __init__(self, place: Place, before: Records | None = None):
         self.place = place
         self.names = place.names(paths.COMMITS)
+        self._seals: dict[int, Seal] = before._seals if before else {}
+        self._segments: list[SegmentRecord] = before._segments if before else []
 
     @cached_property
     def segments(self) -> list[SegmentRecord]:
         """The published segments, in order."""
-        found: list[SegmentRecord] = []
-        while True:
-            name, seal = paths.segment_record(len(found)), self.seal(len(found))
+        for index in itertools.count():
+            name, seal = paths.segment_record(index), self.seal(index)
             if name not in self.names:
                 if seal is not None:
                     raise DamagedStore(f"{self.place}: {name} is missing, though its segment is sealed{REMEDY}")
-                return found
-            found.append(SegmentRecord.from_bytes(self._checked(name, seal), f"{self.place}: {name}"))
+                break
+            if index == len(self._segments):
+                self._segments.append(SegmentRecord.from_bytes(self._checked(name, seal), f"{self.place}: {name}"))
+        return self._segments[:index]
 
     def seal(self, segment: int) -> Seal | None:
         """The seal of a segment; None when it is not finished."""
@@ -87,10 +92,6 @@ class Records:
         name = paths.shard_record(segment, part, shard)
         data = self._checked(name, self.seal(segment))
         return parse_record(data, f"{self.place}: {name}")
-
-    @cached_property
-    def _seals(self) -> dict[int, Seal]:
-        return {}
 
     def _checked(self, name: str, seal: Seal | None) -> bytes:
         try:

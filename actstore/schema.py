@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
+import numpy as np
+
 from actstore import paths
 from actstore.codecs import ENCODINGS
 from actstore.errors import DamagedStore, InputError, NotAStore
@@ -36,6 +38,11 @@ class RowArray:
     def tail(self) -> tuple[int, ...]:
         """The shape of one row."""
         return (self.width,) if self.width else ()
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row before compression."""
+        return max(self.width, 1) * np.dtype(self.dtype).itemsize
 
 
 def site_arrays(site: str, d_model: int, encoding: str) -> list[RowArray]:
@@ -108,6 +115,16 @@ class Manifest:
     def store_id(self) -> str:
         """Sixteen hex digits of the identity's sha256."""
         return content_hash(self.identity())[:16]
+
+    @property
+    def sites(self) -> list[str]:
+        """The sites whose activations are kept, such as `resid_post.3`; none where the rows are codes."""
+        return [array.name.removeprefix("acts/") for array in self.arrays if array.name.startswith("acts/")]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row over all arrays, before compression."""
+        return sum(array.row_bytes for array in self.arrays)
 
     def to_bytes(self) -> bytes:
         """The record that a store keeps of it."""

@@ -8,7 +8,7 @@ that reads true and can be continued. A shard is written whole, by anyone who co
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +40,7 @@ class StoreWriter:
     def __init__(self, place: Place, manifest: Manifest):
         self.place = place
         self.manifest = manifest
+        self._records: Records | None = None
 
     @classmethod
     @contextmanager
@@ -58,9 +59,14 @@ class StoreWriter:
             finally:
                 place.clear_leftovers()  # of worker processes that were killed, or stopped in the midst
 
+    def records(self) -> Records:
+        """The records that are there now."""
+        self._records = Records(self.place, self._records)
+        return self._records
+
     def segments(self) -> list[SegmentRecord]:
         """The published segments, in order."""
-        return Records(self.place).segments
+        return self.records().segments
 
     def add_segment(self, record: SegmentRecord, tables: dict[str, NDArray[Any]]) -> SegmentRecord:
         """Publish a segment's tables and the metadata of its row arrays, and then its record with all their hashes.
@@ -88,6 +94,19 @@ class StoreWriter:
         _publish_record(self.place, paths.segment_record(record.index), published.to_bytes())
         return published
 
+    def put_segment(self, record: SegmentRecord, tables: Callable[[], dict[str, NDArray[Any]]]) -> SegmentRecord:
+        """The segment of a record's index: added, or there already, and then with what is missing of its tables.
+
+        Raises what `add_segment` and `restore_segment` raise; `tables` is called only where something is published.
+        """
+        there = self.segments()
+        if record.index >= len(there):
+            return self.add_segment(record, tables())
+        segment = there[record.index]
+        if self.missing_objects(segment):
+            self.restore_segment(segment, tables())
+        return segment
+
     def restore_segment(self, segment: SegmentRecord, tables: dict[str, NDArray[Any]]) -> None:
         """Publish again what is missing of a segment's tables and metadata.
 
@@ -110,7 +129,7 @@ class StoreWriter:
 
     def missing_shards(self, segment: SegmentRecord) -> list[tuple[str, int]]:
         """(part, shard) of every shard of a segment that has no commit record."""
-        records = Records(self.place)
+        records = self.records()
         committed = {part: set(records.shards(segment, part)) for part in segment.parts}
         return [
             (part, shard)
@@ -126,13 +145,14 @@ class StoreWriter:
         """Publish the list of a finished segment's records: from now on a missing or changed one is a fault."""
         if self.missing_shards(segment):
             raise ValueError(f"segment {segment.index} is not complete")
-        names = self.place.names(paths.commits(segment.index))
+        own = paths.sealed_record(segment.index)  # which another, who took this writer for dead, may have put by now
+        names = [name for name in self.place.names(paths.commits(segment.index)) if name.endswith(".json") and name != own]
         seal = Seal(
-            {name: object_entry(self.place.read(name)) for name in names if name.endswith(".json")},
+            {name: object_entry(self.place.read(name)) for name in names},
             manifest=self.manifest.to_bytes().decode(),
             segment=segment.to_bytes().decode(),
         )
-        _publish_record(self.place, paths.sealed_record(segment.index), seal.to_bytes())
+        _publish_record(self.place, own, seal.to_bytes())
 
     def _remove_leftovers(self, segment: SegmentRecord) -> None:
         """Clear away what a killed attempt at this segment left, and which would else lie beside it for good.
@@ -140,7 +160,7 @@ class StoreWriter:
         Shards that are committed stay: they are there already when a lost segment record is made again. Raises
         IdentityMismatch when they are not shards of this segment.
         """
-        records, kept = Records(self.place), set(segment.objects)
+        records, kept = self.records(), set(segment.objects)
         for part in segment.parts:
             for shard in records.shards(segment, part):
                 committed = records.shard(segment.index, part, shard)

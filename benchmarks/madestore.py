@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore.codecs import Channels, encode_rows
+from actstore.codecs import encode_rows
 from actstore.layout import MIN_SHARDS, choose_layout
+from actstore.moments import Moments
 from actstore.plan import PartPlan
 from actstore.schema import (
     PARTS,
@@ -67,14 +68,14 @@ def make_store(path: Path, n_rows: int, d_model: int = 768, encoding: str = "fp1
         "documents/heldout": np.zeros(1, np.uint8),
         "documents/source": np.frombuffer(b"made up", np.uint8),
     }
-    sample = residual_rows(4096, d_model, np.random.default_rng(seed)).astype(np.float64)
-    channels = Channels.of_moments(sample.mean(axis=0), np.square(sample).mean(axis=0))
+    sample = Moments(d_model)
+    sample.update(residual_rows(4096, d_model, np.random.default_rng(seed)))
+    channels = sample.channels()
     if encoding == "int8":
         tables[f"channels/{SITE}"] = channels.table
     parts, plans = {}, {}
-    row_bytes = sum(max(array.width, 1) * np.dtype(array.dtype).itemsize for array in manifest.arrays)
     for index, part in enumerate(PARTS):
-        layout = choose_layout(int(counts[part].sum()), row_bytes, 4 * d_model, min_shards=MIN_SHARDS)
+        layout = choose_layout(int(counts[part].sum()), manifest.row_bytes, 4 * d_model, min_shards=MIN_SHARDS)
         plans[part] = PartPlan.build(seed, 0, index, layout, counts[part])
         parts[part] = PartRecord(len(counts[part]), layout.n_rows, layout.shard_rows, layout.chunk_rows)
         starts = np.arange(len(counts[part]), dtype=np.int64) * (CONTEXT - 1)
@@ -85,8 +86,7 @@ def make_store(path: Path, n_rows: int, d_model: int = 768, encoding: str = "fp1
         }
     record = SegmentRecord(manifest.store_id, 0, 0, 0, 1, 0, 1, n_tokens, 0, parts, {}, {})
     with StoreWriter.open(path, manifest, {"tokenizer.json": b"{}"}) as writer:
-        there = writer.segments()
-        segment = there[0] if there else writer.add_segment(record, tables)
+        segment = writer.put_segment(record, lambda: tables)
         for part, shard in writer.missing_shards(segment):
             start, stop = segment.parts[part].layout.shard_range(shard)
             rows = residual_rows(stop - start, d_model, np.random.default_rng((seed, shard)))
@@ -99,13 +99,9 @@ def make_store(path: Path, n_rows: int, d_model: int = 768, encoding: str = "fp1
             }
             if scale is not None:
                 arrays[f"scales/{SITE}"] = scale
-            wide = rows.astype(np.float64)
-            statistics = {
-                "mean": wide.mean(axis=0).tolist(),
-                "second_moment": np.square(wide).mean(axis=0).tolist(),
-                "mean_norm": float(np.linalg.norm(wide, axis=1).mean()),
-            }
-            write_shard(writer.place, manifest, segment, part, shard, arrays, {"stats": {SITE: statistics}})
+            moments = Moments(d_model)
+            moments.update(rows)
+            write_shard(writer.place, manifest, segment, part, shard, arrays, {"stats": {SITE: moments.record()}})
         if not writer.is_sealed(segment):
             writer.seal(segment)
     return path

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from actstore import paths
 from actstore.errors import IdentityMismatch
 from actstore.place import absolute, open_place
 from actstore.reader import ActivationStore, Store
-from actstore.schema import PARTS, Manifest, RowArray, SegmentRecord
+from actstore.schema import PARTS, Manifest, RowArray
 from actstore.writer import StoreWriter, require_store_place, write_shard
 from pipelines.cluster import connect, run_tasks
 from pipelines.code_store import CodeStore
@@ -58,20 +57,19 @@ def encode(config: EncodeConfig, client: Any = None) -> dict[str, Any]:
     # The cluster comes before the store: nothing is written when the scheduler does not answer.
     where = connect(config.scheduler, config.workers) if client is None else nullcontext(client)
     with where as connected, StoreWriter.open(config.out, manifest, store.tokenizer_files()) as writer:
-        for segment in store.segments[len(writer.segments()) :]:
-            writer.add_segment(replace(segment, store_id=manifest.store_id), _tables(store, segment))
-        for segment in writer.segments():
-            if writer.missing_objects(segment):
-                writer.restore_segment(segment, _tables(store, store.segments[segment.index]))
+        segments = [
+            writer.put_segment(replace(segment, store_id=manifest.store_id), partial(store.text_tables, segment.index))
+            for segment in store.segments
+        ]
         source = (absolute(config.store), config.run.absolute(), store.snapshot, record.run_id)
         tasks = [
             (*source, absolute(config.out), segment.index, part, shard)
-            for segment in writer.segments()
+            for segment in segments
             for part, shard in writer.missing_shards(segment)
         ]
         if tasks:
             run_tasks(connected, "encode", encode_shard, tasks)
-        for segment in writer.segments():
+        for segment in segments:
             if not writer.is_sealed(segment):
                 writer.seal(segment)
     codes = CodeStore(config.out)
@@ -153,8 +151,3 @@ def _source(config: EncodeConfig) -> ActivationStore:
         return ActivationStore(config.store, snapshot=snapshot)
     except IdentityMismatch:
         return current  # the codes there are of another store, and the writer says so
-
-
-def _tables(store: Store, segment: SegmentRecord) -> dict[str, NDArray[Any]]:
-    names = [*paths.TABLES, *(f"{part}/windows/{name}" for part in PARTS for name in paths.WINDOW_TABLES)]
-    return {name: store.table(segment.index, name) for name in names}

@@ -15,17 +15,19 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import numpy as np
+
 from actstore import paths
 from actstore.errors import InputError
 from actstore.files import record_bytes
 from actstore.place import absolute, open_place
-from actstore.reader import Store
+from actstore.reader import Store, channel_tables
 from actstore.schema import PARTS, SegmentRecord
 from actstore.writer import StoreWriter, require_store_place, write_shard
 from pipelines.cluster import connect, own_device, run_tasks
 from pipelines.progress import track
 from pipelines.recipe import CollectConfig, Recipe, compute_error, prepare
-from pipelines.shards import SegmentText, ShardMaker, channel_tables, channels_of, require_same_probe
+from pipelines.shards import SegmentText, ShardMaker, channels_of, require_same_probe
 from pipelines.tokens import TokenSource, TokenTable
 
 SEGMENT_TOKENS = 64 << 20
@@ -86,10 +88,8 @@ class _Run:
         self.probes: dict[int, str] = {}
 
     def n_committed(self) -> int:
-        return sum(
-            sum(part.layout.n_shards for part in segment.parts.values()) - len(self.writer.missing_shards(segment))
-            for segment in self.writer.segments()
-        )
+        records = self.writer.records()
+        return sum(len(records.shards(segment, part)) for segment in records.segments for part in segment.parts)
 
     def source_after(self, segments: list[SegmentRecord]) -> TokenSource:
         """The corpus behind what the segments took of it."""
@@ -146,7 +146,7 @@ class _Run:
         if missing:
             layouts = {part: record.layout for part, record in segment.parts.items()}
             sizes = [stop - start for start, stop in (layouts[part].shard_range(shard) for part, shard in missing)]
-            self.writer.place.require_space(sum(sizes) * self.maker.row_bytes, f"{sum(sizes):,} rows")
+            self.writer.place.require_space(sum(sizes) * self.recipe.manifest.row_bytes, f"{sum(sizes):,} rows")
             if self.client is not None:
                 self._fill_by_workers(segment, missing)
             else:
@@ -200,8 +200,8 @@ class _SegmentWork:
         return arrays, {"stats": statistics, "probe_crc32c": self.probe}
 
     def _document(self, token: int) -> str:
-        offsets = self.store.table(self.segment.index, "documents/offsets")
-        return self.store.document_names(self.segment.index)[int(offsets.searchsorted(token, side="right")) - 1]
+        (document,) = self.store.documents_of(self.segment.index, np.array([token]))
+        return self.store.document_names(self.segment.index)[document]
 
 
 _MODEL_IN_USE = Lock()
@@ -233,5 +233,5 @@ def _maker(config: CollectConfig, store_id: str) -> ShardMaker:
 
 
 def _require_space_for(config: CollectConfig, recipe: Recipe, table: TokenTable) -> None:
-    needed = len(table.ids) * (recipe.maker.row_bytes + 16)
+    needed = len(table.ids) * (recipe.manifest.row_bytes + 16)
     open_place(config.out).require_space(needed, f"{len(table.ids):,} tokens")

@@ -12,7 +12,7 @@ import numpy as np
 from actstore.arrays import shard_object
 from actstore.codecs import encode_rows
 from actstore.errors import InputError
-from actstore.layout import Layout, choose_layout
+from actstore.layout import Layout
 from actstore.schema import PARTS
 from pipelines.recipe import CollectConfig, Recipe, prepare
 from pipelines.shards import SegmentText
@@ -43,12 +43,10 @@ def estimate(config: CollectConfig) -> dict[str, Any]:
     recipe = prepare(config)
     found = calibrate(config, recipe)
     n_rows = round(config.tokens * found.rows_per_token)
-    layout = choose_layout(
-        n_rows, recipe.maker.row_bytes, 4 * recipe.manifest.model.d_model, shard_bytes=config.shard_mib << 20
-    )
+    layout = recipe.layout(n_rows, PARTS[0], config.shard_mib)
     by_array = {name: round(n_bytes * n_rows) for name, n_bytes in found.disk_bytes_per_row.items()}
     table_bytes = TABLE_BYTES_PER_TOKEN * config.tokens
-    shard_bytes = layout.shard_rows * recipe.maker.row_bytes
+    shard_bytes = layout.shard_rows * recipe.manifest.row_bytes
     return {
         "tokens": config.tokens,
         "rows": n_rows,

@@ -63,10 +63,11 @@ def _store(path: Path) -> Listed:
     rows = sum(store.n_rows(part) for part in PARTS)
     planned = sum(part.n_rows for segment in store.segments for part in segment.parts.values())
     of_all = "" if rows == planned else f" of {planned:,}"
-    sites = [array.name.removeprefix("acts/") for array in manifest.arrays if array.name.startswith("acts/")]
-    encoding = next((array.encoding for array in manifest.arrays if array.name.startswith("acts/")), "codes")
-    shown = ", ".join(sites) if sites else f"{manifest.source['n_features']:,} features of {manifest.source['site']}"
-    what = f"{rows:,}{of_all} rows, {shown}, {encoding}, {store.disk_bytes / 1e6:,.0f} MB"
+    if sites := manifest.sites:
+        shown = f"{', '.join(sites)}, {manifest.array(f'acts/{sites[0]}').encoding}"
+    else:
+        shown = f"{manifest.source['n_features']:,} features of {manifest.source['site']}, codes"
+    what = f"{rows:,}{of_all} rows, {shown}, {store.disk_bytes / 1e6:,.0f} MB"
     made_from = manifest.source.get("store_id", "")
     if "run_id" in manifest.source:
         made_from += f" {manifest.source['run_id']}"

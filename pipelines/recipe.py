@@ -13,7 +13,7 @@ from torch import nn
 
 from actstore.codecs import ACTIVATION_ENCODINGS
 from actstore.errors import InputError
-from actstore.layout import MIN_SHARDS, SHARD_BUDGET_BYTES, choose_layout
+from actstore.layout import MIN_SHARDS, SHARD_BUDGET_BYTES, Layout, choose_layout
 from actstore.plan import PartPlan
 from actstore.schema import (
     PARTS,
@@ -89,6 +89,16 @@ class Recipe:
     corpus: Corpus
     maker: ShardMaker
 
+    def layout(self, n_rows: int, part: str, shard_mib: int) -> Layout:
+        """How so many rows of a part are cut into shards."""
+        return choose_layout(
+            n_rows,
+            self.manifest.row_bytes,
+            self.manifest.model.d_model * np.dtype(np.float32).itemsize,
+            shard_bytes=shard_mib << 20,
+            min_shards=MIN_SHARDS if part == PARTS[0] else 1,
+        )
+
     def plan(
         self, table: TokenTable, segment: int, shard_mib: int
     ) -> tuple[SegmentText, dict[str, PartRecord], dict[str, NDArray[Any]]]:
@@ -101,16 +111,9 @@ class Recipe:
         }
         windows = {part: cut_windows(table, part, self.manifest.policy) for part in PARTS}
         plans, parts = {}, {}
-        pooled = max(array.width for array in self.manifest.arrays) * np.dtype(np.float32).itemsize
         for index, part in enumerate(PARTS):
             kept = windows[part].kept_counts()
-            layout = choose_layout(
-                int(kept.sum()),
-                self.maker.row_bytes,
-                pooled,
-                shard_bytes=shard_mib << 20,
-                min_shards=MIN_SHARDS if part == PARTS[0] else 1,
-            )
+            layout = self.layout(int(kept.sum()), part, shard_mib)
             plans[part] = PartPlan.build(self.manifest.seed, segment, index, layout, kept)
             parts[part] = PartRecord(len(windows[part]), layout.n_rows, layout.shard_rows, layout.chunk_rows)
             tables[f"{part}/windows/token_start"] = windows[part].token_start

@@ -21,16 +21,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from actstore.codecs import Channels, encode_rows
+from actstore.codecs import CHANNEL_WINDOWS, Channels, encode_rows
 from actstore.errors import EncodingError, IdentityMismatch
+from actstore.moments import Moments
 from actstore.plan import PartPlan
-from actstore.reader import Store, channels_table, scale_array
+from actstore.reader import Store, scale_array
 from actstore.schema import PARTS, Manifest, SegmentRecord
 from pipelines.capture import DTYPES, Site, capture, choose_device, load_model, model_identity
 from pipelines.windows import Windows
-
-CHANNEL_WINDOWS = 256
-"""int8 measures rows by the channel means and deviations of the plan's first so many windows."""
 
 Ints = NDArray[np.int64]
 Rows = NDArray[np.float32]
@@ -60,31 +58,6 @@ class SegmentText:
         return cls(windows, plans)
 
 
-@dataclass
-class Moments:
-    """Running sums of a site's rows in float64: what a commit record says of them."""
-
-    total: NDArray[np.float64]
-    squares: NDArray[np.float64]
-    norms: float = 0.0
-    n_rows: int = 0
-
-    def update(self, rows: Rows) -> None:
-        own = rows.astype(np.float64)
-        squares = own * own
-        self.total += own.sum(axis=0)
-        self.squares += squares.sum(axis=0)
-        self.norms += float(np.sqrt(squares.sum(axis=1)).sum())
-        self.n_rows += len(rows)
-
-    def record(self) -> dict[str, Any]:
-        return {
-            "mean": (self.total / self.n_rows).tolist(),
-            "second_moment": (self.squares / self.n_rows).tolist(),
-            "mean_norm": self.norms / self.n_rows,
-        }
-
-
 @dataclass(frozen=True)
 class ShardMaker:
     """A model, and what is kept of it: computes any shard of a store of this manifest."""
@@ -109,14 +82,7 @@ class ShardMaker:
 
     @cached_property
     def sites(self) -> list[Site]:
-        return [
-            Site.parse(array.name.removeprefix("acts/")) for array in self.manifest.arrays if array.name.startswith("acts/")
-        ]
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row over all arrays, before compression."""
-        return sum(max(array.width, 1) * np.dtype(array.dtype).itemsize for array in self.manifest.arrays)
+        return [Site.parse(label) for label in self.manifest.sites]
 
     def shard(
         self,
@@ -136,8 +102,7 @@ class ShardMaker:
         chosen, mine = plan.shard_windows(shard)
         place = np.argsort(plan.row_order(shard))
         arrays = {array.name: np.empty((len(place), *array.tail), array.dtype) for array in self.manifest.arrays}
-        d_model = self.manifest.model.d_model
-        moments = {site.label: Moments(np.zeros(d_model), np.zeros(d_model)) for site in self.sites}
+        moments = {site.label: Moments(self.manifest.model.d_model) for site in self.sites}
 
         def keep(site: Site, here: Ints, rows: Rows, token: Ints, position: Ints) -> None:
             name = f"acts/{site.label}"
@@ -146,11 +111,7 @@ class ShardMaker:
                 arrays[name][here], scale = encode_rows(rows, encoding, channels.get(site.label))
             except EncodingError as error:
                 at = int(token[error.row])
-                raise EncodingError(
-                    f"{site.label}: {document(at)}, token {at} of the segment's table, position "
-                    f"{position[error.row]} of its window: {error}",
-                    error.row,
-                ) from error
+                raise error.at(site.label, document(at), at, int(position[error.row])) from error
             if scale is not None:
                 arrays[scale_array(name)][here] = scale
             moments[site.label].update(rows)
@@ -178,19 +139,15 @@ class ShardMaker:
 
     def channels(self, text: SegmentText) -> dict[str, Channels]:
         """Mean and deviation of each site's channels over the plan's first 256 training windows, where int8 needs them."""
-        labels = {site.label for site in self.sites if self.manifest.array(f"acts/{site.label}").encoding == "int8"}
+        labels = int8_sites(self.manifest)
         if not labels:
             return {}
-        d_model = self.manifest.model.d_model
-        moments = {label: Moments(np.zeros(d_model), np.zeros(d_model)) for label in labels}
+        moments = {label: Moments(self.manifest.model.d_model) for label in labels}
         part = PARTS[0] if len(text.windows[PARTS[0]]) else PARTS[1]
         for _, _, rows in self._activations(text.windows[part], text.plans[part].window_order[:CHANNEL_WINDOWS]):
             for label in labels:
                 moments[label].update(rows[label])
-        return {
-            label: Channels.of_moments(found.total / max(found.n_rows, 1), found.squares / max(found.n_rows, 1))
-            for label, found in moments.items()
-        }
+        return {label: found.channels() for label, found in moments.items()}
 
     def probe(self, windows: Windows) -> str:
         """crc32c of what this machine computes for the first windows: equal probes write equal bytes."""
@@ -235,18 +192,14 @@ class ShardMaker:
             yield batch, kept, {label: values[mask].float().cpu().numpy() for label, values in found.items()}
 
 
+def int8_sites(manifest: Manifest) -> list[str]:
+    """The sites whose rows are measured by channels."""
+    return [label for label in manifest.sites if manifest.array(f"acts/{label}").encoding == "int8"]
+
+
 def channels_of(store: Store, segment: SegmentRecord) -> dict[str, Channels]:
     """What a published segment's int8 sites are measured by."""
-    return {
-        array.name.removeprefix("acts/"): store.channels(segment.index, array.name)
-        for array in store.manifest.arrays
-        if array.encoding == "int8"
-    }
-
-
-def channel_tables(channels: dict[str, Channels]) -> dict[str, NDArray[Any]]:
-    """The tables that keep what int8 sites are measured by."""
-    return {channels_table(f"acts/{label}"): found.table for label, found in channels.items()}
+    return {label: store.channels(segment.index, f"acts/{label}") for label in int8_sites(store.manifest)}
 
 
 def require_same_probe(where: str, segment: SegmentRecord, maker: ShardMaker, probe: str) -> None:

@@ -38,8 +38,8 @@ def verify(store: str | Path, level: str) -> list[str]:
 def repair(store: str | Path, level: str) -> dict[str, Any]:
     """Drop what is damaged; says what was put back from a copy and what has to be computed again."""
     place = _existing(store)
-    with track("repair", Survey(place).n_bytes, "bytes") as progress:
-        done = drop_faults(place, level, progress.advance)
+    with track("repair", 0, "bytes") as progress:
+        done = drop_faults(place, level, progress.advance, progress.expect)
     values = {**asdict(done), "store": str(store), "shards": [f"segment {s} {part} {n}" for s, part, n in done.shards]}
     if done.faults > len(done.restored):
         values["next"] = "run the command that wrote the store again, with the same arguments"

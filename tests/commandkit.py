@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -12,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from forkkit import PROCESSES, preload
 from modelkit import ROOT
 
-PROCESSES = multiprocessing.get_context("forkserver")
-"""Processes of their own that start fast: the stage is imported once, in the server they are forked from."""
-PROCESSES.set_forkserver_preload(
-    ["modelkit", "cli", "pipelines.collect", "pipelines.sweep", "zarr.codecs", "transformers.models.gpt2.modeling_gpt2"]
+preload(
+    "modelkit", "cli", "pipelines.collect", "pipelines.sweep", "zarr.codecs", "transformers.models.gpt2.modeling_gpt2"
 )
 
 

@@ -92,9 +92,9 @@ def folder_state(folder: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
-def files_of(store: Path) -> dict[str, bytes]:
-    """Every file of a store, by name: equal stores have equal ones."""
-    return {name: data for name, (_, data) in folder_state(store).items() if (store / name).is_file()}
+def records_of(store: Path) -> dict[str, bytes]:
+    """The commit record of every shard there is."""
+    return {file.relative_to(store).as_posix(): file.read_bytes() for file in store.glob("commits/*/*/*.json")}
 
 
 def faults_in(store: Path) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import re
 import signal
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forkkit import PROCESSES, preload
 
 LEASE = {"HEARTBEAT_S": 0.1, "DEAD_AFTER_S": 1.2, "POLL_S": 0.02}
 """What a lease's times are in tests: those of a store are minutes' work for one that is killed fifty times."""
@@ -31,12 +31,13 @@ SERVE = """
 import os, sys, threading
 threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
 from moto.server import main
+from werkzeug.serving import WSGIRequestHandler
+WSGIRequestHandler.protocol_version = "HTTP/1.1"  # connections are kept, as real servers do
 main(sys.argv[1:])
 """
 """moto's server, which ends when the tests' process does, however that ends."""
 
-PROCESSES = multiprocessing.get_context("forkserver")
-"""Processes of their own that start fast, and in which obstore has not run before."""
+preload("zarr.codecs", "actstore.reader", "obstore.store", "storekit", "pytest")
 
 
 @dataclass(frozen=True)

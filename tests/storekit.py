@@ -7,19 +7,20 @@ a test can say exactly which rows it was given.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from forkkit import preload
 from numpy.typing import NDArray
 
 from actstore import lease
@@ -79,6 +80,9 @@ class StoreSpec:
             seed=self.seed,
             provenance={"made_by": "tests/storekit.py"},
         )
+
+
+TWO_SEGMENTS = StoreSpec(n_segments=2, n_documents=30, document_tokens=20)
 
 
 @dataclass(frozen=True)
@@ -201,10 +205,7 @@ def write_store(
         on_locked()
         for index in range(spec.n_segments):
             segment = build_segment(spec, index)
-            records = writer.segments()
-            record = records[index] if index < len(records) else writer.add_segment(segment.record, segment.tables)
-            if writer.missing_objects(record):
-                writer.restore_segment(record, segment.tables)
+            record = writer.put_segment(segment.record, partial(dict, segment.tables))
             for part, shard in writer.missing_shards(record):
                 if n_shards == 0:
                     return path
@@ -231,9 +232,7 @@ def flip_bit(file: Path, bit: int) -> None:
 
 # For processes of their own
 
-PROCESSES = multiprocessing.get_context("forkserver")
-"""They start fast: zarr is imported once, in the server they are forked from."""
-PROCESSES.set_forkserver_preload(["zarr.codecs", "actstore.reader", "pytest"])
+preload("zarr.codecs", "actstore.reader", "pytest")
 
 
 def write_and_hold(path: Path, spec: StoreSpec, locked: Connection) -> None:

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from daskkit import dask_process
-from modelkit import faults_in, files_of
+from modelkit import faults_in
 from numpy.typing import NDArray
+from storekit import files_of
 from tablekit import codes_manifest, dense_codes, text_table, write_table_store
 
 from actstore import paths

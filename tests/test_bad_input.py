@@ -215,8 +215,7 @@ def test_too_little_free_space(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in ("files", "place"):
-        monkeypatch.setattr(f"actstore.{module}.free_bytes", lambda path: 1_000_000)
+    monkeypatch.setattr("actstore.files.free_bytes", lambda path: 1_000_000)
     out = tmp_path / "new"
     commands: dict[str, list[object]] = {
         "collect": options(asked),

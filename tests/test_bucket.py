@@ -27,10 +27,10 @@ import numpy as np
 import pytest
 import s3kit
 from click.testing import CliRunner, Result
-from modelkit import files_of
+from forkkit import PROCESSES
 from s3kit import Server, begin, kill_at, kinds, run_command, stop_at, wait_until_stopped, write_and_hold
 from safetensors.numpy import load_file
-from storekit import StoreSpec, row_ids, row_values, write_store
+from storekit import TWO_SEGMENTS, StoreSpec, files_of, row_ids, row_values, write_store
 
 from actstore import bucket, lease, paths
 from actstore.errors import DamagedStore, InputError, LockedStore, NotAStore, StoreError
@@ -46,13 +46,11 @@ from pipelines import collect as stage
 from pipelines.collect import collect
 from pipelines.recipe import CollectConfig
 
-SPEC = StoreSpec(n_segments=2, n_documents=30, document_tokens=20)
+SPEC = TWO_SEGMENTS
 SMALL = StoreSpec(n_documents=16, document_tokens=20, shard_rows=64, sites=(("resid_post.0", "fp32"),))
 """For writers that are killed again and again."""
 SITE = "resid_post.0"
 SITE_SHARD = "data.zarr/segments/0000/train/acts/resid_post.0/c/0/0"
-
-s3kit.PROCESSES.set_forkserver_preload(["zarr.codecs", "actstore.reader", "obstore.store", "storekit", "pytest"])
 
 
 @pytest.fixture(scope="session")
@@ -178,7 +176,7 @@ def test_more_than_a_thousand_objects_are_listed(url: str, server: Server) -> No
 
 def test_of_eight_processes_that_create_an_object_one_is_told_that_it_did(url: str, server: Server) -> None:
     names = [f"commits/{i}.json" for i in range(25)]
-    barrier, results = s3kit.PROCESSES.Barrier(8), s3kit.PROCESSES.Queue()
+    barrier, results = PROCESSES.Barrier(8), PROCESSES.Queue()
     processes = [begin(s3kit.create_each, server, url, names, b"%d" % i, barrier, results) for i in range(8)]
     created = [name for _ in processes for name in results.get(timeout=60)]
     for process in processes:

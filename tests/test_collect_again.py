@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from modelkit import faults_in, files_of, folder_state
+from modelkit import faults_in, folder_state
 from rowkit import assert_each_kept_token_is_one_row, assert_rows_are_the_models, documents_in
 from safetensors.torch import load_file, save_file
+from storekit import files_of
 from transformers import GPT2LMHeadModel
 
 from actstore.errors import DamagedStore, IdentityMismatch, NoSpace
@@ -171,7 +172,7 @@ def test_continuing_asks_for_the_space_of_what_is_missing(
     (own_store / "commits/0000/sealed.json").unlink()
     (own_store / "commits/0000/train/000002.json").unlink()
     before = folder_state(own_store)
-    monkeypatch.setattr("actstore.place.free_bytes", lambda path: 64 << 20)
+    monkeypatch.setattr("actstore.files.free_bytes", lambda path: 64 << 20)
     with pytest.raises(NoSpace, match="131 rows needs"):
         collect(replace(small_config, out=own_store))
     assert folder_state(own_store) == before

@@ -20,7 +20,8 @@ import pytest
 from click.testing import CliRunner
 from commandkit import Command
 from daskkit import address_of, dask_process, until, worker_processes
-from modelkit import faults_in, files_of, folder_state, plant, run_cli
+from modelkit import faults_in, folder_state, plant, records_of, run_cli
+from storekit import files_of
 
 from actstore.errors import IdentityMismatch, InputError
 from actstore.reader import ActivationStore
@@ -73,11 +74,6 @@ def slow_store(tmp_path_factory: pytest.TempPathFactory, slow_config: CollectCon
     out = tmp_path_factory.mktemp("slow") / "store"
     collect(replace(slow_config, out=out))
     return out
-
-
-def records_of(store: Path) -> dict[str, bytes]:
-    """The commit record of every shard there is."""
-    return {file.relative_to(store).as_posix(): file.read_bytes() for file in store.glob("commits/*/*/*.json")}
 
 
 # The same store

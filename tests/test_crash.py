@@ -11,9 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
-from commandkit import PROCESSES, Command
+from commandkit import Command
 from daskkit import worker_processes
-from modelkit import collect_and_die, faults_in, files_of, run_cli, write_texts
+from forkkit import PROCESSES
+from modelkit import collect_and_die, faults_in, run_cli, write_texts
+from storekit import files_of
 
 from actstore.reader import ActivationStore
 from actstore.schema import PARTS

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from commandkit import Command
 from daskkit import until
-from modelkit import faults_in, files_of, folder_state, write_texts
+from modelkit import faults_in, folder_state, records_of, write_texts
+from storekit import files_of
 
 from actstore.files import RESERVE_BYTES
 from actstore.reader import ActivationStore
@@ -91,11 +92,6 @@ def the_line(result: subprocess.CompletedProcess[str], command: str = "collect")
     assert all(said.startswith(f"{command}: ") for said in before), result.stderr
     assert line.startswith("error: ")
     return line
-
-
-def records_of(store: Path) -> dict[str, bytes]:
-    """The commit record of every shard there is."""
-    return {file.relative_to(store).as_posix(): file.read_bytes() for file in store.glob("commits/*/*/*.json")}
 
 
 @pytest.mark.parametrize(

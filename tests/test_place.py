@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from storekit import PROCESSES, StoreSpec, create_in_turn, hold_lease_and_hang, publish_and_die, write_store
+from forkkit import PROCESSES
+from storekit import StoreSpec, create_in_turn, hold_lease_and_hang, publish_and_die, write_store
 
 from actstore import lease
 from actstore.errors import InputError, LockedStore, NoSpace

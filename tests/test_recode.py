@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import storekit
-from storekit import PROCESSES, StoreSpec, build_segment, files_of, flip_bit, recode_and_die, write_store
+from forkkit import PROCESSES
+from storekit import StoreSpec, build_segment, files_of, flip_bit, recode_and_die, write_store
 
-from actstore.codecs import Channels, decode_rows, encode_rows
+from actstore.codecs import CHANNEL_WINDOWS, Channels, decode_rows, encode_rows
 from actstore.errors import DamagedStore, EncodingError, IdentityMismatch, IncompleteStore, NoSpace, NotAStore, OutputExists
 from actstore.integrity import find_faults, repair
 from actstore.place import Folder
 from actstore.reader import ActivationStore, Shard
-from actstore.recode import CHANNEL_WINDOWS, recode_store
+from actstore.recode import recode_store
 from actstore.schema import PARTS
 
 SITES = ("resid_post.0", "resid_post.1")

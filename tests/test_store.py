@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from forkkit import PROCESSES
 from storekit import (
     BOS,
-    PROCESSES,
+    TWO_SEGMENTS,
     StoreSpec,
     build_segment,
     files_of,
@@ -54,7 +55,7 @@ from actstore.records import Records, Seal
 from actstore.schema import Manifest, RowArray, SegmentRecord, differing_fields
 from actstore.writer import StoreWriter, write_shard
 
-SPEC = StoreSpec(n_segments=2, n_documents=30, document_tokens=20)
+SPEC = TWO_SEGMENTS
 SITE = "acts/resid_post.0"
 SITE_SHARD = "data.zarr/segments/0000/train/acts/resid_post.0/c/0/0"
 
@@ -364,6 +365,14 @@ def test_a_published_segment_is_never_replaced(own: Path) -> None:
             pytest.raises(ValueError, match=f"segment {number} is not the next one"),
         ):
             writer.add_segment(segment.record, segment.tables)
+    assert files_of(own) == before
+
+
+def test_a_segment_that_another_has_sealed_meanwhile_gets_the_same_seal(own: Path) -> None:
+    before = files_of(own)
+    with StoreWriter.open(own, SPEC.manifest, {}) as writer:
+        for segment in writer.segments():
+            writer.seal(segment)
     assert files_of(own) == before
 
 
