@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from actstore.errors import InputError
-from pipelines.sae.sparse import Active, Decode
+from pipelines.sae import select
+from pipelines.sae.sparse import Active, Decode, Preactivation
 
 EPSILON = 1e-12
+LEVEL_ROWS = 8192
+"""Rows that starting levels are taken from."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,17 @@ class Sae(nn.Module, ABC):
         """How many codes any row has at most, where the architecture fixes that."""
         return None
 
+    def preactivations_above(self, x: Tensor, bias: Tensor, floor: Tensor, kernel: str) -> tuple[Tensor, Active]:
+        """Which (x − b_dec) · W_enc + bias exceed `floor` (F,), with gradients, and where, in one of `KERNELS`."""
+        if kernel == "dense":
+            dense = torch.addmm(bias, x - self.b_dec, self.W_enc.T)
+            active = Active.of_mask(dense.detach() > floor)
+            return dense[active.rows, active.features], active
+        with torch.no_grad():
+            centred = x - self.b_dec
+            active, pre = select.above(centred, self.W_enc, bias, floor, fast=kernel == "sparse")
+        return Preactivation.apply(pre, centred, self.W_enc, bias, self.b_dec, active), active
+
     def encode(self, x: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
         """(n, d_model) rows -> values (n, width) >= 0 and feature indices (n, width), by rising index.
 
@@ -209,6 +223,15 @@ def decoded(codes: Codes, w_dec: Tensor, kernel: str) -> Tensor:
         return rows
     dense = codes.values.new_zeros(codes.active.n_rows, len(w_dec))
     return dense.index_put((codes.active.rows, codes.active.features), codes.values) @ w_dec
+
+
+@torch.no_grad()
+def levels(sae: Sae, sample: Tensor, k: float) -> Tensor:
+    """(F,) what each feature's product with rows exceeds in a share k / F of a sample of them (n, d)."""
+    centred = sample[:LEVEL_ROWS] - sae.b_dec
+    rank = min(len(centred), max(1, round(len(centred) * k / sae.n_features)))
+    products = (torch.mm(block, centred.T) for block in sae.W_enc.split(LEVEL_ROWS // 8))
+    return torch.cat([torch.topk(product, rank, dim=1, sorted=False).values.amin(dim=1) for product in products])
 
 
 def dead_loss(sae: Sae, centred: Tensor, residual: Tensor, dead: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from pipelines.sae.base import Codes
 from pipelines.sae.sparse import Active, Preactivation
 from pipelines.sae.topk import TopKSae
 
-MEMORY = 0.99
-"""What of the threshold a batch leaves: it is an average over about the last hundred."""
+MEMORY = 0.95
+"""What of the threshold a batch leaves: it is an average over about the last twenty."""
 
 
 class BatchTopKSae(TopKSae):

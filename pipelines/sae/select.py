@@ -18,12 +18,15 @@ from pipelines.sae.sparse import Active, sampled_product
 BLOCK_ROWS = 512
 SPARE = 2
 """Candidates beyond k, as a share: k / SPARE."""
+ROUNDING = 2.0**-7
+"""How far below a floor a bfloat16 pre-activation may lie and be a candidate, relative to what is added up."""
 ROW_SHARE = 4
 """Candidates of a row, in k, where a batch shares its n·k codes."""
 GROUP = 8
 """Features whose maximum stands for all of them in the search."""
 
 
+@torch.no_grad()
 def top_k(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, fast: bool) -> tuple[Active, Tensor]:
     """The k largest of x · weightᵀ + bias of each row: where, and the values (n · k,). x (n, d), weight (F, d)."""
     n_features = len(weight)
@@ -37,6 +40,7 @@ def top_k(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, fast: bool) -> tup
     return Active.of_k(indices.gather(1, chosen), n_features), scores.gather(1, chosen).flatten()
 
 
+@torch.no_grad()
 def batch_top_k(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, fast: bool) -> tuple[Active, Tensor]:
     """The n·k largest of x · weightᵀ + bias over all rows together: where, and the values (n · k,).
 
@@ -67,13 +71,15 @@ def batch_top_k(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, fast: bool) 
     return Active.of_places(places[best], n, n_features), scores[best]
 
 
+@torch.no_grad()
 def above(x: Tensor, weight: Tensor, bias: Tensor, floor: Tensor, *, fast: bool) -> tuple[Active, Tensor]:
     """Where x · weightᵀ + bias exceeds `floor`, (F,) or one for all, and the values (nnz,)."""
     low_bias = bias.bfloat16() if fast else bias
+    lowest = floor - ROUNDING * (floor.abs() + bias.abs()) if fast else floor
     found, values = [], []
     for product in _products(x, weight, fast=fast):
         product += low_bias
-        mask = product > floor
+        mask = product > lowest
         found.append(Active.of_mask(mask))
         if not fast:
             values.append(product[mask])
