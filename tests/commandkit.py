@@ -14,9 +14,7 @@ import torch
 from forkkit import PROCESSES, preload
 from modelkit import ROOT
 
-preload(
-    "modelkit", "cli", "pipelines.collect", "pipelines.sweep", "zarr.codecs", "transformers.models.gpt2.modeling_gpt2"
-)
+preload("modelkit", "cli", "pipelines.collect", "pipelines.sweep", "zarr.codecs", "transformers.models.gpt2.modeling_gpt2")
 
 
 @dataclass

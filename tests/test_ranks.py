@@ -19,7 +19,7 @@ from pipelines.sae.checkpoint import load_run
 from pipelines.training.config import TrainConfig
 from pipelines.training.log import METRICS
 from pipelines.training.ranks import Ranks
-from pipelines.training.start import new_trainee
+from pipelines.training.start import Samples, new_trainee
 from pipelines.training.state import load_state
 from pipelines.training.trainee import Trainee
 
@@ -32,12 +32,12 @@ from actstore.reader import ActivationStore
 from actstore.stream import BatchStream
 from pipelines.training.ranks import ranks_of_environment
 from test_ranks import BATCH, N_STEPS, SITE, config_of, first_steps
-from pipelines.training.start import new_trainee
+from pipelines.training.start import Samples, new_trainee
 
 store, out = sys.argv[1:]
 with ranks_of_environment("cpu") as ranks:
     opened = ActivationStore(store)
-    trainee = new_trainee(config_of(store), SITE, opened, N_STEPS, "cpu", ranks, {}, fresh=True)
+    trainee = new_trainee(config_of(store), SITE, opened, N_STEPS, "cpu", ranks, Samples(), fresh=True)
     stream = iter(BatchStream(opened, SITE, BATCH // 2, rank=ranks.rank, n_ranks=ranks.n_ranks))
     found = first_steps(trainee, [torch.from_numpy(next(stream).copy()) for _ in range(N_STEPS)])
     torch.save(found, f"{out}.{ranks.rank}")
@@ -98,7 +98,9 @@ def test_two_ranks_take_the_steps_of_one_process_on_the_rows_of_both(rows_store:
     done = torchrun(2, tmp_path / "steps.py", rows_store, tmp_path / "found")
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"found.{rank}") for rank in (0, 1))
-    alone = new_trainee(config_of(rows_store), SITE, ActivationStore(rows_store), N_STEPS, "cpu", Ranks(), {}, fresh=True)
+    alone = new_trainee(
+        config_of(rows_store), SITE, ActivationStore(rows_store), N_STEPS, "cpu", Ranks(), Samples(), fresh=True
+    )
     expected = first_steps(alone, batches_of_both(rows_store))
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
         assert torch.equal(first[name], second[name]), name

@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from actstore.errors import InputError
-from pipelines.sae.sparse import Active, Decode
+from pipelines.sae import select
+from pipelines.sae.sparse import Active, Decode, Preactivation
 
 EPSILON = 1e-12
+LEVEL_ROWS = 8192
+"""Rows that starting levels are taken from."""
 
 
 @dataclass(frozen=True)
@@ -102,18 +105,60 @@ class Sae(nn.Module, ABC):
         """The codes of rows (n, d_model), as they are used once the SAE is trained."""
 
     @abstractmethod
+    def training_codes(self, x: Tensor, kernel: str) -> Codes:
+        """The codes of a training batch, with gradients, in one of `KERNELS`."""
+
     def losses(self, x: Tensor, objective: Objective, dead: Tensor | None = None) -> Losses:
-        """What training minimises for rows (n, d_model); `dead` (F,) marks features that have not fired for long."""
+        """What training minimises for rows (n, d_model); `dead` (F,) marks features that have not fired for long.
+
+        The mean squared error over all elements, which is 1 − FVE for rows whose variance is 1 on average, and the
+        objective's terms.
+        """
+        codes = self.training_codes(x, objective.kernel)
+        reconstruction = self.reconstruct(codes, objective.kernel)
+        return self.completed({"mse": (reconstruction - x).square().mean()}, x, reconstruction, codes, objective, dead)
+
+    def completed(
+        self,
+        terms: dict[str, Tensor],
+        x: Tensor,
+        reconstruction: Tensor,
+        codes: Codes,
+        objective: Objective,
+        dead: Tensor | None,
+    ) -> Losses:
+        """The losses of a batch: an architecture's own terms and those of the objective."""
+        if objective.l1 and "l1" not in terms:
+            terms["l1"] = objective.l1 * codes.values.sum() / (len(x) * self.n_features)
+        if objective.auxk and dead is not None and bool(dead.any()):
+            residual = (x - reconstruction).detach()
+            terms["auxk"] = objective.auxk * dead_loss(self, x - self.b_dec, residual, dead)
+        return Losses(torch.stack(list(terms.values())).sum(), terms, reconstruction.detach(), codes)
 
     @property
     def default_l1(self) -> float:
-        """The coefficient of the mean absolute code that is used when none is asked for."""
+        """The objective's `l1` that brings about k codes a row, where the architecture has no other means to."""
         return 0.0
+
+    @torch.no_grad()
+    def start(self, sample: Tensor) -> None:
+        """What an architecture sets from rows (n, d_model), scaled as in training, once `b_dec` is set."""
 
     @property
     def code_width(self) -> int | None:
         """How many codes any row has at most, where the architecture fixes that."""
         return None
+
+    def preactivations_above(self, x: Tensor, bias: Tensor, floor: Tensor, kernel: str) -> tuple[Tensor, Active]:
+        """Which (x − b_dec) · W_enc + bias exceed `floor` (F,), with gradients, and where, in one of `KERNELS`."""
+        if kernel == "dense":
+            dense = torch.addmm(bias, x - self.b_dec, self.W_enc.T)
+            active = Active.of_mask(dense.detach() > floor)
+            return dense[active.rows, active.features], active
+        with torch.no_grad():
+            centred = x - self.b_dec
+            active, pre = select.above(centred, self.W_enc, bias, floor, fast=kernel == "sparse")
+        return Preactivation.apply(pre, centred, self.W_enc, bias, self.b_dec, active), active
 
     def encode(self, x: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
         """(n, d_model) rows -> values (n, width) >= 0 and feature indices (n, width), by rising index.
@@ -129,10 +174,9 @@ class Sae(nn.Module, ABC):
         """Codes (n, width) -> reconstruction (n, d_model)."""
         return self.reconstruct(Codes(values.flatten(), Active.of_k(indices, self.n_features)))
 
-    def reconstruct(self, codes: Codes) -> Tensor:
-        """(n, d_model) from codes, with gradients."""
-        reconstruction: Tensor = Decode.apply(codes.values, self.W_dec, codes.active) + self.b_dec
-        return reconstruction
+    def reconstruct(self, codes: Codes, kernel: str = "sparse") -> Tensor:
+        """(n, d_model) from codes, with gradients, in one of `KERNELS`."""
+        return decoded(codes, self.W_dec, kernel) + self.b_dec
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(reconstruction, values, indices) of rows (n, d_model); no code is left out."""
@@ -170,6 +214,24 @@ class Sae(nn.Module, ABC):
             getattr(self, name).uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator=generator)
         self.b_dec.zero_()
         self.normalise_decoder()
+
+
+def decoded(codes: Codes, w_dec: Tensor, kernel: str) -> Tensor:
+    """(n, d) the sums of value · w_dec_f (F, d), with gradients, in one of `KERNELS`."""
+    if kernel != "dense":
+        rows: Tensor = Decode.apply(codes.values, w_dec, codes.active)
+        return rows
+    dense = codes.values.new_zeros(codes.active.n_rows, len(w_dec))
+    return dense.index_put((codes.active.rows, codes.active.features), codes.values) @ w_dec
+
+
+@torch.no_grad()
+def levels(sae: Sae, sample: Tensor, k: float) -> Tensor:
+    """(F,) what each feature's product with rows exceeds in a share k / F of a sample of them (n, d)."""
+    centred = sample[:LEVEL_ROWS] - sae.b_dec
+    rank = min(len(centred), max(1, round(len(centred) * k / sae.n_features)))
+    products = (torch.mm(block, centred.T) for block in sae.W_enc.split(LEVEL_ROWS // 8))
+    return torch.cat([torch.topk(product, rank, dim=1, sorted=False).values.amin(dim=1) for product in products])
 
 
 def dead_loss(sae: Sae, centred: Tensor, residual: Tensor, dead: Tensor) -> Tensor:

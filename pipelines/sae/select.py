@@ -1,4 +1,4 @@
-"""Which features are active: the k largest pre-activations of each row, or the n·k largest of a batch.
+"""Which features are active: the k largest pre-activations of each row, the n·k largest of a batch, or all above a floor.
 
 The encoder's product and the search through it are most of a training step. With `fast`, both run on bfloat16
 operands, a block of rows at a time so that what the product writes is still in cache when it is searched, for half as
@@ -8,6 +8,8 @@ those. A feature is missed only where bfloat16's rounding moves it behind k / 2 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -16,35 +18,102 @@ from pipelines.sae.sparse import Active, sampled_product
 BLOCK_ROWS = 512
 SPARE = 2
 """Candidates beyond k, as a share: k / SPARE."""
+ROUNDING = 2.0**-7
+"""How far below a floor a bfloat16 pre-activation may lie and be a candidate, relative to what is added up."""
+ROW_SHARE = 4
+"""Candidates of a row, in k, where a batch shares its n·k codes."""
 GROUP = 8
 """Features whose maximum stands for all of them in the search."""
 
 
+@torch.no_grad()
 def top_k(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, fast: bool) -> tuple[Active, Tensor]:
     """The k largest of x · weightᵀ + bias of each row: where, and the values (n · k,). x (n, d), weight (F, d)."""
     n_features = len(weight)
+    values, indices = row_search(x, weight, bias, min(n_features, k + k // SPARE) if fast else k, fast=fast)
+    indices, order = indices.sort(dim=1)
     if not fast:
-        found = [_top(torch.addmm(bias, block, weight.T), k) for block in x.split(BLOCK_ROWS)]
-        values, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
-        indices, order = indices.sort(dim=1)
         return Active.of_k(indices, n_features), values.gather(1, order).flatten()
-    candidates = Active.of_k(nearly_top(x, weight, bias, min(n_features, k + k // SPARE)), n_features)
+    candidates = Active.of_k(indices, n_features)
     scores = (sampled_product(x, weight, candidates) + bias[candidates.features]).view(len(x), -1)
     chosen = torch.topk(scores, k, dim=1, sorted=False).indices.sort(dim=1).values  # candidates rise, and so do these
-    indices = candidates.features.view(len(x), -1).gather(1, chosen)
-    return Active.of_k(indices, n_features), scores.gather(1, chosen).flatten()
+    return Active.of_k(indices.gather(1, chosen), n_features), scores.gather(1, chosen).flatten()
 
 
-def nearly_top(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Tensor:
-    """(n, k) the features, rising, whose pre-activation is largest by a bfloat16 product."""
-    low, low_bias = weight.bfloat16(), bias.bfloat16()
-    pre = torch.empty(min(BLOCK_ROWS, len(x)), len(weight), dtype=torch.bfloat16, device=x.device)
-    found = []
-    for block in x.bfloat16().split(BLOCK_ROWS):
-        product = torch.mm(block, low.T, out=pre[: len(block)])
+@torch.no_grad()
+def batch_top_k(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, fast: bool) -> tuple[Active, Tensor]:
+    """The n·k largest of x · weightᵀ + bias over all rows together: where, and the values (n · k,).
+
+    Each row is searched for its ROW_SHARE · k largest. Where all of those are among the batch's largest there may be
+    more, and that row is searched again for twice as many.
+    """
+    (n, n_features), total = (len(x), len(weight)), len(x) * k
+    wanted = min(n * n_features, total + total // SPARE) if fast else total
+    width = min(n_features, ROW_SHARE * k)
+    values, places = _with_places(
+        *row_search(x, weight, bias, width, fast=fast), torch.arange(n, device=x.device), n_features
+    )
+    while True:
+        chosen = torch.topk(values.float() if fast else values, wanted, sorted=False).indices
+        full = torch.bincount(places[chosen] // n_features, minlength=n) == width
+        if width == n_features or not bool(full.any()):
+            break
+        width, again = min(n_features, 2 * width), full.nonzero()[:, 0]
+        kept = ~full[places // n_features]
+        more = _with_places(*row_search(x[again], weight, bias, width, fast=fast), again, n_features)
+        values, places = torch.cat([values[kept], more[0]]), torch.cat([places[kept], more[1]])
+    places, order = places[chosen].sort()
+    active = Active.of_places(places, n, n_features)
+    if not fast:
+        return active, values[chosen][order]
+    scores = sampled_product(x, weight, active) + bias[active.features]
+    best = torch.topk(scores, total, sorted=False).indices.sort().values
+    return Active.of_places(places[best], n, n_features), scores[best]
+
+
+@torch.no_grad()
+def above(x: Tensor, weight: Tensor, bias: Tensor, floor: Tensor, *, fast: bool) -> tuple[Active, Tensor]:
+    """Where x · weightᵀ + bias exceeds `floor`, (F,) or one for all, and the values (nnz,)."""
+    low_bias = bias.bfloat16() if fast else bias
+    lowest = floor - ROUNDING * (floor.abs() + bias.abs()) if fast else floor
+    found, values = [], []
+    for product in _products(x, weight, fast=fast):
+        product += low_bias
+        mask = product > lowest
+        found.append(Active.of_mask(mask))
+        if not fast:
+            values.append(product[mask])
+    active = Active.of_blocks(found)
+    if not fast:
+        return active, torch.cat(values)
+    scores = sampled_product(x, weight, active) + bias[active.features]
+    over = scores > floor.expand_as(bias)[active.features]
+    return active.keep(over), scores[over]
+
+
+def row_search(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, fast: bool) -> tuple[Tensor, Tensor]:
+    """(n, k) the largest x · weightᵀ + bias of each row and their features, in no order; with `fast` in bfloat16."""
+    low_bias = bias.bfloat16() if fast else bias
+    values, found = [], []
+    for product in _products(x, weight, fast=fast):
         product += low_bias
         found.append(_grouped_top(product, k))
-    return torch.cat(found).sort(dim=1).values
+        values.append(product.gather(1, found[-1]))
+    return torch.cat(values), torch.cat(found)
+
+
+def _products(x: Tensor, weight: Tensor, *, fast: bool) -> Iterator[Tensor]:
+    """x · weightᵀ, a block of rows at a time, each in the place of the one before."""
+    if fast:
+        x, weight = x.bfloat16(), weight.bfloat16()
+    pre = x.new_empty(min(BLOCK_ROWS, len(x)), len(weight))
+    for block in x.split(BLOCK_ROWS):
+        yield torch.mm(block, weight.T, out=pre[: len(block)])
+
+
+def _with_places(values: Tensor, features: Tensor, rows: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
+    """Values and features (n, width) of the rows -> both flat, the features as places in the whole (n, F) matrix."""
+    return values.flatten(), (features + rows[:, None] * n_features).flatten()
 
 
 def _grouped_top(values: Tensor, k: int) -> Tensor:
@@ -57,8 +126,3 @@ def _grouped_top(values: Tensor, k: int) -> Tensor:
     members = torch.arange(0, width, n_groups, device=values.device)
     places = (groups[:, None, :] + members[None, :, None]).view(n, -1)
     return places.gather(1, torch.topk(values.gather(1, places), k, dim=1, sorted=False).indices)
-
-
-def _top(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    top = torch.topk(values, k, dim=1, sorted=False)
-    return top.values, top.indices

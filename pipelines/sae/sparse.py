@@ -38,8 +38,19 @@ class Active:
     @classmethod
     def of_mask(cls, mask: Tensor) -> Active:
         """Where (n, F) is true."""
-        counts = mask.sum(dim=1)
-        return cls(mask.nonzero()[:, 1], _starts(counts), mask.shape[1])
+        return cls(mask.nonzero()[:, 1], _starts(mask.sum(dim=1)), mask.shape[1])
+
+    @classmethod
+    def of_places(cls, places: Tensor, n_rows: int, n_features: int) -> Active:
+        """From rising places (nnz,) in an (n_rows, n_features) matrix read row by row."""
+        rows = torch.div(places, n_features, rounding_mode="floor")
+        return cls(places - rows * n_features, _starts(torch.bincount(rows, minlength=n_rows)), n_features)
+
+    @classmethod
+    def of_blocks(cls, blocks: list[Active]) -> Active:
+        """The rows of several, one after the other."""
+        counts = torch.cat([block.counts for block in blocks])
+        return cls(torch.cat([block.features for block in blocks]), _starts(counts), blocks[0].n_features)
 
     @property
     def n_rows(self) -> int:
@@ -95,8 +106,8 @@ def feature_sums(values: Tensor, active: Active, rows: Tensor) -> Tensor:
     return _bags(row_of, rows, starts, values[order])
 
 
-class EncodeActive(Function):
-    """Codes (nnz,) of the active features, relu of given pre-activations, with a gradient that touches only those.
+class Preactivation(Function):
+    """Pre-activations (nnz,) at the active places, with a gradient that touches only those.
 
     `pre` (nnz,) holds (x − b_dec) · W_enc_f + b_enc_f, whichever way it was computed; `centred` is x − b_dec (n, d).
     """
@@ -105,15 +116,14 @@ class EncodeActive(Function):
     def forward(
         ctx: Any, pre: Tensor, centred: Tensor, w_enc: Tensor, b_enc: Tensor, b_dec: Tensor, active: Active
     ) -> Tensor:
-        values = pre.relu()
         ctx.active = active
-        ctx.save_for_backward(centred, w_enc, values)
-        return values
+        ctx.save_for_backward(centred, w_enc)
+        return pre.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, Tensor, Tensor, Tensor, None]:
-        centred, w_enc, values = ctx.saved_tensors
-        through = gradients[0] * (values > 0)
+        centred, w_enc = ctx.saved_tensors
+        through = gradients[0]
         d_b_enc = torch.bincount(ctx.active.features, through, ctx.active.n_features).to(through.dtype)
         return None, None, feature_sums(through, ctx.active, centred), d_b_enc, -(d_b_enc @ w_enc), None
 

@@ -6,16 +6,12 @@ import torch
 from torch import Tensor
 
 from pipelines.sae import select
-from pipelines.sae.base import Codes, Losses, Objective, Sae, dead_loss
-from pipelines.sae.sparse import Active, EncodeActive
+from pipelines.sae.base import Codes, Sae
+from pipelines.sae.sparse import Active, Preactivation
 
 
 class TopKSae(Sae):
-    """The codes of a row are its k largest pre-activations (x − b_dec) · W_enc + b_enc, those below zero set to zero.
-
-    The loss is the mean squared error over all elements, which is 1 − FVE for rows whose variance is 1 on average, plus
-    the L1 and dead-feature terms of the objective.
-    """
+    """The codes of a row are its k largest pre-activations (x − b_dec) · W_enc + b_enc, those below zero set to zero."""
 
     architecture = "topk"
 
@@ -35,7 +31,6 @@ class TopKSae(Sae):
         return Active.of_k(torch.topk(pre, self.k, dim=1, sorted=False).indices.sort(dim=1).values, self.n_features)
 
     def training_codes(self, x: Tensor, kernel: str) -> Codes:
-        """The codes of a training batch, with gradients, in one of `KERNELS`."""
         if kernel == "dense":
             pre = torch.addmm(self.b_enc, x - self.b_dec, self.W_enc.T)
             active = self.largest(pre.detach())
@@ -43,26 +38,4 @@ class TopKSae(Sae):
         with torch.no_grad():
             centred = x - self.b_dec
             active, pre = self.search(centred, fast=kernel == "sparse")
-        return Codes(EncodeActive.apply(pre, centred, self.W_enc, self.b_enc, self.b_dec, active), active)
-
-    def training_reconstruction(self, codes: Codes, kernel: str) -> Tensor:
-        """(n, d_model) with gradients, in one of `KERNELS`."""
-        if kernel != "dense":
-            return self.reconstruct(codes)
-        dense = codes.values.new_zeros(codes.active.n_rows, self.n_features)
-        return dense.index_put((codes.active.rows, codes.active.features), codes.values) @ self.W_dec + self.b_dec
-
-    def losses(self, x: Tensor, objective: Objective, dead: Tensor | None = None) -> Losses:
-        codes = self.training_codes(x, objective.kernel)
-        reconstruction = self.training_reconstruction(codes, objective.kernel)
-        terms = {"mse": (reconstruction - x).square().mean()}
-        if objective.l1:
-            terms["l1"] = objective.l1 * codes.values.sum() / (len(x) * self.n_features)
-        if objective.auxk and dead is not None and bool(dead.any()):
-            residual = (x - reconstruction).detach()
-            terms["auxk"] = objective.auxk * dead_loss(self, x - self.b_dec, residual, dead)
-        return Losses(sum_of(terms), terms, reconstruction.detach(), codes)
-
-
-def sum_of(terms: dict[str, Tensor]) -> Tensor:
-    return torch.stack(list(terms.values())).sum()
+        return Codes(Preactivation.apply(pre, centred, self.W_enc, self.b_enc, self.b_dec, active).relu(), active)

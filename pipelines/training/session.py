@@ -23,7 +23,7 @@ from pipelines.sae.checkpoint import RunRecord, save_run
 from pipelines.training.config import TrainConfig, recorded, require_same
 from pipelines.training.log import MetricsLog
 from pipelines.training.ranks import Ranks
-from pipelines.training.start import MEDIAN_ROWS, new_trainee, sample_rows
+from pipelines.training.start import MEDIAN_ROWS, Samples, new_trainee, sample_rows
 from pipelines.training.state import Saved, discard_state, save_state
 from pipelines.training.stopping import Stop
 from pipelines.training.trainee import Trainee
@@ -80,7 +80,7 @@ class Session:
         n_steps = max(1, (first.tokens or round(first.epochs * n_rows)) // first.batch)
         weights_bytes = sum(8 * config.features * store.d_model(site) for config, site in zip(configs, sites, strict=True))
         require_free_space(out, 7 * weights_bytes, f"{len(configs)} SAEs and the state of their training")
-        samples: dict[tuple[str, int], torch.Tensor] = {}
+        samples = Samples()
         trainees = []
         for index, (config, site) in enumerate(zip(configs, sites, strict=True)):
             trainees.append(new_trainee(config, site, store, n_steps, device, ranks, samples, fresh=saved is None))

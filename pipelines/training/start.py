@@ -21,6 +21,19 @@ from pipelines.training.trainee import Recipe, Trainee
 MEDIAN_ROWS = 32_768
 
 
+class Samples:
+    """Rows of each site that starts are taken from, and their geometric median, read once for all SAEs."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def of(self, store: ActivationStore, site: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if (site, seed) not in self._found:
+            rows = torch.from_numpy(sample_rows(store, site, MEDIAN_ROWS, seed))
+            self._found[site, seed] = rows, geometric_median(rows)
+        return self._found[site, seed]
+
+
 def new_trainee(
     config: TrainConfig,
     site: str,
@@ -28,7 +41,7 @@ def new_trainee(
     n_steps: int,
     device: str,
     ranks: Ranks,
-    samples: dict[tuple[str, int], torch.Tensor],
+    samples: Samples,
     *,
     fresh: bool,
 ) -> Trainee:
@@ -45,10 +58,9 @@ def new_trainee(
         recipe = Recipe.standard(lr, n_steps, config.batch, config.k / config.features, objective)
         scale = input_scale(store, site)
         if fresh:
-            key = (site, config.order_seed)
-            if key not in samples:
-                samples[key] = geometric_median(torch.from_numpy(sample_rows(store, site, MEDIAN_ROWS, config.order_seed)))
-            sae.b_dec.data = samples[key] * scale
+            rows, median = samples.of(store, site, config.order_seed)
+            sae.b_dec.data = median * scale
+            sae.start(rows * scale)
     sae.to(device)
     average, any_of = (ranks.average, ranks.any_of) if ranks.n_ranks > 1 else (None, None)
     return Trainee(sae, recipe, scale, average=average, any_of=any_of)
