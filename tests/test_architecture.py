@@ -25,6 +25,7 @@ LEAVES = frozenset(
         "code_store",
         "corpus",
         "hub",
+        "made_store",
         "progress",
         "python_labels",
         "recipe",

@@ -1,0 +1,143 @@
+"""In: a function of row numbers. Out: an activation store of those rows, written by the real writer; no model runs.
+
+The text is made up: every token is the same, each split is one long document. All else (plan, shards, statistics,
+hashes) is as `collect` leaves it, so that every command reads such a store like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actstore.codecs import encode_rows
+from actstore.layout import MIN_SHARDS, choose_layout
+from actstore.moments import Moments
+from actstore.plan import PartPlan
+from actstore.schema import (
+    PARTS,
+    CorpusIdentity,
+    Manifest,
+    ModelIdentity,
+    PartRecord,
+    RowArray,
+    SegmentRecord,
+    WindowPolicy,
+    site_arrays,
+)
+from actstore.writer import StoreWriter, write_shard
+
+SITE = "resid_post.0"
+CONTEXT = 128
+CHANNEL_ROWS = 4096
+"""How many of the first rows measure the channels of an int8 store."""
+
+Rows = Callable[[int, int], NDArray[np.float32]]
+Tables = dict[str, NDArray[Any]]
+
+
+def write_made_store(
+    path: Path,
+    rows: Rows,
+    n_rows: int,
+    n_heldout: int = 0,
+    *,
+    corpus: CorpusIdentity,
+    encoding: str = "fp32",
+    seed: int = 0,
+    tables: Tables | None = None,
+) -> Path:
+    """Write rows [0, n_rows) as the training split and the next `n_heldout` as the held-out one; returns `path`.
+
+    `rows(start, stop)` gives (stop - start, d_model) float32 and must be a pure function: a killed writer is continued by
+    calling this again. A shard's rows lie in the order of their numbers. `corpus` says what they are, in place of
+    a text; `tables` are kept in the segment beside its own.
+    """
+    sample = rows(0, min(n_rows, CHANNEL_ROWS))
+    d_model = sample.shape[1]
+    channels = _moments(sample).channels()
+    manifest = _manifest(d_model, corpus, encoding, seed)
+    n_rows_of = dict(zip(PARTS, (n_rows, n_heldout), strict=True))
+    parts, plans, own = _plan(manifest, n_rows_of)
+    if encoding == "int8":
+        own[f"channels/{SITE}"] = channels.table
+    n_documents = sum(count > 0 for count in n_rows_of.values())
+    record = SegmentRecord(manifest.store_id, 0, 0, 0, n_documents, 0, n_documents, n_rows + n_heldout, 0, parts, {}, {})
+    with StoreWriter.open(path, manifest, {"tokenizer.json": b"{}"}) as writer:
+        there = writer.segments()
+        segment = there[0] if there else writer.add_segment(record, {**own, **(tables or {})})
+        for part, shard in writer.missing_shards(segment):
+            start, stop = segment.parts[part].layout.shard_range(shard)
+            first = n_rows if part == PARTS[1] else 0
+            made = rows(first + start, first + stop)
+            kept, scale = encode_rows(made, encoding, channels)
+            arrays = {**_places(plans[part], shard), f"acts/{SITE}": kept}
+            if scale is not None:
+                arrays[f"scales/{SITE}"] = scale
+            write_shard(writer.place, manifest, segment, part, shard, arrays, {"stats": {SITE: _moments(made).record()}})
+        if not writer.is_sealed(segment):
+            writer.seal(segment)
+    return path
+
+
+def _manifest(d_model: int, corpus: CorpusIdentity, encoding: str, seed: int) -> Manifest:
+    return Manifest(
+        kind="activations",
+        model=ModelIdentity("made-up", 1, d_model, "0" * 64),
+        tokenizer_sha256="0" * 64,
+        corpus=corpus,
+        policy=WindowPolicy(CONTEXT, True, "packed", False, 0, 0),
+        arrays=(
+            RowArray("rows/window", 0, "uint32", "raw"),
+            RowArray("rows/position", 0, "uint16", "raw"),
+            *site_arrays(SITE, d_model, encoding),
+        ),
+        compute_dtype="fp32",
+        seed=seed,
+        provenance={"model": "made-up"},
+    )
+
+
+def _plan(manifest: Manifest, n_rows: dict[str, int]) -> tuple[dict[str, PartRecord], dict[str, PartPlan], Tables]:
+    """How the splits are cut, which token each row stands at, and the tables of the text that this makes."""
+    stride = manifest.policy.stride
+    offsets = np.concatenate([[0], np.cumsum([count + 1 for count in n_rows.values() if count])])
+    tables: Tables = {
+        "tokens/ids": np.ones(offsets[-1], np.uint16),  # a document ends with a separator
+        "documents/offsets": offsets,
+        "documents/heldout": np.arange(len(offsets) - 1).astype(np.uint8),
+        "documents/source": np.frombuffer("\n".join(part for part in PARTS if n_rows[part]).encode(), np.uint8),
+    }
+    parts, plans, first_token = {}, {}, 0
+    for index, part in enumerate(PARTS):
+        starts = np.arange(0, n_rows[part], stride, dtype=np.int64)
+        counts = np.minimum(stride, n_rows[part] - starts)
+        layout = choose_layout(n_rows[part], manifest.row_bytes, 4 * manifest.model.d_model, min_shards=MIN_SHARDS)
+        plans[part] = PartPlan.build(manifest.seed, 0, index, layout, counts)
+        parts[part] = PartRecord(len(counts), layout.n_rows, layout.shard_rows, layout.chunk_rows)
+        tables |= {
+            f"{part}/windows/token_start": starts + first_token,
+            f"{part}/windows/n_tokens": counts.astype(np.uint32),
+            f"{part}/windows/first_row": plans[part].first_rows,
+        }
+        first_token += n_rows[part] + 1
+    return parts, plans, tables
+
+
+def _places(plan: PartPlan, shard: int) -> Tables:
+    """Window and position of each row of a shard, in disk order."""
+    row = plan.row_order(shard) + plan.layout.shard_range(shard)[0]
+    place = np.searchsorted(plan.row_bounds, row, side="right") - 1
+    return {
+        "rows/window": plan.window_order[place].astype(np.uint32),
+        "rows/position": (1 + row - plan.row_bounds[place]).astype(np.uint16),
+    }
+
+
+def _moments(rows: NDArray[np.float32]) -> Moments:
+    moments = Moments(rows.shape[1])
+    moments.update(rows)
+    return moments
