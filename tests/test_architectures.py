@@ -37,8 +37,8 @@ def random_sae(name: str, dtype: torch.dtype) -> tuple[Sae, Tensor]:
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
-    if isinstance(sae, BatchTopKSae):
-        sae.after_step(sae.training_codes(x, "dense"))
+    sae.after_step(sae.training_codes(x[: N_ROWS // 2], "dense"))
+    sae.after_step(sae.training_codes(x[N_ROWS // 2 :], "dense"))
     return sae, x
 
 
@@ -170,13 +170,12 @@ def explained_and_l0(sae: Sae, rows: Tensor) -> tuple[float, float]:
 @pytest.mark.parametrize("name", NAMES)
 def test_each_learns_with_about_k_codes_a_row(name: str) -> None:
     rows = structured_rows(12_288, 32, 96)
-    sae = trained(make(name, 32, 128, 4), rows[:8192], 300)
+    sae = trained(make(name, 32, 128, 4), rows[:8192], 150, lr=8e-3)
     explained, l0 = explained_and_l0(sae, rows[8192:])
-    start = explained_and_l0(make(name, 32, 128, 4), rows[8192:])[0]
-    print(f"{name}: FVE {explained:.3f}, at the start {start:.3f}, L0 {l0:.2f}")
+    print(f"{name}: FVE {explained:.3f}, L0 {l0:.2f}")
     assert explained > 0.7
-    exactly = {"topk": 1e-9, "batchtopk": 0.05, "matryoshka": 0.05, "jumprelu": 0.1}
-    assert abs(l0 / 4 - 1) < exactly.get(name, 0.6)
+    aimed = {"topk": 1.001, "batchtopk": 1.05, "matryoshka": 1.05, "jumprelu": 1.1}.get(name, 3.0)
+    assert 4 / aimed < l0 < 4 * aimed
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -184,7 +183,7 @@ def test_folding_the_input_scale_gives_the_same_sae_of_raw_rows(name: str) -> No
     sae, x = random_sae(name, torch.float64)
     scale = 0.037
     reconstruction, values, indices = sae(x)
-    assert float(values.max()) > 0
+    assert bool(values.any())
     sae.fold_input_scale(scale)
     raw_reconstruction, raw_values, raw_indices = sae(x / scale)
     assert torch.equal(raw_indices, indices)
@@ -213,14 +212,23 @@ def test_codes_of_a_row_do_not_depend_on_the_rows_beside_it(name: str) -> None:
     values, indices = sae.encode(x, N_FEATURES)
     few = sae.encode(x[7:9], N_FEATURES)
     torch.testing.assert_close(dense_codes(sae, *few), dense_codes(sae, values, indices)[7:9])
-    assert len(sae.encode(x[:0])[0]) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_rows_and_rows_without_a_code_are_no_special_case(name: str) -> None:
+    sae, x = random_sae(name, torch.float32)
+    assert sae.encode(x[:0])[0].numel() == 0
+    assert sae(x[:0])[0].shape == (0, D_MODEL)
+    reconstruction, values, _ = sae(sae.b_dec.detach().expand(3, -1) - 100 * sae.W_enc.detach().mean(dim=0))
+    if not values.any():
+        torch.testing.assert_close(reconstruction, sae.b_dec.expand(3, -1))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_kernels_agree(name: str) -> None:
     sae = make(name, 32, 256, 8)
     x = structured_rows(512, 32, 64)
-    sae.start(x)
+    sae.start(structured_rows(512, 32, 64, seed=1))  # of other rows, of which none lies at a starting threshold
     found = {kernel: sae.losses(x, Objective(l1=0.1, kernel=kernel)) for kernel in KERNELS}
     for kernel, losses in found.items():
         tolerance = 2e-3 if kernel == "sparse" else 1e-5  # a code within bfloat16's rounding of the last may be another
@@ -275,8 +283,8 @@ def test_the_threshold_is_the_mean_of_the_batches_smallest_codes_from_the_first_
     for _ in range(30):
         codes = sae.training_codes(torch.randn(32, D_MODEL, generator=generator), "dense")
         sae.after_step(codes)
-        seen.append(float(codes.values.min()))
-        weights = [0.99 * weight for weight in weights] + [0.01]
+        seen.append(float(codes.values.detach().min()))
+        weights = [0.95 * weight for weight in weights] + [0.05]
         expected = sum(w * v for w, v in zip(weights, seen, strict=True)) / sum(weights)
         assert math.isclose(float(sae.threshold), expected, rel_tol=1e-6)
     assert int(sae.n_batches) == 30
@@ -299,7 +307,7 @@ def test_a_batch_is_searched_until_no_row_could_hold_more(huge: float) -> None:
     pre = x @ weight.T + bias
     expected = pre.flatten().topk(2800).indices.sort().values
     assert torch.equal(exact.rows * 1024 + exact.features, expected)
-    torch.testing.assert_close(values, pre.flatten()[expected])
+    torch.testing.assert_close(values, pre.flatten()[expected], rtol=1e-5, atol=1e-5)
     if huge > 1:
         assert int(exact.counts.max()) > 4 * 4
     fast, fast_values = batch_top_k(x, weight, bias, 4, fast=True)
@@ -319,6 +327,6 @@ def agreement(found: Active, expected: Active) -> float:
 @pytest.mark.parametrize("name", ["topk", "batchtopk"])
 def test_the_bfloat16_search_finds_what_the_full_one_finds(name: str) -> None:
     rows = structured_rows(10_240, 64, 256, per_row=8.0)
-    sae = trained(make(name, 64, 512, 8), rows[:6144], 40)
+    sae = trained(make(name, 64, 512, 8), rows[:6144], 24)
     found = [sae.training_codes(rows[6144:], kernel).active for kernel in ("sparse", "sparse-fp32")]
     assert agreement(found[0], found[1]) >= 0.999

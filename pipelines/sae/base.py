@@ -42,14 +42,18 @@ class Codes(NamedTuple):
     values: Tensor
     active: Active
 
+    @property
+    def longest(self) -> int:
+        """How many codes the row with the most has."""
+        return int(self.active.counts.max()) if self.active.n_rows else 0
+
     def padded(self, width: int) -> tuple[Tensor, Tensor]:
         """(n, width) values and features, by rising feature.
 
         Rows with fewer end in zeros of feature 0; rows with more keep their largest.
         """
-        active, counts = self.active, self.active.counts
-        longest = int(counts.max()) if len(counts) else 0
-        if longest == int(counts.min()) == width:
+        active, counts, longest = self.active, self.active.counts, self.longest
+        if len(active.features) == width * active.n_rows and longest == width:
             return self.values.view(-1, width), active.features.view(-1, width)
         column = torch.arange(len(active.features), device=counts.device) - active.starts[active.rows]
         shape = (active.n_rows, max(longest, width))
@@ -167,7 +171,7 @@ class Sae(nn.Module, ABC):
         """
         codes = self.codes(x)
         if width is None:
-            width = self.code_width or max(1, int(codes.active.counts.max()))
+            width = self.code_width or max(1, codes.longest)
         return codes.padded(width)
 
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:

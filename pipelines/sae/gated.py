@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from pipelines.sae.base import Codes, Losses, Objective, Sae, decoded, levels
 
-L1 = 0.8
+L1 = 1.0
+"""Of the default coefficient. Measured (d = 192, F = 1024, 400 steps): L0 7 for k = 8, between 22 and 46 for 32."""
 START = 4.0
 """How many times k features are active in a row when training begins."""
 

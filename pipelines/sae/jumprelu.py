@@ -12,9 +12,10 @@ from torch.autograd import Function
 
 from pipelines.sae.base import Codes, Losses, Objective, Sae, levels
 
-BANDWIDTH = 0.5
+BANDWIDTH = 1.0
 """Width of the window around a threshold in which rows move it, for rows whose variance is 1 on average."""
-COEFFICIENT = 1.0
+COEFFICIENT = 3.0
+"""Of the L0 term. Measured (d = 192, F = 1024): L0 8.1 for k = 8 in 400 steps, 32.7 for 32 in 800."""
 
 
 class JumpReluSae(Sae):
