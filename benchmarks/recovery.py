@@ -1,6 +1,6 @@
 """Whether a trained SAE finds the features that rows were made of.
 
-    python -m benchmarks.recovery [--problem independent] [--seeds 0 1 2] [--tokens 4000000] [--lr 0.004] [--json]
+    python -m benchmarks.recovery [--problem independent] [--seeds 0 1 2] [--tokens 8000000] [--lr 0.002] [--json]
 
 Two problems of 1,024 true features in 192 dimensions (`pipelines.synthetic`): independent ones, whose frequencies fall
 as rank^-0.5, and 128 parents with 7 children each, one of which fires with its parent in the mean (rank^-1). SAEs of
@@ -160,8 +160,8 @@ def main() -> None:
     parser.add_argument("--times", nargs="+", type=int, default=[1, 2], help="features of the SAE over true features")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the store")
-    parser.add_argument("--tokens", type=int, default=4_000_000, help="rows to train on")
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--tokens", type=int, default=8_000_000, help="rows to train on")
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
