@@ -99,6 +99,7 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]
             "highest": max(rates),
             "peak_rss_mb": median(run["peak_rss_mb"] for run in each),
             "version": each[0]["version"],
+            **{name: each[0][name] for name in ("rows_choosing_otherwise",) if name in each[0]},
         }
         if ours is not None:
             ratios = [a["tokens_per_s"] / b for a, b in zip(runs[ours], rates, strict=False)]
@@ -153,6 +154,10 @@ def main() -> None:
         f"{first['torch']}, {first['threads']} threads; load of the machine before: {load_before:.1f}"
     )
     print_table(found)
+    for features, rows in found.items():
+        share = rows.get("ours, bf16", {}).get("rows_choosing_otherwise")
+        if share is not None:
+            print(f"F = {features}: {share:.3%} of rows choose other features than in full precision (asked: at most 0.1 %)")
     versions = {name.split(",")[0]: row["version"] for rows in found.values() for name, row in rows.items()}
     print("versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()))
     for name, reason in {**peers.skipped, **failed}.items():

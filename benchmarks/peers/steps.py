@@ -77,6 +77,8 @@ class Trainer:
     weights: Callable[[], dict[str, Tensor]]
     """W_enc (F, d), b_enc (F,), W_dec (F, d), b_dec (d,) of relu(top k of (x − b_dec) W_encᵀ + b_enc) W_dec + b_dec."""
     version: str
+    facts: Callable[[], dict[str, float]] = dict
+    """More to say of the trained SAE."""
 
 
 def made_rows(n_rows: int, d_model: int, seed: int = 0) -> NDArray[np.float32]:
@@ -166,9 +168,11 @@ def run(options: argparse.Namespace, build: Callable[[Task, Tensor], Trainer]) -
         result["rows_sha256"] = hashlib.sha256(rows.tobytes()).hexdigest()
         batches = cycle(torch.from_numpy(rows).split(options.batch))
         steps, seconds = measure(trainer, batches, options.steps, options.seconds)
+    peak = peak_rss_mb()
     return result | {
+        **trainer.facts(),
         "tokens_per_s": steps * options.batch / seconds,
-        "peak_rss_mb": peak_rss_mb(),
+        "peak_rss_mb": peak,
         "rss_before_mb": before,
         "version": trainer.version,
         "steps": steps,

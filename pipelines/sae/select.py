@@ -97,7 +97,9 @@ def row_search(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, fast: bool) -
     values, found = [], []
     for product in _products(x, weight, fast=fast):
         product += low_bias
-        found.append(_grouped_top(product, k))
+        # Among numbers above zero, the order of bfloat16s is that of their bits as integers, which compare twice as fast.
+        # Those below zero come last, in another order: all of them make a code of zero.
+        found.append(_grouped_top(product.view(torch.int16) if fast else product, k))
         values.append(product.gather(1, found[-1]))
     return torch.cat(values), torch.cat(found)
 
