@@ -241,10 +241,11 @@ def levels(sae: Sae, sample: Tensor, k: float) -> Tensor:
 def dead_loss(sae: Sae, centred: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
     """‖e − ê‖² / ‖e − mean e‖²: what the d/2 strongest dead features leave of the residual e (n, d) of each row.
 
-    Gao et al. 2024, appendix A.2: without decoder bias; e and the encoder's input are held fixed.
+    Gao et al. 2024, appendix A.2: without decoder bias; e and the encoder's input are held fixed. Also without encoder bias:
+    that of a feature that died has mostly sunk so low that relu leaves it no gradient at any row.
     """
     which = dead.nonzero()[:, 0]
-    pre = torch.addmm(sae.b_enc[which], centred.detach(), sae.W_enc[which].T).relu()
+    pre = (centred.detach() @ sae.W_enc[which].T).relu()
     k = max(1, sae.d_model // 2)
     if k < len(which):
         top = torch.topk(pre, k, dim=1, sorted=False)

@@ -48,7 +48,9 @@ def new_trainee(
     """An SAE at its start; when it is to be loaded (not `fresh`), without what only the start needs."""
     d_model = store.d_model(site)
     sae = make(config.architecture, d_model, config.features, config.k, seed=config.seed)
-    kernel = config.kernel if config.kernel != "auto" else choose_kernel(config.features, config.k, config.batch, device)
+    kernel = (
+        config.kernel if config.kernel != "auto" else choose_kernel(d_model, config.features, config.k, config.batch, device)
+    )
     objective = Objective(config.l1 or sae.default_l1, config.auxk, kernel)
     lr = config.lr or default_learning_rate(config.features, n_steps)
     if config.recipe == "textbook":
