@@ -429,10 +429,10 @@ def evaluate(as_json: bool, **options: Any) -> None:
     Example:
       actstore evaluate run gpt2.store
     """
-    from pipelines.evaluate import EvaluateConfig
+    from pipelines.evaluate import EvaluateConfig, evaluation_lines
     from pipelines.evaluate import evaluate as stage
 
-    _print(stage(_shown("evaluate", EvaluateConfig(**options))), as_json, _key_lines)
+    _print(stage(_shown("evaluate", EvaluateConfig(**options))), as_json, evaluation_lines)
 
 
 @cli.command()
