@@ -203,9 +203,9 @@ def evaluation_lines(found: dict[str, Any]) -> list[str]:
         f"unexplained over the PCA's {found['unexplained_over_pca']:.3f})",
         "active features a row (L0)": f"{found['l0']:.2f}",
         "mean squared error": f"{found['mse']:.4g}",
-        "cosine of x and x̂": f"{found['cosine']:.4f}",
-        "‖x̂‖ / ‖x‖ (shrinkage)": f"{found['l2_ratio']:.4f}",
-        "E‖x̂‖² / E[x·x̂] (bias)": _shown(found["relative_reconstruction_bias"]),
+        "cosine": f"{found['cosine']:.4f}",
+        "l2 ratio (shrinkage)": f"{found['l2_ratio']:.4f}",
+        "reconstruction bias": _shown(found["relative_reconstruction_bias"]),
         "dead features": f"{found['dead_features']:,} ({found['dead_share']:.1%}), fire in none of these rows",
         "dense features": f"{found['dense_features']:,} ({found['dense_share']:.1%}), fire in more than {DENSE:.0%}",
         "silent features": f"{found['silent_features']:,} ({found['silent_share']:.1%}), "

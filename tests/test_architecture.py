@@ -43,7 +43,7 @@ LEAVES = frozenset(
 )
 """Modules (or subpackages) of `pipelines` that any other may import."""
 
-COMPOSERS = frozenset({"demo", "lesson", "sweep"})
+COMPOSERS = frozenset({"baselines", "demo", "lesson", "sweep"})
 """Modules of `pipelines` whose work is to call the stages one after another."""
 
 HEAVY = ("torch", "dask", "distributed", "zarr", "transformers", "datasets", "pyarrow", "scipy")
