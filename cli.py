@@ -421,18 +421,29 @@ def train(as_json: bool, **options: Any) -> None:
 @click.option("--pca", default=16, show_default=True, help="Components of the PCA that the SAE is compared with.")
 @click.option("--model", help="Where the language model is, if it was moved.")
 @DEVICE_OPTION
+@click.option(
+    "--baselines", is_flag=True, help="Beside it: PCA, raw dimensions, a random decoder, a model with random weights."
+)
+@click.option(
+    "--baseline-tokens",
+    default=1_000_000,
+    show_default=True,
+    help="Rows that the baselines' SAEs are trained on, at most those of the run; 0: as many.",
+)
 @JSON_OPTION
 def evaluate(as_json: bool, **options: Any) -> None:
     """How well an SAE explains held-out rows, and what its reconstruction does to the model's loss.
 
+    The figures are kept beside the run, in evaluation.json.
+
     \b
     Example:
       actstore evaluate run gpt2.store
+      actstore evaluate run gpt2.store --baselines
     """
-    from pipelines.evaluate import EvaluateConfig
-    from pipelines.evaluate import evaluate as stage
+    from pipelines.baselines import BaselinesConfig, evaluate_beside_baselines, lines
 
-    _print(stage(_shown("evaluate", EvaluateConfig(**options))), as_json, _key_lines)
+    _print(evaluate_beside_baselines(_shown("evaluate", BaselinesConfig(**options))), as_json, lines)
 
 
 @cli.command()

@@ -27,8 +27,8 @@ from actstore.reader import ActivationStore
 from actstore.recode import recode_store
 from benchmarks.madestore import OUTLIERS, SITE, make_store
 from pipelines.collect import collect
-from pipelines.evaluate import evaluate_rows
 from pipelines.recipe import CollectConfig
+from pipelines.row_metrics import heldout_metrics
 from pipelines.sae.checkpoint import load_run
 from pipelines.train import train
 from pipelines.training.config import TrainConfig
@@ -76,7 +76,7 @@ def trained_table(folder: Path, n_tokens: int, layer: int) -> dict[str, tuple[fl
         for seed in SEEDS:
             run = folder / f"run-{encoding}-{seed}"
             train(TrainConfig(store=copy, out=run, features=2048, k=16, epochs=2, seed=seed))
-            scores.append(evaluate_rows(load_run(run)[0], ActivationStore(exact), f"resid_post.{layer}")["fve"])
+            scores.append(heldout_metrics(load_run(run)[0], ActivationStore(exact), f"resid_post.{layer}")["fve"])
         found[encoding] = (mean(scores), stdev(scores))
     return found
 

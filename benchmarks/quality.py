@@ -37,9 +37,10 @@ from actstore.stream import BatchStream
 from benchmarks.peers.environments import PeerFailed, Peers, add_options, choose
 from pipelines.capture import Site, load_model
 from pipelines.collect import collect
-from pipelines.evaluate import evaluate_rows, evaluate_text
 from pipelines.recipe import CollectConfig
+from pipelines.row_metrics import heldout_metrics
 from pipelines.sae.topk import TopKSae
+from pipelines.text_metrics import heldout_text, reconstructing
 
 OTHERS = ("saelens", "dictionary_learning")
 TRAINERS = ("ours", *OTHERS)
@@ -116,8 +117,10 @@ def measure(
                     failed[trainer] = str(error)
                     continue
                 sae = load_sae(weights_file)
-                found: dict[str, Any] = evaluate_rows(sae, store, site)
-                found |= evaluate_text(sae, model, store, Site.parse(site), options.windows, "cpu")
+                found: dict[str, Any] = heldout_metrics(sae, store, site)
+                replaced = {"sae": reconstructing(sae)}
+                text = heldout_text(model, store, Site.parse(site), replaced, options.windows, "cpu")
+                found |= text.finalize()
                 found["dead_share"] = share_without_firing(sae, rows[-window:])
                 record = {"trainer": trainer, "lr": lr, "seed": seed, **{name: found.get(name) for name in FIGURES}}
                 records.append({**record, "tokens_per_s": run["tokens_per_s"], "version": run["version"]})

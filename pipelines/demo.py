@@ -15,7 +15,7 @@ from actstore.reader import ActivationStore
 from pipelines.analysis import RECORD as ANALYSIS_RECORD
 from pipelines.analysis import Analysis
 from pipelines.analyze import AnalyzeConfig, analyze
-from pipelines.builtin import model_path
+from pipelines.baselines import random_weights_model
 from pipelines.cluster import connect
 from pipelines.code_store import CodeStore
 from pipelines.codes import EncodeConfig, encode
@@ -63,7 +63,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     if result_file.exists():
         raise OutputExists(f"{out}: holds a finished demo (see {page}); choose another --out, or move it away.")
     started = time.monotonic()
-    model = _random_model(out / "model", config.seed) if config.random_weights else "builtin"
+    model = random_weights_model("builtin", out / "model", config.seed) if config.random_weights else "builtin"
     collected = collect(CollectConfig(out=store, model=model, layer=(config.layer,), tokens=config.tokens, seed=config.seed))
     if (run / RUN_RECORD).exists():
         _, made = load_run(run)
@@ -146,7 +146,7 @@ def demo_lines(result: dict[str, Any]) -> list[str]:
     facts = {
         "variance explained, held out": f"{figures['fve']:.1%} ({pca})",
         "loss with the reconstruction": f"{figures['ce_sae']:.3f} nat ({figures['delta_ce']:+.3f} over the clean model's)",
-        "dead features": f"{figures['dead_share']:.1%} over the last {figures['dead_window_rows']:,} training rows",
+        "dead features": f"{figures['silent_share']:.1%} over the last {figures['silent_window_rows']:,} training rows",
         "firing frequency": ", ".join(f"{name} {n:,}" for name, n in result["bands"].items()),
         "features that follow a rule": f"{rules['features']:,} (F1 >= {GOOD_F1}), {rules['rules']} different rules",
         "disk per million tokens": f"store {result['store_bytes_per_million_tokens'] / 1e6:,.0f} MB, "
@@ -166,23 +166,6 @@ def demo_lines(result: dict[str, Any]) -> list[str]:
         "",
         f"took {result['seconds']:.0f} s; look at {result['page']}",
     ]
-
-
-def _random_model(folder: Path, seed: int) -> str:
-    """A GPT-2 of the built-in model's shape and tokenizer, with the weights it had before any training."""
-    if folder.exists():
-        return str(folder)
-    import torch
-    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = GPT2LMHeadModel(GPT2Config.from_pretrained(model_path()))
-    unfinished = folder.with_name(f".{folder.name}.tmp")
-    AutoTokenizer.from_pretrained(model_path()).save_pretrained(unfinished)
-    model.save_pretrained(unfinished)
-    unfinished.rename(folder)
-    return str(folder)
 
 
 def read_demo(out: Path) -> dict[str, Any]:

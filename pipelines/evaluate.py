@@ -1,4 +1,4 @@
-"""In: a run and a store. Out: how well the SAE explains rows and text it was not trained on.
+"""In: a run, a store, the model. Out: how well the SAE explains rows and text it was not trained on, kept beside the run.
 
 Rows: the held-out split. Text: the held-out windows through the language model, with the site's activation replaced
 by its reconstruction at the positions that are kept as rows; all other positions pass through. Definitions are the
@@ -7,9 +7,8 @@ field's, written out in docs/GLOSSARY.md; sums are float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from actstore.errors import IdentityMismatch, InputError
+from actstore.errors import IdentityMismatch, InputError, NotAStore
+from actstore.files import publish_json, read_json
 from actstore.reader import ActivationStore
-from pipelines.capture import Site, choose_device, hooked, load_model, model_identity
-from pipelines.progress import track
-from pipelines.sae.base import Sae
-from pipelines.sae.checkpoint import load_run, require_match
-from pipelines.windows import Windows
+from pipelines.capture import Site, choose_device, load_model, model_identity
+from pipelines.row_metrics import DENSE, PART, heldout_metrics, heldout_rows
+from pipelines.sae.checkpoint import RunRecord, load_run, require_match
+from pipelines.terminal import BAR
+from pipelines.text_metrics import heldout_text, positions_said, reconstructing
 
-PART = "heldout"
-BATCH_ROWS = 8192
-BATCH_WINDOWS, BATCH_POSITIONS = 16, 2048
-"""At most, of one forward pass: 2,048 positions are 0.4 GB of logits for GPT-2, a few copies of which are alive at once."""
+FORMAT, VERSION = "actstore-evaluation", 1
 PCA_ROWS = 200_000
+BLOCK_COSINES = 1 << 25
+"""Cosines of decoder directions that are held at a time: 0.13 GB."""
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+CLOSE = 0.9
 
 
 @dataclass(frozen=True)
@@ -50,82 +51,88 @@ class EvaluateConfig:
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Every figure of one SAE as plain values. Raises InputError when the store holds no held-out rows."""
+    """Every figure of one SAE as plain values, published at `evaluation_path`; `saved` says where, None for a run's
+    folder that cannot be written to. Raises InputError when the store holds no held-out rows."""
     store = ActivationStore(config.store)
     sae, record = load_run(config.run)
     require_match(config.run, record, store)
-    if not store.n_rows(PART):
-        raise InputError(f"{store.url}: holds no held-out documents; collect more text, so that some are kept apart.")
+    require_heldout(store)
     if config.pca >= record.d_model:
         raise InputError(
             f"pca {config.pca}: rows have {record.d_model} dimensions; choose --pca {record.d_model - 1} or less."
         )
     device = choose_device(config.device)
-    rows = evaluate_rows(sae.to(device), store, record.site)
-    basis, mean = pca_basis(store, record.site, config.pca)
-    pca_fve = linear_fve(store, record.site, basis, mean)
-    model = load_model(config.model or record.model, device, "fp32")
-    require_same_model(model, store, config.model or record.model)
-    text = evaluate_text(sae, model, store, Site.parse(record.site), config.windows, device)
-    return {
+    sae.to(device)
+    rows = heldout_metrics(sae, store, record.site)
+    pca_fve = float(linear_fve(store, record.site, *pca_basis(store, record.site, config.pca))[-1])
+    neighbours = nearest_cosines(sae.W_dec)
+    model = load_same_model(config.model or record.model, store, device)
+    text = heldout_text(model, store, Site.parse(record.site), {"sae": reconstructing(sae)}, config.windows, device)
+    figures = {
         "run_id": record.run_id,
         "store_id": store.store_id,
+        "snapshot": store.snapshot,
+        "model": record.model,
         "site": record.site,
+        "architecture": record.architecture,
+        "n_features": record.n_features,
+        "k": record.k,
+        "rows_seen": record.rows_seen,
         **rows,
+        "silent_features": record.metrics["dead_features"],
+        "silent_share": record.metrics["dead_features"] / record.n_features,
+        "silent_window_rows": record.metrics["dead_window_rows"],
+        "decoder_cosine": cosine_summary(neighbours),
         "pca_components": config.pca,
         "pca_fve": pca_fve,
         "unexplained_over_pca": (1 - rows["fve"]) / (1 - pca_fve),
-        "dead_features": record.metrics["dead_features"],
-        "dead_share": record.metrics["dead_features"] / record.n_features,
-        "dead_window_rows": record.metrics["dead_window_rows"],
-        **text,
+        "windows": config.windows,
+        "positions": positions_said(store.manifest.policy),
+        "text_positions": text.n_positions,
+        "text_positions_replaced": text.n_replaced,
+        **text.finalize(),
     }
+    path = evaluation_path(config.run, record, store.store_id)
+    return {**figures, "saved": save_evaluation(path, figures)}
 
 
-def require_same_model(model: nn.Module, store: ActivationStore, name: str) -> None:
-    """Raises IdentityMismatch when a loaded model is not the one a store was collected from."""
+def evaluation_path(run: Path, record: RunRecord, store_id: str, name: str = "evaluation") -> Path:
+    """`evaluation.json` for the store that a run was trained on; another store's has that store's id in its name, so that
+    neither is written over the other."""
+    return run / (f"{name}.json" if store_id == record.store_id else f"{name}-{store_id}.json")
+
+
+def save_evaluation(path: Path, figures: dict[str, Any]) -> str | None:
+    """Publish figures, in place of older ones; gives the path, or None where the folder cannot be written to."""
+    if not os.access(path.parent, os.W_OK):
+        return None
+    publish_json(path, {"format": FORMAT, "version": VERSION, **figures})
+    return str(path)
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """What `save_evaluation` was given. Raises NotAStore when the file is none of ours."""
+    value: dict[str, Any] = read_json(path) if path.exists() else {}
+    if value.pop("format", None) != FORMAT or value.pop("version", None) != VERSION:
+        raise NotAStore(f"{path}: not an evaluation of version {VERSION}; run `evaluate` (again).")
+    return value
+
+
+def require_heldout(store: ActivationStore) -> None:
+    """Raises InputError when a store has nothing to evaluate on."""
+    if not store.n_rows(PART):
+        raise InputError(f"{store.url}: holds no held-out documents; collect more text, so that some are kept apart.")
+
+
+def load_same_model(name: str, store: ActivationStore, device: str) -> nn.Module:
+    """The model a store was collected from. Raises IdentityMismatch when `name` is another one."""
+    model = load_model(name, device, "fp32")
     ours, theirs = model_identity(model).weights_sha256, store.manifest.model.weights_sha256
     if ours != theirs:
         raise IdentityMismatch(
             f"model {name}: has weights {ours[:12]}, {store.url} comes from {theirs[:12]}; name the right one with --model."
         )
-
-
-def evaluate_rows(sae: Sae, store: ActivationStore, site: str) -> dict[str, float]:
-    """FVE, MSE, L0, cosine, shrinkage and the share of features that never fire, over the held-out rows.
-
-    fve = 1 − E‖x−x̂‖² / (E‖x‖² − ‖E x‖²); l2_ratio = mean ‖x̂‖/‖x‖; cosine = mean cos(x, x̂).
-    """
-    device = sae.W_dec.device
-    n, firings = 0, 0
-    error = norm = cosine = ratio = 0.0
-    total = np.zeros(sae.d_model)
-    fired = torch.zeros(sae.n_features, dtype=torch.bool, device=device)
-    for x in _held_out_rows(store, site):
-        batch = torch.from_numpy(x).to(device)
-        with torch.inference_mode():
-            reconstruction, values, indices = sae(batch)
-        fired[indices[values > 0]] = True
-        exact, guess = batch.double(), reconstruction.double()
-        n += len(x)
-        firings += int((values > 0).sum())
-        error += float((exact - guess).square().sum())
-        norm += float(exact.square().sum())
-        total += exact.sum(dim=0).cpu().numpy()
-        cosine += float(torch.nn.functional.cosine_similarity(exact, guess).sum())
-        ratio += float((guess.norm(dim=1) / exact.norm(dim=1).clamp_min(1e-12)).sum())
-    variance = norm / n - float(np.square(total / n).sum())
-    if variance <= 0:
-        raise InputError(f"{store.url}: its {n} held-out rows do not vary; collect more text.")
-    return {
-        "heldout_rows": n,
-        "fve": 1.0 - error / n / variance,
-        "mse": error / n / sae.d_model,
-        "l0": firings / n,
-        "cosine": cosine / n,
-        "l2_ratio": ratio / n,
-        "never_fired_heldout": float((~fired).float().mean()),
-    }
+    return model
 
 
 def pca_basis(store: ActivationStore, site: str, n_components: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -141,124 +148,102 @@ def pca_basis(store: ActivationStore, site: str, n_components: int) -> tuple[NDA
     return vectors[:, ::-1][:, :n_components], mean
 
 
-def linear_fve(store: ActivationStore, site: str, basis: NDArray[np.float64], mean: NDArray[np.float64]) -> float:
-    """FVE of the projection on a basis (d, n) around a mean, over the held-out rows."""
-    n, error, norm, total = 0, 0.0, 0.0, np.zeros(len(mean))
-    for x in _held_out_rows(store, site):
+def linear_fve(
+    store: ActivationStore, site: str, basis: NDArray[np.float64], mean: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """(n,) FVE over the held-out rows of projecting on the first 1, 2, … n directions of a basis (d, n) around a mean."""
+    n, norm, centred_norm = 0, 0.0, 0.0
+    total, along = np.zeros(len(mean)), np.zeros(basis.shape[1])
+    for x in heldout_rows(store, site):
         exact = x.astype(np.float64)
         centred = exact - mean
-        error += float(np.square(centred - (centred @ basis) @ basis.T).sum())
+        along += np.square(centred @ basis).sum(axis=0)
+        centred_norm += float(np.square(centred).sum())
         n, norm, total = n + len(x), norm + float(np.square(exact).sum()), total + exact.sum(axis=0)
-    return 1.0 - error / n / (norm / n - float(np.square(total / n).sum()))
+    error = centred_norm - np.cumsum(along)
+    fve: NDArray[np.float64] = 1.0 - error / n / (norm / n - float(np.square(total / n).sum()))
+    return fve
 
 
-def _held_out_rows(store: ActivationStore, site: str) -> Any:
-    for shard in store.shards(PART):
-        for start in range(0, shard.n_rows, BATCH_ROWS):
-            yield store.read(shard, f"acts/{site}", start, min(start + BATCH_ROWS, shard.n_rows))
+@torch.no_grad()
+def nearest_cosines(directions: Tensor) -> Tensor:
+    """(F,) of each direction (F, d), the largest cosine with another one; (0,) where there is no other."""
+    unit = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    n = len(unit)
+    if n < 2:
+        return unit.new_zeros(0)
+    nearest = unit.new_empty(n)
+    for start in range(0, n, max(1, BLOCK_COSINES // n)):
+        block = unit[start : start + max(1, BLOCK_COSINES // n)] @ unit.T
+        own = torch.arange(len(block), device=unit.device)
+        block[own, start + own] = -torch.inf
+        nearest[start : start + len(block)] = block.amax(dim=1)
+    return nearest
 
 
-def evaluate_text(
-    sae: Sae, model: nn.Module, store: ActivationStore, site: Site, n_windows: int, device: str
-) -> dict[str, float | None]:
-    """Next-token cross-entropy (nats) with the site's activation kept, reconstructed, zeroed, or set to its mean.
-
-    delta_ce = CE_sae − CE_clean; ce_loss_score = (CE_zero − CE_sae) / (CE_zero − CE_clean); kl = mean
-    KL(clean ‖ sae) over the same positions. Zero ablation can be worse than uniform, so the mean's score is beside it.
-    """
-    mean = store.statistics(site.label).mean
-    mean_row = torch.from_numpy(mean).float().to(device)
-
-    def reconstruct(rows: Tensor) -> Tensor:
-        replaced: Tensor = sae(rows)[0]
-        return replaced
-
-    replacements: dict[str, Callable[[Tensor], Tensor]] = {
-        "sae": reconstruct,
-        "zero": torch.zeros_like,
-        "mean": lambda rows: mean_row.expand_as(rows),
-    }
-    sums = dict.fromkeys(("clean", *replacements, "kl"), 0.0)
-    n_targets = 0
-    batch_windows = max(1, min(BATCH_WINDOWS, BATCH_POSITIONS // store.manifest.policy.context))
-    batches = _window_batches(held_out_windows(store), n_windows, batch_windows)
-    with track("evaluate", len(batches), "batches") as progress, torch.inference_mode():
-        for windows, chosen in batches:
-            inputs, kept = windows.batch(chosen)
-            ids, mask = torch.from_numpy(inputs).to(device), torch.from_numpy(kept).to(device)
-            lead = int(windows.policy.bos)
-            real = torch.arange(1, ids.shape[1]) < torch.from_numpy(windows.n_tokens[chosen] + lead)[:, None]
-            targets = ids[:, 1:][real.to(device)]
-            clean = _log_probabilities(model, ids, real)
-            sums["clean"] += _cross_entropy(clean, targets)
-            for name, replace in replacements.items():
-                with hooked(model, site, _replacing(mask, replace)):
-                    changed = _log_probabilities(model, ids, real)
-                sums[name] += _cross_entropy(changed, targets)
-                if name == "sae":
-                    sums["kl"] += float((clean.exp() * (clean - changed)).sum(dim=1).double().sum())
-            n_targets += len(targets)
-            progress.advance(1)
-    clean_ce, sae_ce, zero_ce, mean_ce, kl = (sums[name] / n_targets for name in ("clean", "sae", "zero", "mean", "kl"))
+def cosine_summary(nearest: Tensor) -> dict[str, Any]:
+    """Mean, quantiles and share above 0.9 of nearest-neighbour cosines. Empty where there are none."""
+    if not len(nearest):
+        return {}
+    values = nearest.double().cpu().numpy()
+    quantiles = dict(zip((f"q{100 * q:02.0f}" for q in QUANTILES), np.quantile(values, QUANTILES).tolist(), strict=True))
     return {
-        "text_tokens": n_targets,
-        "ce_clean": clean_ce,
-        "ce_sae": sae_ce,
-        "delta_ce": sae_ce - clean_ce,
-        "ce_zero": zero_ce,
-        "ce_mean": mean_ce,
-        "ce_loss_score": _ratio(zero_ce - sae_ce, zero_ce - clean_ce),
-        "ce_loss_score_mean": _ratio(mean_ce - sae_ce, mean_ce - clean_ce),
-        "kl": kl,
+        "mean": float(values.mean()),
+        "median": quantiles.pop("q50"),
+        "max": float(values.max()),
+        **quantiles,
+        "share_above_0.9": float((values > CLOSE).mean()),
     }
 
 
-def held_out_windows(store: ActivationStore) -> list[Windows]:
-    """The held-out windows of every segment."""
-    return [
-        Windows(
-            store.table(segment.index, "tokens/ids"),
-            store.table(segment.index, f"{PART}/windows/token_start"),
-            store.table(segment.index, f"{PART}/windows/n_tokens").astype(np.int64),
-            store.manifest.policy,
+def evaluation_lines(found: dict[str, Any]) -> list[str]:
+    """What `evaluate` prints."""
+    figures = {
+        "variance explained (FVE)": f"{found['fve']:.4f} ({found['pca_components']}-component PCA {found['pca_fve']:.4f}; "
+        f"unexplained over the PCA's {found['unexplained_over_pca']:.3f})",
+        "active features a row (L0)": f"{found['l0']:.2f}",
+        "mean squared error": f"{found['mse']:.4g}",
+        "cosine": f"{found['cosine']:.4f}",
+        "l2 ratio (shrinkage)": f"{found['l2_ratio']:.4f}",
+        "reconstruction bias": _shown(found["relative_reconstruction_bias"]),
+        "dead features": f"{found['dead_features']:,} ({found['dead_share']:.1%}), fire in none of these rows",
+        "dense features": f"{found['dense_features']:,} ({found['dense_share']:.1%}), fire in more than {DENSE:.0%}",
+        "silent features": f"{found['silent_features']:,} ({found['silent_share']:.1%}), "
+        f"not in the last {found['silent_window_rows']:,} training rows",
+        "log10 of densities": _histogram_line(found["density_histogram"]),
+    }
+    if cosine := found["decoder_cosine"]:
+        figures["nearest decoder direction"] = (
+            f"cosine {cosine['mean']:.3f} (median {cosine['median']:.3f}, 95 % below {cosine['q95']:.3f}; "
+            f"{cosine['share_above_0.9']:.1%} above {CLOSE})"
         )
-        for segment in store.segments
+    text = [
+        ("clean", found["ce_clean"], None, None),
+        ("reconstruction", found["ce_sae"], found["delta_ce"], found["kl"]),
+        ("mean ablation", found["ce_mean"], found["ce_mean"] - found["ce_clean"], found["kl_mean"]),
+        ("zero ablation", found["ce_zero"], found["ce_zero"] - found["ce_clean"], found["kl_zero"]),
     ]
-
-
-def _window_batches(
-    segments: list[Windows], n_windows: int, batch_windows: int = BATCH_WINDOWS
-) -> list[tuple[Windows, NDArray[np.int64]]]:
-    """`n_windows` windows spread evenly over the split (all, if there are fewer), in batches of one segment each."""
-    bounds = np.cumsum([0, *map(len, segments)])
-    chosen = np.linspace(0, bounds[-1] - 1, min(n_windows, int(bounds[-1]))).astype(np.int64)
-    own = [chosen[(chosen >= first) & (chosen < last)] - first for first, last in pairwise(bounds.tolist())]
     return [
-        (windows, mine[start : start + batch_windows])
-        for windows, mine in zip(segments, own, strict=True)
-        for start in range(0, len(mine), batch_windows)
+        f"run {found['run_id']}, store {found['store_id']}: {found['site']}, {found['architecture']}, "
+        f"{found['n_features']:,} features",
+        f"{found['heldout_rows']:,} held-out rows",
+        *(f"  {name:<27} {figure}" for name, figure in figures.items()),
+        f"{found['text_tokens']:,} held-out tokens; replaced are {found['text_positions_replaced']:,} of "
+        f"{found['text_positions']:,} positions: {found['positions']}",
+        f"  {'in nats':<27} {'CE':>9}{'ΔCE':>9}{'KL':>9}",
+        *(f"  {name:<27} {ce:>9.4f}{_shown(delta, 9, '+')}{_shown(kl, 9)}".rstrip() for name, ce, delta, kl in text),
+        f"  {'CE-loss score':<27} {_shown(found['ce_loss_score'], 9)}    (mean ablation: "
+        f"{_shown(found['ce_loss_score_mean'])})",
+        f"  {'KL score':<27} {_shown(found['kl_score'], 9)}",
+        f"saved: {found['saved'] or 'no, the folder of the run cannot be written to'}",
     ]
 
 
-def _replacing(mask: Tensor, replace: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def edit(activation: Tensor) -> Tensor:
-        changed = activation.clone()
-        changed[mask] = replace(activation[mask])
-        return changed
-
-    return edit
+def _shown(value: float | None, width: int = 0, sign: str = "") -> str:
+    return f"{'' if width else 'none':>{width}}" if value is None else f"{value:>{sign}{width}.4f}"
 
 
-def _log_probabilities(model: nn.Module, ids: Tensor, real: Tensor) -> Tensor:
-    """(n_targets, vocabulary) log-probabilities of the next token at every position that has one."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    return torch.log_softmax(logits[real.to(logits.device)].float(), dim=-1)
-
-
-def _cross_entropy(log_probabilities: Tensor, targets: Tensor) -> float:
-    return float(-log_probabilities.gather(1, targets[:, None]).double().sum())
-
-
-def _ratio(numerator: float, denominator: float) -> float | None:
-    """None where the ablation changes nothing, and a score has no meaning."""
-    return numerator / denominator if denominator else None
+def _histogram_line(histogram: dict[str, Any]) -> str:
+    counts, edges = histogram["counts"], histogram["log10_edges"]
+    bars = "".join(BAR[0 if not n else max(1, round(8 * n / max(counts)))] for n in counts)
+    return f"{edges[0]:g} |{bars}| {edges[-1]:g}"

@@ -1,11 +1,14 @@
 """In: a store and values for some of `train`'s options. Out: a run for each combination, and how they compare.
 
 All are trained in one pass over the store. The runs lie below one folder, named by what they differ in, beside
-`sweep.json` (the comparison) and `frontier.svg` (variance explained over active features).
+`sweep.json` (the comparison) and `frontier.svg` (variance explained over active features). They are compared on
+held-out rows, or, where the store has none, by the last training batch.
 """
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
@@ -13,12 +16,20 @@ from typing import Any
 
 from actstore.errors import InputError, OutputExists
 from actstore.files import publish_json
+from actstore.reader import ActivationStore
+from pipelines.capture import choose_device
+from pipelines.row_metrics import heldout_metrics
+from pipelines.sae.checkpoint import load_run
 from pipelines.train import train, train_together
 from pipelines.training.config import OWN, TrainConfig
 
 SUMMARY, FRONTIER = "sweep.json", "frontier.svg"
 SWEPT = tuple(name for name in OWN if name != "out")
+COMPARED_ROWS = 200_000
+"""At most, of the held-out rows: the standard error of an FVE is then far below what tells two SAEs apart."""
 COMPARED = ("fve", "l0", "dead", "loss")
+HELDOUT_FIGURES = {"fve": "fve", "l0": "l0", "dead": "dead_share", "heldout_rows": "heldout_rows"}
+HELDOUT, BATCH = "held-out rows", "the last training batch"
 
 
 def sweep(options: dict[str, Any]) -> dict[str, Any]:
@@ -33,20 +44,24 @@ def sweep(options: dict[str, Any]) -> dict[str, Any]:
     if (out / SUMMARY).exists():
         raise OutputExists(f"{out}: holds a finished sweep; choose another --out, or move it away.")
     found = train_together(configs, out)
+    speed = {"sweep": str(out), "rows_per_s": found[0]["rows_per_s"], "data_wait_share": found[0]["data_wait_share"]}
+    if int(os.environ.get("RANK", "0")):  # of torchrun's processes, the first compares
+        return speed
+    measured_on, figures = compared_figures(configs, found)
     rows = [
-        {"run": config.out.name, **{name: getattr(config, name) for name in SWEPT}, **_compared(result)}
-        for config, result in zip(configs, found, strict=True)
+        {"run": config.out.name, **{name: getattr(config, name) for name in SWEPT}, **own}
+        for config, own in zip(configs, figures, strict=True)
     ]
     rows.sort(key=lambda row: -row["fve"])
-    draw_frontier(rows, out / FRONTIER)
-    summary = {"store": str(options["store"]), "runs": rows, "frontier": str(out / FRONTIER)}
-    publish_json(out / SUMMARY, summary)
-    return {
-        "sweep": str(out),
-        "rows_per_s": found[0]["rows_per_s"],
-        "data_wait_share": found[0]["data_wait_share"],
-        **summary,
+    draw_frontier(rows, out / FRONTIER, measured_on)
+    summary = {
+        "store": str(options["store"]),
+        "measured_on": measured_on,
+        "runs": rows,
+        "frontier": str(out / FRONTIER),
     }
+    publish_json(out / SUMMARY, summary)
+    return {**speed, **summary}
 
 
 def grid(options: dict[str, Any]) -> list[TrainConfig]:
@@ -66,7 +81,28 @@ def grid(options: dict[str, Any]) -> list[TrainConfig]:
     return configs
 
 
-def draw_frontier(rows: list[dict[str, Any]], path: Path) -> None:
+def compared_figures(configs: list[TrainConfig], found: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+    """What the runs are compared on, and each one's FVE, L0 and share of dead features there.
+
+    On held-out rows, dead is to fire in none of them; in training, not to have fired for long. All runs are compared on
+    the same: by the batch if the held-out rows of any site are none, or do not vary. The figures of training are there in
+    any case, under names of their own.
+    """
+    training = [{f"training_{name}": result["metrics"][name] for name in COMPARED} for result in found]
+    store = ActivationStore(configs[0].store)
+    with suppress(InputError):
+        figures = []
+        for config, own in zip(configs, training, strict=True):
+            sae, record = load_run(config.out)
+            heldout = heldout_metrics(sae.to(choose_device(config.device)), store, record.site, COMPARED_ROWS)
+            figures.append({name: heldout[key] for name, key in HELDOUT_FIGURES.items()} | own)
+        return HELDOUT, figures
+    return BATCH, [
+        {name: own[f"training_{name}"] for name in HELDOUT_FIGURES if name != "heldout_rows"} | own for own in training
+    ]
+
+
+def draw_frontier(rows: list[dict[str, Any]], path: Path, measured_on: str) -> None:
     """Variance explained over active features, a line for each architecture, site and width."""
     from matplotlib.figure import Figure
 
@@ -80,7 +116,7 @@ def draw_frontier(rows: list[dict[str, Any]], path: Path) -> None:
         )
     for label, points in sorted(lines.items()):
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
-    axes.set(xlabel="L0 (active features in a row)", ylabel="variance explained (FVE)", xscale="log")
+    axes.set(xlabel="L0 (active features in a row)", ylabel="variance explained (FVE)", xscale="log", title=measured_on)
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path)
@@ -92,7 +128,12 @@ def comparison_lines(summary: dict[str, Any]) -> list[str]:
     width = max(len(row["run"]) for row in rows)
     lines = [f"{'run':<{width}}{'FVE':>9}{'L0':>9}{'dead':>9}"]
     lines += [f"{row['run']:<{width}}{row['fve']:>9.4f}{row['l0']:>9.1f}{row['dead']:>9.1%}" for row in rows]
-    return [*lines, f"{summary['rows_per_s']:,} rows/s of {len(rows)} SAEs each; plot: {summary['frontier']}"]
+    dead = "that fire in none" if summary["measured_on"] == HELDOUT else "silent for long in training"
+    return [
+        *lines,
+        f"FVE and L0 of {summary['measured_on']}, dead {dead}; {summary['rows_per_s']:,} rows/s of {len(rows)} SAEs each; "
+        f"plot: {summary['frontier']}",
+    ]
 
 
 def _values(name: str, given: Any) -> tuple[Any, ...]:
@@ -101,7 +142,3 @@ def _values(name: str, given: Any) -> tuple[Any, ...]:
     if len(set(values)) < len(values):
         raise InputError(f"{name} {', '.join(map(str, values))}: a value is given twice; give each once.")
     return values or (default,)
-
-
-def _compared(result: dict[str, Any]) -> dict[str, float]:
-    return {name: result["metrics"][name] for name in COMPARED}

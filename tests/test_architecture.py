@@ -29,19 +29,21 @@ LEAVES = frozenset(
         "progress",
         "python_labels",
         "recipe",
+        "row_metrics",
         "sae",
         "training",
         "shards",
         "statistics",
         "stdlib",
         "terminal",
+        "text_metrics",
         "tokens",
         "windows",
     }
 )
 """Modules (or subpackages) of `pipelines` that any other may import."""
 
-COMPOSERS = frozenset({"demo", "lesson", "sweep"})
+COMPOSERS = frozenset({"baselines", "demo", "lesson", "sweep"})
 """Modules of `pipelines` whose work is to call the stages one after another."""
 
 HEAVY = ("torch", "dask", "distributed", "zarr", "transformers", "datasets", "pyarrow", "scipy")

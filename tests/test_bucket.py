@@ -644,7 +644,11 @@ def test_a_run_its_codes_and_their_analysis_are_those_of_the_store_in_a_folder(
         assert [step.exit_code for step in steps] == [0] * len(steps), [step.stderr for step in steps]
         results[where] = {
             "weights": load_file(run / "sae.safetensors"),
-            "evaluation": {**json.loads(steps[1].stdout), "run_id": "depends on where the store is"},
+            "evaluation": {
+                **json.loads(steps[1].stdout),
+                "run_id": "depends on where the store is",
+                "saved": "and so does this",
+            },
             "analysis": {name: data for name, data in files_of(analysis).items() if name.startswith("data.zarr/")},
         }
     there, here = results["there"], results["here"]

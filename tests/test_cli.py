@@ -31,7 +31,7 @@ CONFIGS = {
     "estimate": "pipelines.recipe.CollectConfig",
     "recode": "pipelines.upkeep.RecodeConfig",
     "train": "pipelines.training.config.TrainConfig",
-    "evaluate": "pipelines.evaluate.EvaluateConfig",
+    "evaluate": "pipelines.baselines.BaselinesConfig",
     "encode": "pipelines.codes.EncodeConfig",
     "analyze": "pipelines.analyze.AnalyzeConfig",
     "inspect": "pipelines.inspect.InspectConfig",

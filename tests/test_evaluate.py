@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,23 +15,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from actstore.errors import IdentityMismatch, InputError
+from actstore.errors import IdentityMismatch, InputError, NotAStore
 from actstore.reader import ActivationStore
+from actstore.recode import recode_store
 from pipelines.capture import Site, load_model
 from pipelines.collect import collect
 from pipelines.evaluate import (
     EvaluateConfig,
-    _window_batches,
+    cosine_summary,
     evaluate,
-    evaluate_rows,
-    evaluate_text,
-    held_out_windows,
+    evaluation_lines,
+    evaluation_path,
     linear_fve,
+    nearest_cosines,
     pca_basis,
+    read_evaluation,
 )
 from pipelines.recipe import CollectConfig
+from pipelines.row_metrics import heldout_metrics
 from pipelines.sae.checkpoint import load_run, save_run
-from pipelines.sae.topk import TopKSae
+from pipelines.text_metrics import Replace, heldout_text, heldout_windows, reconstructing, window_batches
 from pipelines.windows import Windows
 
 SITE = "resid_post.2"
@@ -40,8 +42,14 @@ ALL = 10_000
 
 
 @pytest.fixture(scope="module")
-def figures(store: Path, run: Path) -> dict[str, Any]:
-    return evaluate(EvaluateConfig(run=run, store=store, windows=ALL, device="cpu"))
+def own_run(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run, to be written beside."""
+    return Path(shutil.copytree(run, tmp_path_factory.mktemp("own") / "run"))
+
+
+@pytest.fixture(scope="module")
+def figures(store: Path, own_run: Path) -> dict[str, Any]:
+    return evaluate(EvaluateConfig(run=own_run, store=store, windows=ALL, device="cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +75,7 @@ def test_the_figures_of_rows_follow_their_definitions(opened: ActivationStore, r
     guess, codes = reconstruction.numpy().astype(np.float64), values.numpy()
     error = np.square(x - guess).sum(axis=1).mean()
     norms, guess_norms = np.linalg.norm(x, axis=1), np.linalg.norm(guess, axis=1)
-    fired = np.unique(indices.numpy()[codes > 0])
+    density = np.bincount(indices.numpy()[codes > 0], minlength=64) / len(x)
     expected = {
         "heldout_rows": len(x),
         "fve": 1 - error / (np.square(x).sum(axis=1).mean() - np.square(x.mean(axis=0)).sum()),
@@ -75,9 +83,17 @@ def test_the_figures_of_rows_follow_their_definitions(opened: ActivationStore, r
         "l0": (codes > 0).sum(axis=1).mean(),
         "cosine": ((x * guess).sum(axis=1) / norms / guess_norms).mean(),
         "l2_ratio": (guess_norms / norms).mean(),
-        "never_fired_heldout": 1 - len(fired) / 64,
+        "relative_reconstruction_bias": np.square(guess_norms).mean() / (x * guess).sum(axis=1).mean(),
+        "dead_features": (density == 0).sum(),
+        "dead_share": (density == 0).mean(),
+        "dense_features": (density > 0.1).sum(),
+        "dense_share": (density > 0.1).mean(),
     }
     assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    histogram = figures["density_histogram"]
+    inside, _ = np.histogram(np.log10(density[density > 0]), histogram["log10_edges"])
+    assert histogram["counts"] == inside.tolist()
+    assert sum(histogram["counts"]) + histogram["dead"] == 64
 
 
 def test_the_pca_is_that_of_the_singular_values(opened: ActivationStore, figures: dict[str, Any]) -> None:
@@ -93,22 +109,51 @@ def test_the_pca_is_that_of_the_singular_values(opened: ActivationStore, figures
 def test_all_components_but_one_leave_the_smallest_variance(opened: ActivationStore) -> None:
     basis, mean = pca_basis(opened, SITE, D_MODEL)
     np.testing.assert_allclose(basis.T @ basis, np.eye(D_MODEL), atol=1e-9)
-    assert linear_fve(opened, SITE, basis, mean) == pytest.approx(1, abs=1e-9)
-    assert linear_fve(opened, SITE, basis[:, :-1], mean) < 1
+    found = linear_fve(opened, SITE, basis, mean)
+    assert found[-1] == pytest.approx(1, abs=1e-9)
+    assert (np.diff(found) > 0).all()
+    np.testing.assert_allclose(linear_fve(opened, SITE, basis[:, :5], mean), found[:5])
 
 
-def test_the_dead_features_are_those_the_training_counted(run: Path, figures: dict[str, Any]) -> None:
+def test_the_silent_features_are_those_the_training_counted(run: Path, figures: dict[str, Any]) -> None:
     metrics = load_run(run)[1].metrics
-    assert figures["dead_features"] == metrics["dead_features"]
-    assert figures["dead_share"] == metrics["dead_features"] / 64
+    assert figures["silent_features"] == metrics["dead_features"]
+    assert figures["silent_share"] == metrics["dead_features"] / 64
+
+
+# The decoder
+
+
+@pytest.mark.parametrize("block", [1, 37 * 10, 1 << 25])
+def test_the_nearest_directions_are_those_of_all_pairs(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.evaluate.BLOCK_COSINES", block)
+    directions = np.random.default_rng(0).normal(size=(37, 6)) * np.arange(1, 38)[:, None]
+    directions[9] = 0
+    norms = np.linalg.norm(directions, axis=1)
+    cosines = directions @ directions.T / np.maximum(np.outer(norms, norms), 1e-12)
+    np.fill_diagonal(cosines, -np.inf)
+    found = nearest_cosines(torch.from_numpy(directions))
+    np.testing.assert_allclose(found.numpy(), cosines.max(axis=1), atol=1e-12)
+
+
+def test_the_summary_of_the_cosines_is_that_of_their_distribution(run: Path, figures: dict[str, Any]) -> None:
+    unit = load_run(run)[0].W_dec.double().numpy()
+    nearest = np.sort(unit @ unit.T, axis=1)[:, -2]
+    found = figures["decoder_cosine"]
+    assert found["mean"] == pytest.approx(nearest.mean(), rel=1e-5)
+    assert (found["median"], found["q95"]) == pytest.approx(np.quantile(nearest, [0.5, 0.95]), rel=1e-5)
+    assert (found["max"], found["share_above_0.9"]) == pytest.approx((nearest.max(), (nearest > 0.9).mean()), rel=1e-5)
+
+
+def test_a_single_direction_has_no_neighbour() -> None:
+    assert cosine_summary(nearest_cosines(torch.ones(1, 3))) == {}
 
 
 # Text
 
 
-def replaced_by(rows: Callable[[Tensor], Tensor]) -> TopKSae:
-    """What `evaluate_text` takes for an SAE: its reconstruction is any function of the rows."""
-    return cast(TopKSae, lambda x: (rows(x),))
+def text_figures(store: ActivationStore, model: torch.nn.Module, replace: Replace) -> dict[str, Any]:
+    return heldout_text(model, store, Site.parse(SITE), {"sae": replace}, ALL, "cpu").finalize()
 
 
 def plain_windows(store: ActivationStore) -> list[tuple[Tensor, Tensor]]:
@@ -150,9 +195,9 @@ def plain_loss(store: ActivationStore, model_folder: Path, row: Tensor | None) -
 def test_replacing_the_activation_by_itself_changes_nothing_at_all(
     opened: ActivationStore, model: torch.nn.Module, figures: dict[str, Any]
 ) -> None:
-    found = evaluate_text(replaced_by(lambda rows: rows), model, opened, Site("resid_post", 2), ALL, "cpu")
+    found = text_figures(opened, model, lambda rows: rows)
     assert (found["delta_ce"], found["kl"]) == (0, 0)
-    assert (found["ce_loss_score"], found["ce_loss_score_mean"]) == (1, 1)
+    assert (found["ce_loss_score"], found["ce_loss_score_mean"], found["kl_score"]) == (1, 1, 1)
     assert found["ce_clean"] == figures["ce_clean"]
 
 
@@ -162,7 +207,11 @@ def test_the_losses_are_those_of_transformers_with_a_hook_of_our_own(
     mean = torch.from_numpy(rows_of(opened, "train").mean(axis=0)).float()
     for name, row in {"ce_clean": None, "ce_zero": torch.zeros(D_MODEL), "ce_mean": mean}.items():
         assert figures[name] == pytest.approx(plain_loss(opened, model_folder, row), rel=1e-5), name
-    assert figures["text_tokens"] == sum(ids.shape[1] - 1 for ids, _ in plain_windows(opened))
+    windows = plain_windows(opened)
+    assert figures["text_tokens"] == sum(ids.shape[1] - 1 for ids, _ in windows)
+    assert figures["text_positions"] == sum(ids.shape[1] for ids, _ in windows)
+    assert figures["text_positions_replaced"] == sum(int(kept.sum()) for _, kept in windows) == figures["heldout_rows"]
+    assert figures["positions"] == "all but the first of a window and separators"
 
 
 def test_the_scores_follow_their_definitions(figures: dict[str, Any]) -> None:
@@ -170,23 +219,26 @@ def test_the_scores_follow_their_definitions(figures: dict[str, Any]) -> None:
     assert figures["delta_ce"] == sae - clean
     assert figures["ce_loss_score"] == (zero - sae) / (zero - clean)
     assert figures["ce_loss_score_mean"] == (mean - sae) / (mean - clean)
+    assert figures["kl_score"] == (figures["kl_zero"] - figures["kl"]) / figures["kl_zero"]
 
 
 def test_the_divergence_is_never_negative_and_that_of_the_definition(
     opened: ActivationStore, model: torch.nn.Module, model_folder: Path
 ) -> None:
-    row = torch.full((D_MODEL,), 0.5)
-    found = evaluate_text(replaced_by(lambda rows: row.expand_as(rows)), model, opened, Site("resid_post", 2), ALL, "cpu")
-    expected = n_targets = 0.0
-    for ids, kept in plain_windows(opened):
-        with torch.inference_mode():
-            clean = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
-            hidden = torch.where(kept[..., None], row, _block_output(model, ids))
-            changed = model.lm_head(model.transformer.ln_f(hidden))[0, :-1].double().log_softmax(-1)
-        expected += float((clean.exp() * (clean - changed)).sum())
-        n_targets += len(clean)
-    assert found["kl"] == pytest.approx(expected / n_targets, rel=1e-4)
-    assert found["kl"] > 0
+    mean = torch.from_numpy(rows_of(opened, "train").mean(axis=0)).float()
+    rows = {"kl": torch.full((D_MODEL,), 0.5), "kl_zero": torch.zeros(D_MODEL), "kl_mean": mean}
+    found = text_figures(opened, model, lambda x: rows["kl"].expand_as(x))
+    for name, row in rows.items():
+        expected = n_targets = 0.0
+        for ids, kept in plain_windows(opened):
+            with torch.inference_mode():
+                clean = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
+                hidden = torch.where(kept[..., None], row, _block_output(model, ids))
+                changed = model.lm_head(model.transformer.ln_f(hidden))[0, :-1].double().log_softmax(-1)
+            expected += float((clean.exp() * (clean - changed)).sum())
+            n_targets += len(clean)
+        assert found[name] == pytest.approx(expected / n_targets, rel=1e-4, abs=1e-7), name
+        assert found[name] > 0
 
 
 def _block_output(model: torch.nn.Module, ids: Tensor) -> Tensor:
@@ -206,12 +258,12 @@ def test_only_heldout_rows_and_windows_are_read(
     bare = Path(shutil.copytree(store, tmp_path / "store"))
     shutil.rmtree(bare / "data.zarr/segments/0000/train/acts" / SITE / "c")
     sae, _ = load_run(run)
-    rows = evaluate_rows(sae, ActivationStore(bare), SITE)
-    text = evaluate_text(sae, model, ActivationStore(bare), Site.parse(SITE), ALL, "cpu")
+    rows = heldout_metrics(sae, ActivationStore(bare), SITE)
+    text = text_figures(ActivationStore(bare), model, reconstructing(sae))
     assert rows | text == {name: figures[name] for name in rows | text}
     heldout = opened.table(0, "documents/heldout")
     offsets = opened.table(0, "documents/offsets")
-    for windows in held_out_windows(opened):
+    for windows in heldout_windows(opened):
         document = np.searchsorted(offsets, windows.token_start, side="right") - 1
         assert heldout[document].all()
 
@@ -219,11 +271,63 @@ def test_only_heldout_rows_and_windows_are_read(
 def test_a_number_of_windows_is_that_over_all_segments() -> None:
     segments = [cast(Windows, range(n)) for n in (50, 0, 30, 1)]
     for asked, expected in [(1, 1), (7, 7), (40, 40), (81, 81), (1000, 81)]:
-        batches = _window_batches(segments, asked, 16)
+        batches = window_batches(segments, asked, 16)
         assert sum(len(chosen) for _, chosen in batches) == expected
         assert all(0 < len(chosen) <= 16 and chosen.max() < len(windows) for windows, chosen in batches)
         chosen = [(segments.index(windows), int(w)) for windows, own in batches for w in own]
         assert chosen == sorted(set(chosen))
+
+
+# What is kept
+
+
+def test_the_file_beside_the_run_holds_what_was_printed(
+    store: Path, own_run: Path, opened: ActivationStore, figures: dict[str, Any]
+) -> None:
+    path = own_run / "evaluation.json"
+    assert figures["saved"] == str(path)
+    assert {**read_evaluation(path), "saved": str(path)} == figures
+    run_id = load_run(own_run)[1].run_id
+    assert [figures[name] for name in ("run_id", "store_id", "snapshot")] == [run_id, opened.store_id, opened.snapshot]
+    assert not list(own_run.glob(".*"))
+
+
+def test_every_figure_that_is_printed_is_that_of_the_evaluation(figures: dict[str, Any]) -> None:
+    text = "\n".join(evaluation_lines(figures))
+    names = ("fve", "pca_fve", "cosine", "l2_ratio", "ce_clean", "ce_sae", "ce_mean", "ce_zero", "kl", "kl_zero")
+    for name in (*names, "kl_mean", "delta_ce", "ce_loss_score", "ce_loss_score_mean", "kl_score"):
+        assert f"{figures[name]:.4f}" in text, name
+    assert figures["positions"] in text
+
+
+def test_the_evaluation_on_another_store_is_kept_beside_the_first(
+    store: Path, own_run: Path, opened: ActivationStore, figures: dict[str, Any], tmp_path: Path
+) -> None:
+    first = (own_run / "evaluation.json").read_bytes()
+    recode_store(store, tmp_path / "int8", "int8")
+    found = evaluate(EvaluateConfig(run=own_run, store=tmp_path / "int8", windows=4, device="cpu"))
+    other = ActivationStore(tmp_path / "int8").store_id
+    assert found["saved"] == str(own_run / f"evaluation-{other}.json")
+    assert read_evaluation(Path(found["saved"]))["store_id"] == other
+    assert (own_run / "evaluation.json").read_bytes() == first
+    assert evaluation_path(own_run, load_run(own_run)[1], opened.store_id) == own_run / "evaluation.json"
+
+
+def test_what_is_no_evaluation_is_refused(own_run: Path, tmp_path: Path) -> None:
+    for path in (tmp_path / "nothing.json", own_run / "run.json"):
+        with pytest.raises(NotAStore, match="not an evaluation of version 1; run `evaluate`"):
+            read_evaluation(path)
+
+
+def test_a_folder_that_cannot_be_written_to_costs_only_the_file(
+    store: Path, run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    own = Path(shutil.copytree(run, tmp_path / "run"))
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    found = evaluate(EvaluateConfig(run=own, store=store, windows=2, device="cpu"))
+    assert found["saved"] is None
+    assert {path.name for path in own.iterdir()} == {path.name for path in run.iterdir()}
+    assert "cannot be written to" in evaluation_lines(found)[-1]
 
 
 # Refusals
