@@ -12,7 +12,6 @@ set_environment()  # before torch is loaded, as the commands do
 
 from dataclasses import replace  # noqa: E402
 
-import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from actstore import __version__  # noqa: E402
