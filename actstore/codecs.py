@@ -104,17 +104,23 @@ def encode_rows(rows: Rows, encoding: str, channels: Channels | None = None) -> 
 
 
 def decode_rows(
-    kept: NDArray[Any], encoding: str, scale: Rows | None = None, channels: Channels | None = None
+    kept: NDArray[Any],
+    encoding: str,
+    scale: Rows | None = None,
+    channels: Channels | None = None,
+    out: Rows | None = None,
 ) -> NDArray[Any]:
-    """What `encode_rows` kept, as float32; `raw` and `packed` arrays as they are."""
+    """What `encode_rows` kept, as float32; `raw` and `packed` arrays as they are. fp16 and bf16 in `out` when given."""
     if encoding == "fp32":
         return kept
     if encoding == "fp16":
-        return _from_fp16(kept)
+        return _from_fp16(kept, out)
     if encoding == "bf16":
-        bits = kept.astype(np.uint32)
+        out = np.empty(kept.shape, np.float32) if out is None else out
+        bits = out.view(np.uint32)
+        bits[...] = kept
         bits <<= 16
-        return bits.view(np.float32)
+        return out
     if encoding == "int8":
         if scale is None or channels is None:
             raise ValueError("int8 needs the rows' scales and the channels' means and deviations")
@@ -140,18 +146,19 @@ def _to_bf16(rows: Rows) -> NDArray[np.uint16]:
     return (rounded >> 16).astype(np.uint16)
 
 
-def _from_fp16(kept: NDArray[np.float16]) -> Rows:
-    """Exactly `kept.astype(float32)` for finite values, twice as fast: its bits, moved, times a power of two.
+def _from_fp16(kept: NDArray[np.float16], out: Rows | None = None) -> Rows:
+    """Exactly `kept.astype(float32)` for finite values, several times as fast: its bits, moved, times a power of two.
 
     An fp16's exponent and fraction, read as those of a float32, give its value times 2^-112, subnormals included.
     """
-    out = np.empty(kept.shape, np.float32)
+    out = np.empty(kept.shape, np.float32) if out is None else out
     bits = out.view(np.int32)
     for start in range(0, len(kept), FP16_BLOCK_ROWS):  # a block at a time stays in the cache
         block = slice(start, start + FP16_BLOCK_ROWS)
         here = bits[block]
-        np.left_shift(kept[block].view(np.int16), 13, out=here, dtype=np.int32)
-        np.bitwise_and(here, np.int32(-0x70002000), out=here)
+        here[...] = kept[block].view(np.int16)  # by itself: an operation that widens as well goes through a buffer
+        here <<= 13
+        here &= np.int32(-0x70002000)
         out[block] *= np.float32(2.0**112)
     return out
 

@@ -7,13 +7,10 @@ several ranks, each streams its own share of every epoch's chunks.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
-from threading import Lock, local
+from itertools import accumulate, cycle
 from typing import Any
 from weakref import ref
 
@@ -24,9 +21,12 @@ from actstore.codecs import decode_rows
 from actstore.errors import IdentityMismatch, InputError
 from actstore.layout import ROUND_BUDGET_BYTES
 from actstore.plan import chunk_sequence, round_order, rounds
-from actstore.reader import ActivationStore, Shard
+from actstore.reader import ActivationStore
 
 Ints = NDArray[np.int64]
+BLOCK_ROWS = 1024
+"""Rows that are decoded and normalised at a time. Threads wait for each other at every step, so not too few."""
+LENT_BATCHES = 3
 NORMALISATIONS = ("none", "standardise", "mean_norm")
 
 
@@ -59,12 +59,13 @@ class BatchStream:
     """Endless batches (batch_rows, d_model) of one site, float32.
 
     A round pools the next G chunks, as many as `budget_bytes` holds as float32 but no more than there are shards, and
-    permutes the pool; the next round is read while this one is consumed. Batches run on over round and epoch ends: no
-    row is skipped or repeated, and none is short but, with `epochs`, the last. Memory: `memory_bytes`, and the
-    batches that the caller keeps; one of fp32, of int8 or `as_kept` is a view, and keeps the pool it looks at.
+    gives their rows out in a random order; the next round is read while this one is consumed. Batches run on over
+    round and epoch ends: no row is skipped or repeated, and none is short but, with `epochs`, the last. A batch is a
+    copy, in memory that is used again once nobody looks at it: it stays as it is for as long as the caller keeps it.
+    Memory: `memory_bytes`, and the batches that the caller keeps.
 
-    `as_kept` gives rows as they lie on disk (float16, float32, or uint16 with the bits of a bfloat16), without
-    a copy. `rank` of `n_ranks` gets a share of its own of every epoch.
+    `as_kept` gives rows as they lie on disk: float16, float32, or uint16 with the bits of a bfloat16. `rank` of
+    `n_ranks` gets a share of its own of every epoch.
 
     >>> stream = BatchStream(store, "resid_post.3", batch_rows=4096, seed=0)  # doctest: +SKIP
     >>> next(iter(stream)).shape  # doctest: +SKIP
@@ -108,23 +109,31 @@ class BatchStream:
         chunk_bytes = max(shard.chunk_rows for shard in self.shards) * self.d_model * 4
         self.chunks_per_round = max(1, min(len(self.shards), budget_bytes // chunk_bytes))
         self._next_row = 0
-        largest_round = self.chunks_per_round * max(shard.chunk_rows for shard in self.shards)
-        self._pools = _Pools(largest_round * self.d_model * self._pool_dtype.itemsize)
-        self._scratch = local()
+        self._round_rows = self.chunks_per_round * max(shard.chunk_rows for shard in self.shards)
+        self._n_threads = max(1, store.place.readers - 1)  # the consumer reads as well while it would have to wait
 
     @property
     def memory_bytes(self) -> int:
-        """Upper bound of what the stream holds: four pools (a batch, and one that runs on, can pin two while the next two
-        are used and read), some chunks for each reader, and a batch as it is kept and as it is given out."""
+        """Upper bound of what the stream holds: two pools, one used and one read, the order of their rows, two chunks for
+        each thread that reads, three batches, and a block of rows on their way into one."""
         chunk_rows = max(shard.chunk_rows for shard in self.shards)
-        rows_held = 4 * self.chunks_per_round * chunk_rows + 3 * self.store.place.readers * chunk_rows
-        row_bytes = self.d_model * self._pool_dtype.itemsize
-        return rows_held * row_bytes + self.batch_rows * self.d_model * 8 + 40 * self.chunks_per_round * chunk_rows
+        kept_rows = 2 * self._round_rows + 2 * (self._n_threads + 1) * chunk_rows + BLOCK_ROWS
+        kept_bytes = kept_rows * self._pool_dtype.itemsize + LENT_BATCHES * self._batch_rows * self._batch_dtype.itemsize
+        return kept_bytes * self.d_model + 48 * self._round_rows
 
     @property
     def _pool_dtype(self) -> np.dtype[Any]:
         """int8 rows are pooled decoded, all others as they are kept."""
         return np.dtype(np.float32 if self.array.encoding == "int8" else self.array.dtype)
+
+    @property
+    def _batch_dtype(self) -> np.dtype[Any]:
+        return self._pool_dtype if self.as_kept else np.dtype(np.float32)
+
+    @property
+    def _batch_rows(self) -> int:
+        """Rows that a batch has room for: no more than there are."""
+        return self.batch_rows if self.epochs is None else min(self.batch_rows, max(1, self.epochs * self.n_rows))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands: rows given out, and everything their order depends on."""
@@ -153,46 +162,55 @@ class BatchStream:
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
         """Batches from where the stream stands; closing the iterator stops the prefetch."""
-        with ThreadPoolExecutor(2 + self.store.place.readers, thread_name_prefix="actstore-stream") as threads:
-            pieces: list[NDArray[Any]] = []
-            n_held = 0
-            for pool in self._prefetched(threads):
+        batches = _Batches(self._batch_rows, self.d_model, self._batch_dtype)
+        block = np.empty((BLOCK_ROWS, self.d_model), self._pool_dtype)
+        batch, n_held = batches.take(), 0
+        with ThreadPoolExecutor(self._n_threads, thread_name_prefix="actstore-stream") as threads:
+            for pool, order in self._pooled(threads):
                 used = 0
-                while used < len(pool):
-                    pieces.append(pool[used : used + self.batch_rows - n_held])
-                    n_taken = len(pieces[-1])
-                    n_held, used = n_held + n_taken, used + n_taken
+                while used < len(order):
+                    places = order[used : used + self.batch_rows - n_held]
+                    self._emit(pool, places, batch[n_held : n_held + len(places)], block)
+                    n_held, used = n_held + len(places), used + len(places)
                     if n_held == self.batch_rows:
-                        batch, pieces, n_held = self._batch(pieces), [], 0
-                        self._next_row += self.batch_rows
+                        self._next_row += n_held
                         yield batch
-                        del batch
-                del pool  # so that the next round but one can have its memory
+                        del batch  # so that the next one but one can have its memory
+                        batch, n_held = batches.take(), 0
             if n_held:
-                batch, pieces = self._batch(pieces), []
                 self._next_row += n_held
-                yield batch
+                yield batch[:n_held]
 
-    def _batch(self, pieces: list[NDArray[Any]]) -> NDArray[Any]:
-        """One batch from pieces of one or more pools; a view of the pool where nothing has to be computed."""
-        kept = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-        is_ready = self.as_kept or self.array.encoding == "int8"  # which is decoded as it is read
-        rows = kept if is_ready else decode_rows(kept, self.array.encoding)
-        if self.scaling is not None:  # in place: no other batch has these rows
-            rows -= self.scaling.shift
-            rows *= self.scaling.factor
-        return rows
+    def _emit(self, pool: NDArray[Any], places: Ints, out: NDArray[Any], block: NDArray[Any]) -> None:
+        """The rows at `places` of a pool into `out`; those to be computed a block at a time, which stays in the cache."""
+        if self.scaling is None and pool.dtype == out.dtype:
+            _gather(pool, places, out)
+            return
+        for start in range(0, len(places), BLOCK_ROWS):
+            chosen, rows = places[start : start + BLOCK_ROWS], out[start : start + BLOCK_ROWS]
+            kept = rows if pool.dtype == out.dtype else block[: len(chosen)]
+            _gather(pool, chosen, kept)
+            if kept is not rows:
+                decode_rows(kept, self.array.encoding, out=rows)
+            if self.scaling is not None:
+                rows -= self.scaling.shift
+                rows *= self.scaling.factor
 
-    def _prefetched(self, threads: ThreadPoolExecutor) -> Iterator[NDArray[Any]]:
-        """The pools, in emission order, each read while the one before it is consumed."""
-        pending: Future[NDArray[Any]] | None = None
-        for chosen in self._rounds():
-            upcoming = threads.submit(self._read_round, threads, chosen)
+    def _pooled(self, threads: ThreadPoolExecutor) -> Iterator[tuple[NDArray[Any], Ints]]:
+        """The pool of every round, and where in it the rows lie in the order of their emission. There are two pools: the
+        next round is read into one while the other is consumed."""
+        if self.array.encoding == "int8":
+            for segment in {shard.segment for shard in self.shards}:
+                self.store.channels(segment, self.array.name)  # once, before several threads want them
+        pools = cycle([np.empty((self._round_rows, self.d_model), self._pool_dtype) for _ in range(2)])
+        pending: _Reading | None = None
+        for chosen, pool in zip(self._rounds(), pools, strict=False):
+            upcoming = _Reading(self, chosen, pool, threads)
             if pending is not None:
-                yield pending.result()
+                yield pending.pool, pending.finish()
             pending = upcoming
         if pending is not None:
-            yield pending.result()
+            yield pending.pool, pending.finish()
 
     def _rounds(self) -> Iterator[_Round]:
         """Every round from where the stream stands."""
@@ -211,34 +229,15 @@ class BatchStream:
                 before = end
             epoch += 1
 
-    def _read_round(self, threads: ThreadPoolExecutor, chosen: _Round) -> NDArray[Any]:
-        """The rows of a round in the order in which they are emitted."""
-        order = round_order(self.seed, chosen.epoch, chosen.index, sum(chosen.chunk_rows), self.rank)
-        place = np.empty_like(order)
-        place[order] = np.arange(len(order))
-        dtype = self._pool_dtype
-        pool = self._pools.take(len(order) * self.d_model * dtype.itemsize).view(dtype).reshape(len(order), self.d_model)
-        whole_rows = pool.view(f"V{self.d_model * dtype.itemsize}")[:, 0]
-        starts, n_readers = [0, *accumulate(chosen.chunk_rows)], self.store.place.readers
-
-        def read(first: int) -> None:
-            for k in range(first, len(chosen.chunks), n_readers):
-                shard, chunk = chosen.chunks[k]
-                rows = self._read_chunk(self.shards[shard], chunk)
-                whole_rows[place[starts[k] : starts[k + 1]]] = rows.view(whole_rows.dtype)[:, 0]
-
-        for _ in threads.map(read, range(n_readers)):
-            pass
-        return pool[chosen.skip :]
-
-    def _read_chunk(self, shard: Shard, chunk: int) -> NDArray[Any]:
-        """A chunk in the form that pools hold, in memory of this thread that its next chunk overwrites."""
+    def read_chunk(self, chunk: tuple[int, int], out: NDArray[Any]) -> None:
+        """One chunk, named by its shard's place among the shards and its number there, into its rows of a pool."""
+        shard, number = self.shards[chunk[0]], chunk[1]
         if self.array.encoding == "int8":
-            return self.store.read_chunk(shard, self.array.name, chunk)
-        scratch = getattr(self._scratch, "rows", None)
-        if scratch is None or len(scratch) != shard.chunk_rows:
-            scratch = self._scratch.rows = np.empty((shard.chunk_rows, self.d_model), self.array.dtype)
-        return self.store.read_kept_chunk(shard, self.array.name, chunk, scratch)
+            out[:] = self.store.read_chunk(shard, self.array.name, number)
+        elif len(out) < shard.chunk_rows:  # on disk it has its full length
+            out[:] = self.store.read_kept_chunk(shard, self.array.name, number)
+        else:
+            self.store.read_kept_chunk(shard, self.array.name, number, out)
 
 
 @dataclass(frozen=True)
@@ -252,40 +251,56 @@ class _Round:
     skip: int
 
 
-class _Pools:
-    """Memory of pools, used again when nobody holds a batch of it any more: new memory costs as much as reading.
+class _Reading:
+    """A round on its way into a pool: other threads read its chunks from the first on, and a thread that has to wait for
+    it reads from the last on, which keeps one core more busy."""
 
-    All of one size, so that any can be used again, and mapped, so that the heap is not torn up.
+    def __init__(self, stream: BatchStream, chosen: _Round, pool: NDArray[Any], threads: ThreadPoolExecutor) -> None:
+        stops = accumulate(chosen.chunk_rows)
+        parts = [pool[stop - n : stop] for stop, n in zip(stops, chosen.chunk_rows, strict=True)]
+        self.pool, self._read, self._skip = pool, stream.read_chunk, chosen.skip
+        n_rows = sum(chosen.chunk_rows)  # none where a rank has no chunk in a round
+        self._order = threads.submit(round_order, stream.seed, chosen.epoch, chosen.index, n_rows, stream.rank)
+        self._chunks = list(zip(chosen.chunks, parts, strict=True))
+        self._reads = [threads.submit(self._read, *chunk) for chunk in self._chunks]
+
+    def finish(self) -> Ints:
+        """Where in the pool the rows that are still to be emitted lie, once all of them are there."""
+        for read, chunk in zip(reversed(self._reads), reversed(self._chunks), strict=True):
+            if read.cancel():
+                self._read(*chunk)
+        for read in self._reads:
+            if not read.cancelled():
+                read.result()
+        return self._order.result()[self._skip :]
+
+
+class _Batches:
+    """Memory of batches, used again when nobody looks at it any more: new memory costs as much as reading.
+
+    What is still looked at when `LENT_BATCHES` others have been lent is left to those who do.
     """
 
-    def __init__(self, n_bytes: int) -> None:
-        self._n_bytes = n_bytes
-        self._lent: list[tuple[NDArray[np.uint8], ref[Any]]] = []
-        self._lock = Lock()
+    def __init__(self, n_rows: int, width: int, dtype: np.dtype[Any]) -> None:
+        self._shape, self._dtype = (n_rows, width), dtype
+        self._lent: list[tuple[NDArray[Any], ref[Any]]] = []
 
-    def take(self, n_bytes: int) -> NDArray[np.uint8]:
-        with self._lock:  # an iterator that was left may still be reading
-            memory = self._free()
-            lent = np.frombuffer(memory.data, np.uint8)
-            self._lent.append((memory, ref(lent.base)))  # every array that looks at the memory keeps this base alive
-            return lent[:n_bytes]
-
-    def _free(self) -> NDArray[np.uint8]:
-        """Memory that nothing looks at; what is still looked at is left to those who do."""
+    def take(self) -> NDArray[Any]:
+        """Memory that nothing looks at."""
         looked_at, free = [], []
         for memory, watched in self._lent:
             if watched() is not None:
                 looked_at.append((memory, watched))
             else:
                 free.append(memory)
-        self._lent = looked_at
-        return free[0] if free else _mapped(self._n_bytes)
+        memory = free[0] if free else np.empty(self._shape, self._dtype)
+        lent = np.frombuffer(memory.data, self._dtype)
+        looked_at.append((memory, ref(lent.base)))  # every array that looks at the memory keeps this base alive
+        self._lent = looked_at[-LENT_BATCHES:]
+        return lent.reshape(self._shape)
 
 
-def _mapped(n_bytes: int) -> NDArray[np.uint8]:
-    """New memory, in huge pages where there are some: rows are scattered all over it."""
-    memory = mmap.mmap(-1, n_bytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8)
+def _gather(pool: NDArray[Any], places: Ints, out: NDArray[Any]) -> None:
+    """Rows of a pool into `out`, each copied whole."""
+    row = f"V{pool.shape[1] * pool.itemsize}"
+    np.take(pool.view(row)[:, 0], places, out=out.view(row)[:, 0], mode="clip")  # the other modes copy `out`

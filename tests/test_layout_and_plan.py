@@ -144,6 +144,16 @@ def test_permutation_is_a_permutation(n: int, seed: int, purpose: int, index: li
     assert sorted(permutation(n, seed, purpose, *index).tolist()) == list(range(n))
 
 
+@pytest.mark.parametrize("shift", [0, 20, 40, 55, 63])
+def test_a_permutation_is_the_stable_argsort_however_like_its_words_are(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words that differ in their low bits alone, and words that are equal."""
+    for n in (2, 1000, 20_000):
+        words = raw_words(n, 0, plan.SAMPLE)
+        for alike in (words >> np.uint64(shift), words >> np.uint64(shift) << np.uint64(shift)):
+            monkeypatch.setattr(plan, "raw_words", lambda *_, alike=alike: alike)
+            np.testing.assert_array_equal(permutation(n, 0, plan.SAMPLE), np.argsort(alike, kind="stable"))
+
+
 def test_permutation_is_roughly_uniform() -> None:
     """5 items, 5,000 seeds: each item in each place about 1,000 times (standard deviation 28)."""
     places = np.stack([permutation(5, seed, plan.SAMPLE) for seed in range(5000)])
