@@ -23,7 +23,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python cli.py demo --out $(OUT)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow -s $(PYTEST_ARGS)

@@ -146,7 +146,7 @@ def demo_lines(result: dict[str, Any]) -> list[str]:
     facts = {
         "variance explained, held out": f"{figures['fve']:.1%} ({pca})",
         "loss with the reconstruction": f"{figures['ce_sae']:.3f} nat ({figures['delta_ce']:+.3f} over the clean model's)",
-        "dead features": f"{figures['silent_share']:.1%} over the last {figures['silent_window_rows']:,} training rows",
+        "silent features": f"{figures['silent_share']:.1%} over the last {figures['silent_window_rows']:,} training rows",
         "firing frequency": ", ".join(f"{name} {n:,}" for name, n in result["bands"].items()),
         "features that follow a rule": f"{rules['features']:,} (F1 >= {GOOD_F1}), {rules['rules']} different rules",
         "disk per million tokens": f"store {result['store_bytes_per_million_tokens'] / 1e6:,.0f} MB, "
