@@ -2,8 +2,8 @@
 
 They import the measured project, torch, datasets and the standard library, and nothing of this one (`ours`, which is
 measured beside them, aside); each prints one line of JSON. Those that train, `NAME_train`, `textbook`, `bare_encoder` and
-`ours`, share `steps`; `environments` makes the environments and runs them. `saelens_collect` and `saelens_stream` want an
-environment made with
+`ours`, share `steps`; `environments` makes the environments and runs them. `saelens_collect`, `saelens_stream` and
+`saelens_evaluate` want an environment made with
 
     python3 -m venv saelens
     saelens/bin/pip install torch==2.13.0
