@@ -411,7 +411,9 @@ def train(as_json: bool, **options: Any) -> None:
     from pipelines.sweep import comparison_lines, grid, sweep
 
     _shown("train", SimpleNamespace(**{name: _sole(options[name]) for name in vars(grid(options)[0])}))
-    _print(sweep(options), as_json, lambda v: comparison_lines(v) if "runs" in v else _key_lines(v))
+    found = sweep(options)
+    if int(os.environ.get("RANK", "0")) == 0:  # of torchrun's processes, the first speaks
+        _print(found, as_json, lambda v: comparison_lines(v) if "runs" in v else _key_lines(v))
 
 
 @cli.command()

@@ -73,12 +73,15 @@ def encode(config: EncodeConfig, client: Any = None) -> dict[str, Any]:
             if not writer.is_sealed(segment):
                 writer.seal(segment)
     codes = CodeStore(config.out)
+    notes = [codes.notes(shard) for part in PARTS for shard in codes.shards(part)]
     return {
         "codes": str(config.out),
         "store_id": codes.store_id,
         "rows": n_rows,
         "features": record.n_features,
-        "k": record.code_width,
+        "code_width": record.code_width,
+        "rows_cut": sum(note["rows_cut"] for note in notes),
+        "codes_cut": sum(note["codes_cut"] for note in notes),
         "disk_bytes": codes.disk_bytes,
     }
 
@@ -95,15 +98,27 @@ def encode_shard(
     index_array, value_array = target.manifest.array("codes/index"), target.manifest.array("codes/value")
     indices = np.empty((shard.n_rows, record.code_width), index_array.dtype)
     values = np.empty((shard.n_rows, record.code_width), value_array.dtype)
+    rows_cut = codes_cut = 0
     for start in range(0, shard.n_rows, ENCODE_ROWS):
         rows = store.read(shard, f"acts/{record.site}", start, min(start + ENCODE_ROWS, shard.n_rows))
         with torch.inference_mode():
-            found_values, found_indices = sae.encode(torch.from_numpy(rows), record.code_width)
+            codes = sae.codes(torch.from_numpy(rows))
+            found_values, found_indices = codes.padded(record.code_width)
+        too_many = (codes.active.counts - record.code_width).clamp_min(0)
+        rows_cut, codes_cut = rows_cut + int((too_many > 0).sum()), codes_cut + int(too_many.sum())
         values[start : start + len(rows)] = found_values.numpy()
         indices[start : start + len(rows)] = found_indices.numpy()
     arrays = {"rows/window": window[order], "rows/position": position[order]}
     arrays |= {"codes/index": indices[order], "codes/value": values[order]}
-    write_shard(target.place, target.manifest, target.segments[segment], part, index, arrays, {"stats": {}})
+    write_shard(
+        target.place,
+        target.manifest,
+        target.segments[segment],
+        part,
+        index,
+        arrays,
+        {"stats": {}, "rows_cut": rows_cut, "codes_cut": codes_cut},
+    )
 
 
 @lru_cache(maxsize=4)

@@ -7,7 +7,6 @@ held-out rows, or, where the store has none, by the last training batch.
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from dataclasses import fields
 from itertools import product
@@ -20,8 +19,9 @@ from actstore.reader import ActivationStore
 from pipelines.capture import choose_device
 from pipelines.row_metrics import heldout_metrics
 from pipelines.sae.checkpoint import load_run
-from pipelines.train import train, train_together
+from pipelines.train import finish, train, train_together
 from pipelines.training.config import OWN, TrainConfig
+from pipelines.training.ranks import is_first_process
 
 SUMMARY, FRONTIER = "sweep.json", "frontier.svg"
 SWEPT = tuple(name for name in OWN if name != "out")
@@ -45,7 +45,7 @@ def sweep(options: dict[str, Any]) -> dict[str, Any]:
         raise OutputExists(f"{out}: holds a finished sweep; choose another --out, or move it away.")
     found = train_together(configs, out)
     speed = {"sweep": str(out), "rows_per_s": found[0]["rows_per_s"], "data_wait_share": found[0]["data_wait_share"]}
-    if int(os.environ.get("RANK", "0")):  # of torchrun's processes, the first compares
+    if not is_first_process():
         return speed
     measured_on, figures = compared_figures(configs, found)
     rows = [
@@ -61,6 +61,7 @@ def sweep(options: dict[str, Any]) -> dict[str, Any]:
         "frontier": str(out / FRONTIER),
     }
     publish_json(out / SUMMARY, summary)
+    finish(out)
     return {**speed, **summary}
 
 
@@ -76,7 +77,7 @@ def grid(options: dict[str, Any]) -> list[TrainConfig]:
     configs = []
     for chosen in product(*values.values()):
         own = dict(zip(values, chosen, strict=True))
-        name = "-".join(own[key] if isinstance(own[key], str) else f"{key}{own[key]:g}" for key in varied)
+        name = "-".join(own[key] if isinstance(own[key], str) else f"{key}{own[key]}" for key in varied)
         configs.append(TrainConfig(**{**rest, **own, "out": Path(options["out"]) / name}))
     return configs
 
@@ -89,7 +90,7 @@ def compared_figures(configs: list[TrainConfig], found: list[dict[str, Any]]) ->
     any case, under names of their own.
     """
     training = [{f"training_{name}": result["metrics"][name] for name in COMPARED} for result in found]
-    store = ActivationStore(configs[0].store)
+    store = ActivationStore(configs[0].store, snapshot=found[0]["snapshot"])
     with suppress(InputError):
         figures = []
         for config, own in zip(configs, training, strict=True):

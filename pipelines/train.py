@@ -17,9 +17,9 @@ from pipelines.sae.checkpoint import WEIGHTS
 from pipelines.training.config import OWN, TrainConfig
 from pipelines.training.log import METRICS
 from pipelines.training.memory import keep_freed_memory
-from pipelines.training.ranks import ranks_of_environment
+from pipelines.training.ranks import device_of_rank, is_first_process, ranks_of_environment
 from pipelines.training.session import Session
-from pipelines.training.state import STATE, TEMPORARY, load_state
+from pipelines.training.state import STATE, TEMPORARY, discard_state, load_state
 from pipelines.training.stopping import stop_when_asked
 
 
@@ -28,13 +28,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Raises what `train_together` raises.
     """
-    return train_together([config], config.out)[0]
+    found = train_together([config], config.out)[0]
+    finish(config.out)
+    return found
 
 
 def train_together(configs: Sequence[TrainConfig], out: Path) -> list[dict[str, Any]]:
     """Train SAEs that differ in their own options only, in one pass over the store; publish each at its own `out`.
 
-    `out` is where the state of the training under way is kept: the folder of the run, or one above the runs. Raises
+    `out` is where the state of the training under way is kept: the folder of the run, or one above the runs. The state
+    stays there until `finish`: until then the same training can be resumed, to publish the same bits again. Raises
     InputError, NotAStore, IncompleteStore, DamagedStore, NoSpace, OutputExists, and IdentityMismatch when what lies at
     `out` is another training.
     """
@@ -42,17 +45,24 @@ def train_together(configs: Sequence[TrainConfig], out: Path) -> list[dict[str, 
     shared = {replace(config, **{name: getattr(first, name) for name in OWN}) for config in configs}
     if len(shared) > 1 or len({config.out for config in configs}) < len(configs):
         raise InputError(f"SAEs trained together may differ in {', '.join(OWN)} only, and each needs a place of its own.")
-    _require_free_place(configs, out)
     saved = load_state(out)
     if saved is not None and not first.resume:
         raise OutputExists(
             f"{out}: holds a training interrupted after {saved[1]['rows_seen']:,} rows; continue it with --resume, or "
             "choose another --out."
         )
+    if saved is None:
+        _require_free_place(configs, out)
     keep_freed_memory()
-    device = choose_device(first.device)
+    device = device_of_rank(choose_device(first.device))
     with ranks_of_environment(device) as ranks, stop_when_asked() as stop:
         return Session.begun(configs, out, device, ranks, saved).run(stop)
+
+
+def finish(out: Path) -> None:
+    """All that the training at `out` was for is published: its state is needed no more."""
+    if is_first_process():
+        discard_state(out)
 
 
 def _require_free_place(configs: Sequence[TrainConfig], out: Path) -> None:

@@ -125,3 +125,39 @@ def test_an_interrupted_sweep_is_resumed_to_the_same_bits(
         for name in (WEIGHTS, METRICS, RECORD):
             assert (tmp_path / "sweep" / config.out.name / name).read_bytes() == (config.out / name).read_bytes()
     assert isinstance(config, TrainConfig)
+
+
+@pytest.mark.parametrize("moment", ["publishing", "comparing"])
+def test_a_sweep_cut_off_after_its_training_is_finished_by_resume(
+    moment: str, options: dict[str, Any], swept: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = {**options, "out": tmp_path / "sweep"}
+    save, n_saved = session.save_run, [0]
+
+    def second_fails(*arguments: Any) -> Any:
+        n_saved[0] += 1
+        if n_saved[0] == 2:
+            raise KeyboardInterrupt
+        return save(*arguments)
+
+    def never(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if moment == "publishing":
+            patch.setattr(session, "save_run", second_fails)
+        else:
+            patch.setattr("pipelines.sweep.draw_frontier", never)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(again)
+    found = sweep({**again, "resume": True})
+    assert [row["fve"] for row in found["runs"]] == [row["fve"] for row in swept["runs"]]
+    for config in grid(options):
+        for name in (WEIGHTS, METRICS, RECORD):
+            assert (tmp_path / "sweep" / config.out.name / name).read_bytes() == (config.out / name).read_bytes()
+    assert {path.name for path in (tmp_path / "sweep").iterdir()} == {path.name for path in options["out"].iterdir()}
+
+
+def test_large_numbers_make_names_of_their_own(options: dict[str, Any]) -> None:
+    names = [config.out.name for config in grid({**options, "layer": (0,), "features": (64,), "seed": (1234567, 1234568)})]
+    assert names == ["seed1234567", "seed1234568"]

@@ -185,3 +185,48 @@ def test_resume_without_a_state_begins(config: TrainConfig) -> None:
     assert found["history"] == [[0, 1]]
     assert json.loads((config.out / RECORD).read_text())["rows_seen"] == 1024
     assert load_run(config.out)[1].run_id == found["run_id"]
+
+
+def test_a_state_saved_right_after_a_resume_keeps_the_log_whole(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States at steps 30, then 40 of the resumed training, then the rest: lines are written at 25, 50, ..."""
+    interrupt_after(config, 30, monkeypatch)
+    interrupt_after(replace(config, resume=True), 10, monkeypatch)
+    train(replace(config, resume=True))
+    train(replace(config, out=tmp_path / "undisturbed"))
+    assert results(config.out) == results(tmp_path / "undisturbed")
+
+
+def test_a_log_that_lost_lines_is_not_continued(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_after(config, 30, monkeypatch)
+    (config.out / METRICS).write_bytes(b"")
+    with pytest.raises(DamagedStore, match=r"metrics\.jsonl: has lost lines that were saved"):
+        train(replace(config, resume=True))
+
+
+@pytest.mark.parametrize("left_out", [{"lr": 0.0}, {"kernel": "dense"}])
+def test_a_resume_without_an_option_it_began_with_is_refused(
+    config: TrainConfig, left_out: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_after(config, 3, monkeypatch)
+    with pytest.raises(IdentityMismatch, match="is another training: " + next(iter(left_out))):
+        train(replace(config, resume=True, **left_out))
+
+
+def test_a_training_cut_off_between_its_record_and_its_end_is_finished_by_resume(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.train.finish", _cut_off)
+        with pytest.raises(Interrupted):
+            train(replace(config, checkpoint_minutes=ALWAYS))
+    before = results(config.out)
+    assert (config.out / STATE).exists()
+    train(replace(config, resume=True))
+    assert results(config.out) == before
+    assert not (config.out / STATE).exists()
+
+
+def _cut_off(*_: Any) -> None:
+    raise Interrupted

@@ -75,10 +75,9 @@ class Active:
 
     def keep(self, chosen: Tensor) -> Active:
         """Only the entries where (nnz,) `chosen` is true."""
-        counts = torch.zeros(self.n_rows + 1, dtype=torch.int64, device=chosen.device)
-        torch.cumsum(chosen, 0, out=(running := torch.empty_like(chosen, dtype=torch.int64)))
-        counts[1:] = torch.where(self.starts[1:] > 0, running[self.starts[1:].clamp_min(1) - 1], 0)
-        return Active(self.features[chosen], counts, self.n_features)
+        running = torch.zeros(len(chosen) + 1, dtype=torch.int64, device=chosen.device)
+        torch.cumsum(chosen, 0, out=running[1:])
+        return Active(self.features[chosen], running[self.starts], self.n_features)
 
 
 def sampled_product(x: Tensor, weight: Tensor, active: Active) -> Tensor:
@@ -145,11 +144,12 @@ class Decode(Function):
         return decode_rows(values, active, w_dec)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         values, w_dec = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         d_values = sampled_product(gradient, w_dec, ctx.active) if ctx.needs_input_grad[0] else None
-        return d_values, feature_sums(values, ctx.active, gradient), None
+        d_weight = feature_sums(values, ctx.active, gradient) if ctx.needs_input_grad[1] else None
+        return d_values, d_weight, None
 
 
 def _bags(which: Tensor, table: Tensor, starts: Tensor, weights: Tensor) -> Tensor:

@@ -72,15 +72,15 @@ def recorded(config: TrainConfig) -> dict[str, Any]:
 
 
 def require_same(out: Path, config: TrainConfig, saved: list[dict[str, Any]], index: int, n: int) -> None:
-    """Raises IdentityMismatch, naming the options that differ, when a saved training is not the one asked for."""
+    """Raises IdentityMismatch, naming the options that differ, when a saved training is not the one asked for, its
+    defaults settled."""
     if len(saved) != n:
         raise IdentityMismatch(f"{out}: is a training of {len(saved)} SAEs, asked were {n}; give the options it began with.")
-    defaults = {"lr": 0.0, "l1": 0.0, "kernel": "auto"}
     asked = recorded(config)
     differing = [
         f"{name} (there {theirs}, asked {asked[name]})"
         for name, theirs in saved[index].items()
-        if name not in ("store", "device") and asked[name] not in (theirs, defaults.get(name, theirs))
+        if name not in ("store", "device") and asked[name] != theirs
     ]
     if differing:
         raise IdentityMismatch(f"{out}: is another training: {', '.join(differing)}; give the options it began with.")

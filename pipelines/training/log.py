@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from actstore.errors import InputError
+from actstore.errors import DamagedStore, InputError
+from actstore.files import content_hash
 
 METRICS = "metrics.jsonl"
 
@@ -15,11 +16,23 @@ METRICS = "metrics.jsonl"
 class MetricsLog:
     """One JSON object a line. `n_bytes` of it are kept when a training is continued; what came after is written anew."""
 
-    def __init__(self, folder: Path, n_bytes: int, *, tensorboard: bool = False, wandb: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        n_bytes: int,
+        *,
+        rows_seen: int = 0,
+        tensorboard: bool = False,
+        wandb: dict[str, Any] | None = None,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(folder / METRICS, "ab")  # noqa: SIM115 - closed by close()
+        path = folder / METRICS
+        if n_bytes and (not path.exists() or path.stat().st_size < n_bytes):
+            raise DamagedStore(f"{path}: has lost lines that were saved; move the training away and train anew.")
+        self._file = open(path, "ab")  # noqa: SIM115 - closed by close()
         self._file.truncate(n_bytes)
-        self._board = _board(folder) if tensorboard else None
+        self._file.seek(n_bytes)
+        self._board = _board(folder, rows_seen) if tensorboard else None
         self._run = _wandb(folder, wandb) if wandb is not None else None
 
     @property
@@ -47,12 +60,12 @@ class MetricsLog:
             self._run.finish()
 
 
-def _board(folder: Path) -> Any:
+def _board(folder: Path, rows_seen: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise InputError("tensorboard: is not installed; pip install 'actstore[tensorboard]', or leave it out.") from error
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=rows_seen + 1)
 
 
 def _wandb(folder: Path, config: dict[str, Any]) -> Any:
@@ -60,4 +73,7 @@ def _wandb(folder: Path, config: dict[str, Any]) -> Any:
         import wandb
     except ImportError as error:
         raise InputError("wandb: is not installed; pip install 'actstore[wandb]', or leave it out.") from error
-    return wandb.init(project="actstore", name=folder.name, dir=str(folder), config=config, resume="allow")
+    own = content_hash([str(folder.absolute()), config])[:16]  # the same again when the training is resumed
+    return wandb.init(
+        project="actstore", id=own, name=folder.name, dir=str(folder), config=config, resume="allow", reinit="create_new"
+    )

@@ -15,6 +15,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def device_of_rank(device: str) -> str:
+    """The device of its own that this process uses, where several on a machine train on CUDA."""
+    if device != "cuda" or "LOCAL_RANK" not in os.environ:
+        return device
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return f"cuda:{os.environ['LOCAL_RANK']}"
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among those that train together."""

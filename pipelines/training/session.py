@@ -8,12 +8,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
-from actstore.errors import InputError
+from actstore.errors import IdentityMismatch, InputError
 from actstore.files import require_free_space
 from actstore.reader import ActivationStore
 from actstore.stream import BatchStream
@@ -24,7 +24,7 @@ from pipelines.training.config import TrainConfig, recorded, require_same
 from pipelines.training.log import MetricsLog
 from pipelines.training.ranks import Ranks
 from pipelines.training.start import MEDIAN_ROWS, Samples, new_trainee, sample_rows
-from pipelines.training.state import Saved, discard_state, save_state
+from pipelines.training.state import Saved, save_state
 from pipelines.training.stopping import Stop
 from pipelines.training.trainee import Trainee
 
@@ -61,8 +61,10 @@ class Session:
     ) -> Session:
         """From the start, or from where a state was saved."""
         first = configs[0]
-        if first.batch % ranks.n_ranks:
-            raise InputError(f"batch {first.batch}: cannot be shared by {ranks.n_ranks} ranks; choose a multiple.")
+        if first.batch % ranks.n_ranks or first.batch < 2 * ranks.n_ranks:
+            raise InputError(
+                f"batch {first.batch}: cannot be shared by {ranks.n_ranks} ranks; choose a multiple, two rows each at least."
+            )
         store = ActivationStore(first.store, snapshot=None if saved is None else saved[1]["snapshot"])
         sites = [store.site(config.site, config.layer) for config in configs]
         streams = {
@@ -85,7 +87,7 @@ class Session:
         for index, (config, site) in enumerate(zip(configs, sites, strict=True)):
             trainees.append(new_trainee(config, site, store, n_steps, device, ranks, samples, fresh=saved is None))
             if saved is not None:
-                require_same(out, config, saved[1]["configs"], index, len(configs))
+                require_same(out, _settled(config, trainees[-1]), saved[1]["configs"], index, len(configs))
                 trainees[-1].load(saved[0][index], saved[1]["counts"][index])
         own = cls(
             [_settled(config, trainee) for config, trainee in zip(configs, trainees, strict=True)],
@@ -103,6 +105,11 @@ class Session:
         )
         for stream in streams.values():
             own._place(stream)
+        rows_seen = trainees[0].rows_seen
+        if ranks.mean({"rows_seen": rows_seen}, device)["rows_seen"] != rows_seen:
+            raise IdentityMismatch(
+                f"{out}: this rank is at {rows_seen:,} rows, others are not; show all ranks the same disk."
+            )
         return own
 
     def _place(self, stream: BatchStream) -> None:
@@ -127,13 +134,17 @@ class Session:
             "data_wait_share": round(self.waited_s / max(seconds, 1e-9), 4),
         }
         found = [self._publish(index) | timing for index in range(len(self.configs))]
-        if self.ranks.is_first:
-            discard_state(self.out)
         return found
 
     def _logs(self) -> list[MetricsLog]:
         return [
-            MetricsLog(config.out, n_bytes, tensorboard=config.tensorboard, wandb=recorded(config) if config.wandb else None)
+            MetricsLog(
+                config.out,
+                n_bytes,
+                rows_seen=self.trainees[0].rows_seen,
+                tensorboard=config.tensorboard,
+                wandb=recorded(config) if config.wandb else None,
+            )
             for config, n_bytes in zip(self.configs, self.log_bytes, strict=True)
         ]
 
@@ -158,11 +169,13 @@ class Session:
                 progress.advance(batch_rows, note)
                 stopping = self.ranks.agree(bool(stop), self.device)
                 is_due = first.checkpoint_minutes > 0 and time.monotonic() - saved_at >= 60 * first.checkpoint_minutes
-                if (stopping or is_due) and step < self.n_steps:
+                is_last = step == self.n_steps
+                if ((stopping or is_due) and not is_last) or (is_last and len(self.trainees) > 1):
                     self._save(logs)
                     saved_at = time.monotonic()
-                    if stopping:
-                        _stop(stop)
+                if stopping and not is_last:
+                    self.ranks.agree(True, self.device)  # the first rank has saved
+                    _stop(stop)
         finally:
             for iterator in batches.values():
                 iterator.close()  # type: ignore[attr-defined]
@@ -174,16 +187,21 @@ class Session:
         return rows
 
     def _require_finite(self, index: int) -> None:
-        config, metrics = self.configs[index], self.metrics[index]
-        if not math.isfinite(metrics["loss"]):
-            raise InputError(
-                f"{config.out}: training diverged, loss {metrics['loss']} after {metrics['rows']:,} rows; "
-                f"choose an --lr below {config.lr:g}."
-            )
+        if not math.isfinite(self.metrics[index]["loss"]):
+            self._diverged(index)
+
+    def _diverged(self, index: int) -> NoReturn:
+        config, rows = self.configs[index], self.trainees[index].rows_seen
+        raise InputError(
+            f"{config.out}: training diverged within {rows:,} rows; choose an --lr below {config.lr:g}, and another --out."
+        )
 
     def _save(self, logs: list[MetricsLog]) -> None:
         if not self.ranks.is_first:
             return
+        for index, trainee in enumerate(self.trainees):
+            if not bool(trainee.sae.W_enc.isfinite().all()):
+                self._diverged(index)
         self.log_bytes = [log.n_bytes for log in logs]
         facts = {
             "snapshot": self.store.snapshot,
@@ -219,7 +237,7 @@ class Session:
             config=recorded(config),
             metrics={
                 **self.metrics[index],
-                "dead_features": int(trainee.dead.sum()),
+                "dead_features": int(trainee.silent.sum()),
                 "dead_window_rows": min(trainee.recipe.dead_after_rows, trainee.rows_seen),
             },
         )

@@ -19,6 +19,7 @@ from pipelines.training.ranks import Ranks
 from pipelines.training.trainee import Recipe, Trainee
 
 MEDIAN_ROWS = 32_768
+NEEDS_SCALED_ROWS = ("jumprelu", "gated")
 
 
 class Samples:
@@ -45,12 +46,17 @@ def new_trainee(
     *,
     fresh: bool,
 ) -> Trainee:
-    """An SAE at its start; when it is to be loaded (not `fresh`), without what only the start needs."""
+    """An SAE at its start; when it is to be loaded (not `fresh`), without what only the start needs.
+
+    Raises InputError for rows that do not vary, and for an architecture that the textbook recipe cannot start.
+    """
+    if config.recipe == "textbook" and config.architecture in NEEDS_SCALED_ROWS:
+        raise InputError(
+            f"architecture {config.architecture}: needs scaled rows and a measured start; use --recipe standard."
+        )
     d_model = store.d_model(site)
     sae = make(config.architecture, d_model, config.features, config.k, seed=config.seed)
-    kernel = (
-        config.kernel if config.kernel != "auto" else choose_kernel(d_model, config.features, config.k, config.batch, device)
-    )
+    kernel = config.kernel if config.kernel != "auto" else choose_kernel(d_model, config.features, config.k)
     objective = Objective(config.l1 or sae.default_l1, config.auxk, kernel)
     lr = config.lr or default_learning_rate(config.features, n_steps)
     if config.recipe == "textbook":

@@ -134,6 +134,11 @@ class Trainee:
         """(F,) features that have not fired in the last `dead_after_rows` rows."""
         return self.last_fired <= self.rows_seen - self.recipe.dead_after_rows
 
+    @property
+    def silent(self) -> Tensor:
+        """(F,) the same as it is reported: in a run shorter than that, those that have not fired at all."""
+        return self.last_fired <= max(0, self.rows_seen - self.recipe.dead_after_rows)
+
     @torch.no_grad()
     def metrics(self, x: Tensor, losses: Losses) -> dict[str, float]:
         """One line of the log, of the step just made; FVE is of its batch, 1 − E‖x−x̂‖² / E‖x−mean x‖²."""
@@ -144,7 +149,7 @@ class Trainee:
             **{name: float(term.detach()) for name, term in losses.terms.items()},
             "fve": 1.0 - float(error.square().sum() / (x - x.mean(dim=0)).square().sum()),
             "l0": float((losses.codes.values > 0).sum()) / len(x),
-            "dead": float(self.dead.float().mean()),
+            "dead": float(self.silent.float().mean()),
             "lr": self.recipe.lr_at(self.n_steps - 1),
         }
         if self.recipe.pooled_fve:
