@@ -117,7 +117,7 @@ def draw_frontier(rows: list[dict[str, Any]], path: Path, measured_on: str) -> N
         )
     for label, points in sorted(lines.items()):
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
-    axes.set(xlabel="L0 (active features in a row)", ylabel="variance explained (FVE)", xscale="log", title=measured_on)
+    axes.set(xlabel="L0 (active features in a row)", ylabel="variance explained (FVE)", title=measured_on)
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path)
