@@ -14,12 +14,13 @@ from typing import Any
 from actstore.errors import InputError, OutputExists
 from pipelines.capture import choose_device
 from pipelines.sae.checkpoint import WEIGHTS
+from pipelines.sae.tensors import making
 from pipelines.training.config import OWN, TrainConfig
 from pipelines.training.log import METRICS
 from pipelines.training.memory import keep_freed_memory
 from pipelines.training.ranks import device_of_rank, is_first_process, ranks_of_environment
 from pipelines.training.session import Session
-from pipelines.training.state import STATE, TEMPORARY, discard_state, load_state
+from pipelines.training.state import STATE, discard_state, load_state
 from pipelines.training.stopping import stop_when_asked
 
 
@@ -67,7 +68,8 @@ def finish(out: Path) -> None:
 
 def _require_free_place(configs: Sequence[TrainConfig], out: Path) -> None:
     """Raises OutputExists when anything but what an interrupted training leaves is in the way."""
-    leftovers = {METRICS, WEIGHTS, f".{WEIGHTS}.tmp", ".run.json.tmp", STATE, TEMPORARY, "tensorboard", "wandb"}
+    leftovers = {METRICS, WEIGHTS, STATE, ".run.json.tmp", "tensorboard", "wandb"}
+    leftovers |= {making(Path(name)).name for name in (WEIGHTS, STATE)}
     leftovers |= {config.out.name for config in configs if config.out.parent == out}
     for path in dict.fromkeys((out, *(config.out for config in configs))):
         if path.exists() and (not path.is_dir() or any(item.name not in leftovers for item in path.iterdir())):

@@ -5,18 +5,18 @@ The weights are in raw units: whatever scaling the trainer used is folded in, an
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from actstore.errors import IdentityMismatch, InputError, NotAStore, WidthMismatch
-from actstore.files import content_hash, fsync_path, object_entry, publish_json, read_json
+from actstore.files import content_hash, object_entry, publish_json, read_json
 from actstore.reader import ActivationStore
 from pipelines.sae.architectures import make
 from pipelines.sae.base import Sae
+from pipelines.sae.tensors import publish_tensors
 
 RUN_VERSION = 2
 RECORD, WEIGHTS = "run.json", "sae.safetensors"
@@ -54,11 +54,7 @@ class RunRecord:
 
 def save_run(path: Path, sae: Sae, record: RunRecord) -> RunRecord:
     """Publish a run: weights first, flushed, then the record, completed with their sha256, which is returned."""
-    path.mkdir(parents=True, exist_ok=True)
-    temporary = path / f".{WEIGHTS}.tmp"
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()}, temporary)
-    fsync_path(temporary)
-    os.replace(temporary, path / WEIGHTS)
+    publish_tensors(path / WEIGHTS, {name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()})
     record = replace(record, sae_sha256=object_entry((path / WEIGHTS).read_bytes())["sha256"])
     publish_json(
         path / RECORD, {"format": "actstore-run", "version": RUN_VERSION, **asdict(record), "run_id": record.run_id}

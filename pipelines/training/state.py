@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from actstore.errors import DamagedStore
-from actstore.files import fsync_path
+from pipelines.sae.tensors import making, publish_tensors
 
 STATE = "training.safetensors"
-TEMPORARY = f".{STATE}.tmp"
 STATE_VERSION = 1
 Saved = tuple[list[dict[str, Tensor]], dict[str, Any]]
 """The tensors of every SAE, and what else the training needs."""
@@ -29,11 +27,7 @@ def save_state(folder: Path, trainees: list[dict[str, Tensor]], facts: dict[str,
     """Publish the tensors of every SAE, and what else the training needs, in place of what was there."""
     tensors = {f"{index}/{name}": tensor for index, own in enumerate(trainees) for name, tensor in own.items()}
     header = {**facts, "version": STATE_VERSION, "sha256": _digest(tensors)}
-    temporary = folder / TEMPORARY
-    save_file(tensors, temporary, metadata={"actstore": json.dumps(header)})
-    fsync_path(temporary)
-    os.replace(temporary, folder / STATE)
-    fsync_path(folder)
+    publish_tensors(folder / STATE, tensors, {"actstore": json.dumps(header)})
 
 
 def load_state(folder: Path) -> Saved | None:
@@ -60,8 +54,8 @@ def load_state(folder: Path) -> Saved | None:
 
 def discard_state(folder: Path) -> None:
     """The training is finished: its runs are published."""
-    for name in (STATE, TEMPORARY):
-        (folder / name).unlink(missing_ok=True)
+    (folder / STATE).unlink(missing_ok=True)
+    shutil.rmtree(making(folder / STATE), ignore_errors=True)
 
 
 def _damaged(path: Path, what: str) -> DamagedStore:
