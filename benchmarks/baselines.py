@@ -120,7 +120,7 @@ def main(demo_out: Path, workers: int, as_json: bool) -> None:
         ("variance explained, held out", "fve"),
         ("the same of a 16-component PCA", "pca_fve"),
         ("unexplained variance over the PCA's", "unexplained_over_pca"),
-        ("dead features, last million rows (share)", "silent_share"),
+        ("silent features at the end of training (share)", "silent_share"),
         ("loss added by the reconstruction (nat)", "delta_ce"),
     ):
         click.echo(f"{label:<46}{trained['evaluation'][key]:>12.3f}{random['evaluation'][key]:>16.3f}")
