@@ -409,10 +409,11 @@ def train(as_json: bool, **options: Any) -> None:
       torchrun --nproc-per-node 2 -m actstore train gpt2.store --out run
     """
     from pipelines.sweep import comparison_lines, grid, sweep
+    from pipelines.training.ranks import is_first_process
 
     _shown("train", SimpleNamespace(**{name: _sole(options[name]) for name in vars(grid(options)[0])}))
     found = sweep(options)
-    if int(os.environ.get("RANK", "0")) == 0:  # of torchrun's processes, the first speaks
+    if is_first_process():
         _print(found, as_json, lambda v: comparison_lines(v) if "runs" in v else _key_lines(v))
 
 

@@ -131,7 +131,7 @@ SCORES = ("ce_loss_score", "ce_loss_score_mean", "kl_score")
 
 def same_training(record: RunRecord, n_rows: int) -> TrainConfig:
     """How a run was trained, for `n_rows` rows. A learning rate that was the default is that of the shorter training."""
-    config = TrainConfig(**{**record.config, "out": Path("nowhere"), "tokens": n_rows, "seed": record.config["seed"]})
+    config = TrainConfig(**{**record.config, "out": Path("nowhere"), "tokens": n_rows})
     default = default_learning_rate(config.features, max(1, record.rows_seen // config.batch))
     return replace(config, lr=0.0) if math.isclose(config.lr, default) else config
 

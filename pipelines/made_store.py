@@ -67,8 +67,7 @@ def write_made_store(
     n_documents = sum(count > 0 for count in n_rows_of.values())
     record = SegmentRecord(manifest.store_id, 0, 0, 0, n_documents, 0, n_documents, n_rows + n_heldout, 0, parts, {}, {})
     with StoreWriter.open(path, manifest, {"tokenizer.json": b"{}"}) as writer:
-        there = writer.segments()
-        segment = there[0] if there else writer.add_segment(record, {**own, **(tables or {})})
+        segment = writer.put_segment(record, lambda: {**own, **(tables or {})})
         for part, shard in writer.missing_shards(segment):
             start, stop = segment.parts[part].layout.shard_range(shard)
             first = n_rows if part == PARTS[1] else 0

@@ -13,7 +13,7 @@ from typing import Any
 
 from actstore.errors import InputError, OutputExists
 from pipelines.capture import choose_device
-from pipelines.sae.checkpoint import WEIGHTS
+from pipelines.sae.checkpoint import RECORD, WEIGHTS
 from pipelines.sae.tensors import making
 from pipelines.training.config import OWN, TrainConfig
 from pipelines.training.log import METRICS
@@ -68,7 +68,7 @@ def finish(out: Path) -> None:
 
 def _require_free_place(configs: Sequence[TrainConfig], out: Path) -> None:
     """Raises OutputExists when anything but what an interrupted training leaves is in the way."""
-    leftovers = {METRICS, WEIGHTS, STATE, ".run.json.tmp", "tensorboard", "wandb"}
+    leftovers = {METRICS, WEIGHTS, STATE, f".{RECORD}.tmp", "tensorboard", "wandb"}
     leftovers |= {making(Path(name)).name for name in (WEIGHTS, STATE)}
     leftovers |= {config.out.name for config in configs if config.out.parent == out}
     for path in dict.fromkeys((out, *(config.out for config in configs))):

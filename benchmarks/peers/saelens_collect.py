@@ -25,6 +25,7 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from itertools import islice
 from pathlib import Path
@@ -165,6 +166,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def quietly(measure: Callable[[argparse.Namespace], dict[str, Any]], arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a script measures, offline, with nothing but its result on stdout."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    with redirect_stdout(sys.stderr):  # TransformerLens prints what it has loaded
+        return measure(arguments)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="a GPT-2 as a transformers folder, with its tokenizer")
@@ -178,12 +189,7 @@ def main() -> None:
     parser.add_argument("--best", action="store_true", help="SAELens' fastest options and not its default ones")
     parser.add_argument("--discard", action="store_true", help="delete what was written once it has been measured")
     arguments = parser.parse_args()
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    with redirect_stdout(sys.stderr):  # TransformerLens prints what it has loaded
-        result = measure(arguments)
+    result = quietly(measure, arguments)
     if arguments.discard:
         shutil.rmtree(arguments.out)
     print(json.dumps(result))

@@ -15,15 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import os
-import sys
-import warnings
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+from benchmarks.peers.saelens_collect import let_local_folders_through, quietly
 
 
 class GivenWindows:
@@ -50,8 +45,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from sae_lens.evals import get_eval_everything_config, get_recons_loss, run_evals
     from sae_lens.training.activation_scaler import ActivationScaler
     from transformer_lens import HookedTransformer
-
-    from benchmarks.peers.saelens_collect import let_local_folders_through
 
     let_local_folders_through()
     model = HookedTransformer.from_pretrained_no_processing(str(arguments.model), device="cpu", default_padding_side="right")
@@ -88,13 +81,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path, required=True, help="(windows, context) token ids, as a .npy file")
     parser.add_argument("--keep-special", action="store_true", help="exclude no token")
     arguments = parser.parse_args()
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    with redirect_stdout(sys.stderr):  # TransformerLens prints what it has loaded
-        result = measure(arguments)
-    print(json.dumps(result))
+    print(json.dumps(quietly(measure, arguments)))
 
 
 if __name__ == "__main__":

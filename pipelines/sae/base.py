@@ -86,6 +86,8 @@ class Sae(nn.Module, ABC):
     architecture: ClassVar[str]
     in_units_of_x: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
     """Parameters and buffers that scale with x: all but weights."""
+    needs_scaled_rows: ClassVar[bool] = False
+    """Whether training needs rows whose variance is 1 on average, and `start`; the textbook recipe has neither."""
 
     W_enc: Tensor
     W_dec: Tensor
@@ -154,7 +156,7 @@ class Sae(nn.Module, ABC):
         return None
 
     def preactivations_above(self, x: Tensor, bias: Tensor, floor: Tensor, kernel: str) -> tuple[Tensor, Active]:
-        """Which (x − b_dec) · W_enc + bias exceed `floor` (F,), with gradients, and where, in one of `KERNELS`."""
+        """Which of (x − b_dec) · W_enc + bias exceed `floor`, (F,) or one for all, with gradients, and where."""
         if kernel == "dense":
             dense = torch.addmm(bias, x - self.b_dec, self.W_enc.T)
             active = Active.of_mask(dense.detach() > floor)

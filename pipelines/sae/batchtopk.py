@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pipelines.sae import select
 from pipelines.sae.base import Codes
-from pipelines.sae.sparse import Active, Preactivation
+from pipelines.sae.sparse import Active
 from pipelines.sae.topk import TopKSae
 
 MEMORY = 0.95
@@ -37,10 +37,7 @@ class BatchTopKSae(TopKSae):
         return None
 
     def codes(self, x: Tensor) -> Codes:
-        with torch.no_grad():
-            centred = x - self.b_dec
-            active, pre = select.above(centred, self.W_enc, self.b_enc, self.threshold, fast=False)
-        return Codes(Preactivation.apply(pre, centred, self.W_enc, self.b_enc, self.b_dec, active), active)
+        return Codes(*self.preactivations_above(x, self.b_enc, self.threshold, "sparse-fp32"))
 
     def search(self, centred: Tensor, *, fast: bool) -> tuple[Active, Tensor]:
         return select.batch_top_k(centred, self.W_enc, self.b_enc, self.k, fast=fast)

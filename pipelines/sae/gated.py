@@ -3,20 +3,14 @@ with Gated Sparse Autoencoders")."""
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from pipelines.sae.base import Codes, Losses, Objective, Sae, decoded, levels
-
-L1 = 1.0
-"""Of the default coefficient. Measured (d = 192, F = 1024, 400 steps): L0 7 for k = 8, between 22 and 46 for 32."""
-START = 4.0
-"""How many times k features are active in a row when training begins."""
+from pipelines.sae.base import Codes, Losses, Objective, decoded
+from pipelines.sae.penalised import PenalisedSae
 
 
-class GatedSae(Sae):
+class GatedSae(PenalisedSae):
     """A feature is active where the gate (x − b_dec) · W_enc + b_gate is positive; its code is then
     relu((x − b_dec) · W_enc · exp(r_mag) + b_enc).
 
@@ -25,24 +19,19 @@ class GatedSae(Sae):
     """
 
     architecture = "gated"
-    in_units_of_x = (*Sae.in_units_of_x, "b_gate")
+    in_units_of_x = (*PenalisedSae.in_units_of_x, "b_gate")
+    needs_scaled_rows = True
+    l1_share = 1.0
+    """Measured (d = 192, F = 1024, 400 steps): L0 7 for k = 8, between 22 and 46 for 32."""
 
     def __init__(self, d_model: int, n_features: int, k: int, *, seed: int = 0):
         super().__init__(d_model, n_features, k, seed=seed)
         self.b_gate = nn.Parameter(torch.zeros(n_features))
         self.r_mag = nn.Parameter(torch.zeros(n_features))
 
-    @property
-    def default_l1(self) -> float:
-        return L1 * self.n_features / math.sqrt(self.d_model * self.k)
-
     @torch.no_grad()
     def start(self, sample: Tensor) -> None:
-        """Gates through which every feature is active in the same share of rows."""
-        self.b_gate.copy_(-levels(self, sample, START * self.k))
-
-    def codes(self, x: Tensor) -> Codes:
-        return self.training_codes(x, "sparse-fp32")
+        self.b_gate.copy_(self.starting_bias(sample))
 
     def training_codes(self, x: Tensor, kernel: str) -> Codes:
         return self.paths(x, kernel)[0]

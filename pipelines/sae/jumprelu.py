@@ -26,6 +26,7 @@ class JumpReluSae(Sae):
     """
 
     architecture = "jumprelu"
+    needs_scaled_rows = True
 
     def __init__(self, d_model: int, n_features: int, k: int, *, seed: int = 0):
         super().__init__(d_model, n_features, k, seed=seed)

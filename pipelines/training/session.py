@@ -83,14 +83,16 @@ class Session:
         weights_bytes = sum(8 * config.features * store.d_model(site) for config, site in zip(configs, sites, strict=True))
         require_free_space(out, 7 * weights_bytes, f"{len(configs)} SAEs and the state of their training")
         samples = Samples()
-        trainees = []
+        trainees, settled = [], []
         for index, (config, site) in enumerate(zip(configs, sites, strict=True)):
-            trainees.append(new_trainee(config, site, store, n_steps, device, ranks, samples, fresh=saved is None))
+            trainee = new_trainee(config, site, store, n_steps, device, ranks, samples, fresh=saved is None)
+            settled.append(_settled(config, trainee))
             if saved is not None:
-                require_same(out, _settled(config, trainees[-1]), saved[1]["configs"], index, len(configs))
-                trainees[-1].load(saved[0][index], saved[1]["counts"][index])
+                require_same(out, settled[-1], saved[1]["configs"], index, len(configs))
+                trainee.load(saved[0][index], saved[1]["counts"][index])
+            trainees.append(trainee)
         own = cls(
-            [_settled(config, trainee) for config, trainee in zip(configs, trainees, strict=True)],
+            settled,
             out,
             store,
             trainees,
@@ -133,8 +135,7 @@ class Session:
             "rows_per_s": round((self.trainees[0].rows_seen - rows_before) / max(seconds, 1e-9)),
             "data_wait_share": round(self.waited_s / max(seconds, 1e-9), 4),
         }
-        found = [self._publish(index) | timing for index in range(len(self.configs))]
-        return found
+        return [self._publish(index) | timing for index in range(len(self.configs))]
 
     def _logs(self) -> list[MetricsLog]:
         return [

@@ -19,7 +19,6 @@ from pipelines.training.ranks import Ranks
 from pipelines.training.trainee import Recipe, Trainee
 
 MEDIAN_ROWS = 32_768
-NEEDS_SCALED_ROWS = ("jumprelu", "gated")
 
 
 class Samples:
@@ -50,12 +49,12 @@ def new_trainee(
 
     Raises InputError for rows that do not vary, and for an architecture that the textbook recipe cannot start.
     """
-    if config.recipe == "textbook" and config.architecture in NEEDS_SCALED_ROWS:
+    d_model = store.d_model(site)
+    sae = make(config.architecture, d_model, config.features, config.k, seed=config.seed)
+    if config.recipe == "textbook" and sae.needs_scaled_rows:
         raise InputError(
             f"architecture {config.architecture}: needs scaled rows and a measured start; use --recipe standard."
         )
-    d_model = store.d_model(site)
-    sae = make(config.architecture, d_model, config.features, config.k, seed=config.seed)
     kernel = config.kernel if config.kernel != "auto" else choose_kernel(d_model, config.features, config.k)
     objective = Objective(config.l1 or sae.default_l1, config.auxk, kernel)
     lr = config.lr or default_learning_rate(config.features, n_steps)
