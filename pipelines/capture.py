@@ -27,14 +27,28 @@ from pipelines.tokens import first_line
 
 @dataclass(frozen=True)
 class Family:
-    """Where a decoder family keeps its blocks, and each block's parts."""
+    """Where a decoder family keeps its parts: of the model, and (attention, mlp) of a block."""
 
+    tokens: str
+    positions: str
     blocks: str
+    final_norm: str
+    unembedding: str
     attention: str
     mlp: str
 
 
-FAMILIES = {"gpt2": Family(blocks="transformer.h", attention="attn", mlp="mlp")}
+FAMILIES = {
+    "gpt2": Family(
+        tokens="transformer.wte",
+        positions="transformer.wpe",
+        blocks="transformer.h",
+        final_norm="transformer.ln_f",
+        unembedding="lm_head",
+        attention="attn",
+        mlp="mlp",
+    )
+}
 """By `config.model_type`; another decoder is another line here."""
 
 SITES: dict[str, tuple[Callable[[nn.Module, Family], nn.Module], bool]] = {
@@ -134,10 +148,15 @@ def model_identity(model: nn.Module) -> ModelIdentity:
     return ModelIdentity(config.model_type, config.num_hidden_layers, config.hidden_size, digest.hexdigest())
 
 
+def family_of(model: nn.Module) -> Family:
+    """Where a model of a known family keeps its parts."""
+    config: Any = model.config
+    return FAMILIES[config.model_type]
+
+
 def blocks_of(model: nn.Module) -> nn.ModuleList:
     """The decoder blocks of a model of a known family."""
-    config: Any = model.config
-    blocks: nn.ModuleList = attrgetter(FAMILIES[config.model_type].blocks)(model)
+    blocks: nn.ModuleList = attrgetter(family_of(model).blocks)(model)
     return blocks
 
 
@@ -148,9 +167,8 @@ def site_module(model: nn.Module, site: Site) -> tuple[nn.Module, bool]:
         raise InputError(f"site {site.name!r}: known sites are {', '.join(SITES)}.")
     if not 0 <= site.layer < len(blocks):
         raise InputError(f"layer {site.layer}: the model has {len(blocks)} blocks; choose 0 to {len(blocks) - 1}.")
-    config: Any = model.config
     choose, reads_input = SITES[site.name]
-    return choose(blocks[site.layer], FAMILIES[config.model_type]), reads_input
+    return choose(blocks[site.layer], family_of(model)), reads_input
 
 
 @contextmanager

@@ -1,0 +1,69 @@
+"""The forward pass of a decoder in pieces, so that an intervention runs only what comes after it.
+
+Each function takes the model as transformers made it. The pieces one after another are the model's own forward pass, bit
+for bit at equal shapes: `logits(model, run_blocks(model, embed(model, ids)))`.
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.capture import blocks_of, family_of
+
+
+def embed(model: nn.Module, ids: Tensor) -> Tensor:
+    """(batch, position) token ids -> (batch, position, d_model), what the first block gets."""
+    tokens, positions = token_and_position(model, ids)
+    return tokens + positions
+
+
+def token_and_position(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The two parts of `embed`: (batch, position, d_model) of the tokens, (1, position, d_model) of the positions."""
+    family = family_of(model)
+    place = torch.arange(ids.shape[1], device=ids.device)[None]
+    return attrgetter(family.tokens)(model)(ids), attrgetter(family.positions)(model)(place)
+
+
+def run_blocks(model: nn.Module, hidden: Tensor, first: int = 0, stop: int | None = None) -> Tensor:
+    """Blocks first, first + 1, … before `stop` (by default all the rest) on `hidden` (batch, position, d_model)."""
+    mask, place = _causal_mask(model, hidden), torch.arange(hidden.shape[1], device=hidden.device)[None]
+    for block in list(blocks_of(model))[first:stop]:
+        found: Any = block(hidden, attention_mask=mask, use_cache=False, position_ids=place)
+        hidden = found[0] if isinstance(found, tuple) else found
+    return hidden
+
+
+def final_norm(model: nn.Module) -> nn.LayerNorm:
+    """The LayerNorm before the unembedding."""
+    norm: nn.LayerNorm = attrgetter(family_of(model).final_norm)(model)
+    return norm
+
+
+def unembedding(model: nn.Module) -> Tensor:
+    """(vocabulary, d_model) W_U: logits are the final norm's output times its transpose."""
+    weight: Tensor = attrgetter(family_of(model).unembedding)(model).weight
+    return weight
+
+
+def logits(model: nn.Module, hidden: Tensor) -> Tensor:
+    """(…, d_model) after the last block -> (…, vocabulary). Pass only the positions that are wanted: this is costly."""
+    return final_norm(model)(hidden) @ unembedding(model).T
+
+
+def _causal_mask(model: nn.Module, hidden: Tensor) -> Tensor | None:
+    """What the model's attention gets as its mask: None where its kernel knows that it is causal."""
+    from transformers.masking_utils import create_causal_mask
+
+    place = torch.arange(hidden.shape[1], device=hidden.device)[None]
+    mask: Tensor | None = create_causal_mask(
+        config=model.config,  # type: ignore[arg-type]
+        inputs_embeds=hidden,
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=place,
+    )
+    return mask

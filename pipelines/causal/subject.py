@@ -1,0 +1,135 @@
+"""In: a model, or a run and its store. Out: what an intervention works on: model, tokenizer, rules of text, and the SAE.
+
+Whether text begins with a start token, and which positions are rows, follows the manifest of the store that the SAE was
+trained on: a position that is no row passes through every intervention as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from actstore.errors import IdentityMismatch, InputError, StoreError
+from actstore.reader import ActivationStore
+from pipelines.capture import Site, choose_device, load_model, model_identity, resolve_model
+from pipelines.sae.base import Sae
+from pipelines.sae.checkpoint import RunRecord, load_run, require_match
+from pipelines.tokens import TextCodec, load_tokenizer, store_tokenizer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text as the model gets it: `ids` (positions,) int64; `kept` (positions,) which of them are rows; each as text."""
+
+    ids: Tensor
+    kept: Tensor
+    texts: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A language model in evaluation mode, without gradients, and how text is put to it."""
+
+    name: str
+    model: nn.Module
+    codec: TextCodec
+    bos: bool = True
+    keep_special: bool = False
+    device: str = "cpu"
+
+    @property
+    def n_positions(self) -> int:
+        """The longest text the model takes, in tokens."""
+        limit: int = self.model.config.max_position_embeddings  # type: ignore[union-attr, assignment]
+        return limit
+
+    def prompt(self, text: str) -> Prompt:
+        """Tokenise a text. Raises InputError when it has no token, or more than the model has positions."""
+        return self.prompt_of_ids(self.codec.ids([text])[0], repr(text[:40]))
+
+    def prompt_of_ids(self, ids: list[int], name: str = "prompt") -> Prompt:
+        """The same of token ids, without start token; `name` is for the message."""
+        if not ids:
+            raise InputError(f"prompt {name}: has no token; give some text.")
+        all_ids = [self.codec.bos_token_id, *ids] if self.bos else list(ids)
+        if len(all_ids) > self.n_positions:
+            raise InputError(
+                f"prompt {name}: {len(all_ids):,} tokens with the start token, the model has {self.n_positions:,} "
+                "positions; shorten it."
+            )
+        found = torch.tensor(all_ids, device=self.device)
+        kept = torch.ones(len(all_ids), dtype=torch.bool, device=self.device)
+        if not self.keep_special:
+            kept &= found != self.codec.separator_token_id
+            kept[0] = False
+        return Prompt(found, kept, tuple(self.codec.text([i]) for i in all_ids))
+
+    def token(self, text: str) -> int:
+        """The id of a text that is one token. Raises InputError, with the tokens it has, when it is not."""
+        ids = self.codec.ids([text])[0]
+        if len(ids) != 1:
+            parts = " ".join(repr(self.codec.text([i])) for i in ids) or "none"
+            raise InputError(f"token {text!r}: is {len(ids)} tokens here ({parts}), needs to be one; mind a leading space.")
+        return ids[0]
+
+
+@dataclass(frozen=True)
+class Spliced:
+    """A subject and an SAE that reads one of its sites."""
+
+    subject: Subject
+    sae: Sae
+    site: Site
+    record: RunRecord
+
+    def require_feature(self, feature: int) -> int:
+        """Raises InputError for an id that is not a feature's."""
+        if not 0 <= feature < self.record.n_features:
+            raise InputError(
+                f"feature {feature}: the SAE has {self.record.n_features:,} features; choose 0 to "
+                f"{self.record.n_features - 1:,}."
+            )
+        return feature
+
+
+def open_subject(model: str, device: str = "auto", *, bos: bool = True, keep_special: bool = False) -> Subject:
+    """A model and the tokenizer that lies beside it. Raises InputError when either cannot be loaded."""
+    chosen = choose_device(device)
+    codec, _ = load_tokenizer(resolve_model(model))
+    return Subject(model, frozen(load_model(model, chosen, "fp32")), codec, bos, keep_special, chosen)
+
+
+def open_spliced(run: Path, store: str | Path | None = None, model: str | None = None, device: str = "auto") -> Spliced:
+    """The SAE of a run in its model; text is put to it as the store's manifest says.
+
+    `store` is by default the one the run was trained on. Raises NotAStore or InputError when run, store or model is
+    not there, IdentityMismatch when store or model is another one than the SAE was trained on.
+    """
+    sae, record = load_run(run)
+    where = record.config["store"] if store is None else store
+    try:
+        opened = ActivationStore(where)
+    except StoreError as error:
+        if store is not None:
+            raise
+        raise InputError(f"{run}: its store is not at {where} ({error}); name it with --store.") from error
+    require_match(run, record, opened)
+    chosen = choose_device(device)
+    name = model or record.model
+    loaded = load_model(name, chosen, "fp32")
+    if model_identity(loaded).weights_sha256 != record.weights_sha256:
+        raise IdentityMismatch(f"model {name}: is not the one {run} was trained on; name the right one with --model.")
+    policy = opened.manifest.policy
+    subject = Subject(name, frozen(loaded), store_tokenizer(opened), policy.bos, policy.keep_special, chosen)
+    return Spliced(subject, sae.to(chosen), Site.parse(record.site), record)
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """The model in evaluation mode, its weights without gradients."""
+    return model.eval().requires_grad_(False)
