@@ -16,8 +16,9 @@ LOG_INTERVAL_S = 10.0
 class Tracker:
     """What a stage tells of itself: how much is done, and a short note such as `FVE 0.91`."""
 
-    def __init__(self, label: str, total: int, unit: str, bar: Progress | None):
+    def __init__(self, label: str, total: int, unit: str, bar: Progress | None, *, shown: bool = True):
         self.label, self.total, self.unit, self.done = label, total, unit, 0
+        self._shown = shown
         self._bar = bar
         self._task = bar.add_task(label, total=total, note="") if bar else None
         self._started = self._last = time.monotonic()
@@ -38,17 +39,17 @@ class Tracker:
         note = f"{self.rate:,.0f} {self.unit}/s  {note}"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.done, note=note)
-        elif time.monotonic() - self._last >= LOG_INTERVAL_S or self.done >= self.total:
+        elif self._shown and (time.monotonic() - self._last >= LOG_INTERVAL_S or self.done >= self.total):
             self._last = time.monotonic()
             print(f"{self.label}: {self.done:,} of {self.total:,} {self.unit}  {note}", file=sys.stderr, flush=True)
 
 
 @contextmanager
-def track(label: str, total: int, unit: str = "rows") -> Iterator[Tracker]:
-    """Show a stage's progress while the block runs."""
-    console = Console(stderr=True)
+def track(label: str, total: int, unit: str = "rows", *, shown: bool = True) -> Iterator[Tracker]:
+    """Show a stage's progress while the block runs; `shown` is false in all but one of several processes of one work."""
+    console = Console(stderr=True, quiet=not shown)
     if not console.is_terminal:
-        yield Tracker(label, total, unit, None)
+        yield Tracker(label, total, unit, None, shown=shown)
         return
     columns = (
         TextColumn("{task.description:<9}"),

@@ -254,6 +254,11 @@ def test_values_that_make_no_training_are_refused(asked: dict[str, Any]) -> None
 # The run on disk
 
 
+def test_fewer_tokens_than_a_batch_are_refused_with_both_numbers() -> None:
+    with pytest.raises(InputError, match=r"tokens 1,000: less than one batch of 4,096; choose --batch 1000 or less"):
+        TrainConfig(store=Path("s"), out=Path("o"), tokens=1000)
+
+
 def test_the_log_is_one_json_object_a_line(config: TrainConfig, trained: dict[str, Any]) -> None:
     lines = metrics_of(config.out)
     assert [line["rows"] for line in lines] == [3000, 6000, 9000, 9600]

@@ -59,6 +59,11 @@ class TrainConfig:
                 f"{self.auxk}, checkpoint-minutes {self.checkpoint_minutes}: must be positive and finite, batch at least "
                 "2 (tokens, lr and l1 may be 0 for their default, the last two for none)."
             )
+        if 0 < self.tokens < self.batch:
+            raise InputError(
+                f"tokens {self.tokens:,}: less than one batch of {self.batch:,}; choose --batch {max(2, self.tokens)} or "
+                "less, or more --tokens."
+            )
         if self.recipe not in RECIPES:
             raise InputError(f"recipe {self.recipe!r}: choose from {', '.join(RECIPES)}.")
         if self.kernel not in ("auto", *KERNELS):

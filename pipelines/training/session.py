@@ -124,7 +124,7 @@ class Session:
         started, rows_before = time.monotonic(), self.trainees[0].rows_seen
         try:
             if rows_before < self.n_steps * self.configs[0].batch:
-                with track("train", self.n_steps * self.configs[0].batch) as progress:
+                with track("train", self.n_steps * self.configs[0].batch, shown=self.ranks.is_first) as progress:
                     progress.done = rows_before
                     self._loop(stop, logs, progress)
         finally:
