@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -263,6 +264,21 @@ def test_the_log_is_one_json_object_a_line(config: TrainConfig, trained: dict[st
     lines = metrics_of(config.out)
     assert [line["rows"] for line in lines] == [3000, 6000, 9000, 9600]
     assert all(line.keys() >= {"rows", "loss", "mse", "fve", "l0", "dead", "lr"} for line in lines)
+
+
+def test_tensorboard_is_told_what_the_log_is_told(config: TrainConfig, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own dependencies warn when they are loaded
+        event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+        train(replace(config, out=tmp_path / "run", tokens=6000, tensorboard=True))
+    logged = [json.loads(line) for line in (tmp_path / "run" / METRICS).read_text().splitlines()]
+    board = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    assert set(board.Tags()["scalars"]) == set(logged[0])
+    for name in ("fve", "l0"):
+        assert [(e.step, e.value) for e in board.Scalars(name)] == [
+            (line["rows"], pytest.approx(line[name], rel=1e-6)) for line in logged
+        ]
 
 
 def test_a_run_reads_back_as_it_was_written(config: TrainConfig, trained: dict[str, Any], tmp_path: Path) -> None:

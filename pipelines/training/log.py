@@ -64,7 +64,9 @@ def _board(folder: Path, rows_seen: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise InputError("tensorboard: is not installed; pip install 'actstore[tensorboard]', or leave it out.") from error
+        raise InputError(
+            f"tensorboard: cannot be loaded ({error}); pip install 'actstore[tensorboard]', or leave it out."
+        ) from error
     return SummaryWriter(str(folder / "tensorboard"), purge_step=rows_seen + 1)
 
 
@@ -72,7 +74,7 @@ def _wandb(folder: Path, config: dict[str, Any]) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise InputError("wandb: is not installed; pip install 'actstore[wandb]', or leave it out.") from error
+        raise InputError(f"wandb: cannot be loaded ({error}); pip install 'actstore[wandb]', or leave it out.") from error
     own = content_hash([str(folder.absolute()), config])[:16]  # the same again when the training is resumed
     return wandb.init(
         project="actstore", id=own, name=folder.name, dir=str(folder), config=config, resume="allow", reinit="create_new"
