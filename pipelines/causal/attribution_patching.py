@@ -37,7 +37,6 @@ def gradients(model: nn.Module, run: Trace, sites: list[Site], figure: Figure, a
 
     def keep(label: str) -> Callable[[Tensor], None]:
         def read(activation: Tensor) -> None:
-            activation.retain_grad()
             held[label] = activation
 
         return read
@@ -46,8 +45,9 @@ def gradients(model: nn.Module, run: Trace, sites: list[Site], figure: Figure, a
         for site in sites:
             hooks.enter_context(reading(model, site, keep(site.label)))
         start = embed(model, run.ids[None]).detach().requires_grad_()
-        figure(logits(model, run_blocks(model, start)[:, at])).sum().backward()
-    found = {label: _gradient(activation) for label, activation in held.items()}
+        total = figure(logits(model, run_blocks(model, start)[:, at])).sum()
+        slopes = torch.autograd.grad(total, list(held.values()))  # not backward(): weights keep no gradients
+    found = {label: slope[0] for label, slope in zip(held, slopes, strict=True)}
     require_gradient(found)
     return found
 
@@ -68,8 +68,8 @@ def integrated_gradients(
     for part in weights.split(max(1, 2048 // len(run))):
         with torch.enable_grad():
             points = (other + part * (base - other)).detach().requires_grad_()
-            figure(logits_after(model, run, site, points, at)).sum().backward()
-        total += _gradient(points, keep_batch=True).sum(dim=0)
+            (slope,) = torch.autograd.grad(figure(logits_after(model, run, site, points, at)).sum(), points)
+        total += slope.sum(dim=0)
     return total / steps
 
 
@@ -82,6 +82,7 @@ def activation_effects(run: Trace, other: Trace, site: Site, gradient: Tensor, n
     return products.reshape(len(products), n_heads, -1).sum(dim=2).T
 
 
+@torch.no_grad()
 def feature_effects(change: Tensor, sae: Sae, gradient: Tensor) -> Tensor:
     """(position, n_features) estimated change of the figure when the codes change by `change` (position, n_features), each
     alone; minus the codes themselves is an ablation. `gradient` (position, d_model) is that of the SAE's site."""
@@ -95,8 +96,3 @@ def require_gradient(found: dict[str, Tensor]) -> None:
             "the metric's gradient is zero at this run, as that of KL is at the clean one: a linear estimate would call "
             "every part inert; take integrated gradients (--steps 16), or another metric."
         )
-
-
-def _gradient(activation: Tensor, *, keep_batch: bool = False) -> Tensor:
-    assert activation.grad is not None
-    return activation.grad if keep_batch else activation.grad[0]

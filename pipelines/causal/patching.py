@@ -74,6 +74,7 @@ def require_equal_length(clean: Prompt, corrupt: Prompt) -> None:
         )
 
 
+@torch.no_grad()
 def run_logits(model: nn.Module, run: Trace, at: int = -1) -> Tensor:
     """(vocabulary,) logits of a traced text as it is."""
     return logits(model, run.streams[-1, at])
@@ -156,6 +157,7 @@ def feature_cells(
     return _measured(model, run, site, len(feature), build, figure, at)
 
 
+@torch.no_grad()
 def dense_codes(sae: Sae, x: Tensor, kept: Tensor) -> Tensor:
     """(position, n_features) codes of a site's activation (position, d_model), zero at positions the SAE does not read."""
     codes = x.new_zeros(len(x), sae.n_features)
