@@ -191,7 +191,11 @@ def test_positions_that_are_no_rows_pass_through(planted: nn.Module) -> None:
 def test_a_feature_edit_changes_its_own_code_alone(random: nn.Module) -> None:
     """x + change · W_dec, the error kept: against the logits of exactly that stream."""
     clean = trace(random, clean_and_corrupt()[0])
-    sae, site, kept = circuitkit.TopKSae(32, 24, 4, seed=5).double(), Site("mlp_out", 1), torch.ones(7, dtype=torch.bool)
+    sae, site, kept = (
+        circuitkit.TopKSae(32, 24, 4, seed=5).double().requires_grad_(False),
+        Site("mlp_out", 1),
+        torch.ones(7, dtype=torch.bool),
+    )
     change = -dense_codes(sae, clean.at(site), kept)
     feature = int(change.abs().sum(dim=0).argmax())
     found = feature_cells(
