@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ def measure(
     Windows go in the order of the store, as many at a time as fit. `commit` is called after about `BLOCK_FIRINGS`.
     """
     order = np.lexsort((firings.position, firings.window, firings.segment))
-    features, place = np.unique(firings.feature, return_inverse=True)
+    _, place = np.unique(firings.feature, return_inverse=True)
     n_texts = max(1, BATCH_POSITIONS // codes.manifest.policy.context)
     last = found.done
     for chosen in _passes(firings, order, found.done, n_texts):
@@ -178,7 +179,6 @@ class Branches:
     text: Tensor
     slot: Tensor
     at: Tensor
-    width: int = field(default=0)
 
 
 def branch_layout(text: NDArray[np.int64], position: NDArray[np.int64], device: str) -> Branches:
@@ -187,8 +187,7 @@ def branch_layout(text: NDArray[np.int64], position: NDArray[np.int64], device: 
     slot = np.arange(len(text)) - (np.cumsum(counts) - counts)[text]
     at = np.zeros((len(counts), int(counts.max())), np.int64)
     at[text, slot] = position
-    tensors = [torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (text, slot, at)]
-    return Branches(*tensors, width=at.shape[1])
+    return Branches(*(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (text, slot, at)))
 
 
 def _measured(
@@ -219,7 +218,7 @@ def _measured(
 def ablation_changes(
     spliced: Spliced, reading: Reading, text: NDArray[np.int64], position: NDArray[np.int64], feature: NDArray[np.int64]
 ) -> Tensor:
-    """(n, d_model) what setting a feature to 0 adds to the row at (text, position): −code · W_dec, the code computed anew."""
+    """(n, d_model) what setting a feature to 0 adds to the row at (text, position): −code · W_dec, the code anew."""
     device = reading.x.device
     t, p, f = (torch.from_numpy(a).to(device) for a in (text, position, feature))
     places, back = torch.unique(t * reading.x.shape[1] + p, return_inverse=True)
@@ -231,7 +230,7 @@ def ablation_changes(
 
 def predicted(spliced: Spliced, reading: Reading, change: Tensor, layout: Branches) -> tuple[Tensor, Tensor]:
     """(n, d_model) each, after the last block at each edit's position: without it, and with `change` (n, d_model)."""
-    padded = change.new_zeros(len(reading.x), layout.width, change.shape[1])
+    padded = change.new_zeros(len(reading.x), layout.at.shape[1], change.shape[1])
     padded[layout.text, layout.slot] = change
     clean, branches = finish_branches(spliced.subject.model, reading, padded, layout.at)
     return clean[layout.text, layout.at[layout.text, layout.slot]], branches[layout.text, layout.slot]
@@ -282,10 +281,12 @@ def _texts(codes: CodeStore, own: Firings) -> tuple[NDArray[np.int64], NDArray[n
 def _passes(firings: Firings, order: NDArray[np.int64], done: int, n_texts: int) -> Iterator[NDArray[np.int64]]:
     """The firings not yet measured, in order, those of `n_texts` windows at a time. A window is never cut."""
     rest = order[done:]
-    new = np.r_[True, (np.diff(firings.window[rest]) != 0) | (np.diff(firings.segment[rest]) != 0)][: len(rest)]
+    if not len(rest):
+        return
+    new = np.r_[True, (np.diff(firings.window[rest]) != 0) | (np.diff(firings.segment[rest]) != 0)]
     number = np.cumsum(new) - 1
-    bounds = np.searchsorted(number, np.arange(0, number[-1] + 1 + n_texts, n_texts)) if len(rest) else []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    bounds = np.searchsorted(number, np.arange(0, number[-1] + 1 + n_texts, n_texts))
+    for start, stop in pairwise(bounds.tolist()):
         yield rest[start:stop]
 
 

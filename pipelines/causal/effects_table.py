@@ -42,7 +42,7 @@ def feature_table(
     `promoted` tokens are those whose logit the feature raises, so that ablating it lowers them most; `suppressed` the
     other way. `weight` is the mean change of the centred logit that the feature brings about.
     """
-    bounds = np.searchsorted(firings.feature, np.r_[features, features[-1] + 1])
+    bounds = np.searchsorted(firings.feature, np.append(features, features[-1] + 1)).tolist()
     rows = []
     for i, feature in enumerate(features.tolist()):
         mine = slice(bounds[i], bounds[i + 1])
@@ -161,8 +161,8 @@ def effects_lines(found: dict[str, Any], n: int = 10) -> list[str]:
     lines.append(f"median feature: KL {found['median_kl']:.4f}, loss {found['median_loss']:+.4f}")
     titles = {
         "strongest": "strongest",
-        "frequent_but_inert": f"frequent but inert ({found['n_inert']:,}: fire in over {found['frequent_above']:.3%} of rows)",
-        "rare_but_decisive": f"rare but decisive ({found['n_decisive']:,}: fire in under {found['rare_below']:.3%})",
+        "frequent_but_inert": f"frequent, inert: {found['n_inert']:,} of those over {found['frequent_above']:.2%} of rows",
+        "rare_but_decisive": f"rare, decisive: {found['n_decisive']:,} of those under {found['rare_below']:.3%}",
     }
     for name, title in titles.items():
         lines.append(f"{title}")
@@ -172,6 +172,7 @@ def effects_lines(found: dict[str, Any], n: int = 10) -> list[str]:
             tokens = "  ".join(repr(visible(text)) for text in row["promoted"][:4])
             on = "  fires on " + " ".join(repr(visible(t)) for t in row["tokens"][:2]) if "tokens" in row else ""
             lines.append(
-                f"{row['feature']:>9} {row['frequency']:>8.3%} {row['kl']:>7.4f} {interval:>15} {row['loss']:>+8.4f}  {tokens}{on}"
+                f"{row['feature']:>9} {row['frequency']:>8.3%} {row['kl']:>7.4f} {interval:>15} {row['loss']:>+8.4f}  "
+                f"{tokens}{on}"
             )
     return lines

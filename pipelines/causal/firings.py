@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +31,10 @@ Ints = NDArray[np.int64]
 class Firings:
     """n firings, by feature, and for one feature by window and position.
 
-    feature, segment, window, position, document (n,) int64; a document's number is of its segment. `next_token` (n,) is the
-    token after each, `n_real` (n,) how many positions of its window are no padding, and `value` (n,) its code. `total` (F,) counts all firings of each feature, drawn or not, and
-    `rows` the rows of the store, both where a next token is in the window.
+    feature, segment, window, position, document (n,) int64; a document's number is of its segment. `next_token` (n,) is
+    the token after each, `n_real` (n,) how many positions of its window are no padding, `value` (n,) its code, and
+    `weight` (n,) how many firings it stands for. `total` (F,) counts all firings of each feature, drawn or not, and `rows`
+    the rows of the store, both where a next token is in the window.
     """
 
     feature: Ints
@@ -78,6 +80,7 @@ def draw_firings(
     wanted[slice(None) if features is None else features] = True
     floor = np.zeros(codes.n_features) if above is None else above
     total = np.zeros(codes.n_features, np.int64)
+    kept: dict[str, NDArray[Any]]
     kept = {name: np.empty(0, np.float32 if name == "value" else np.int64) for name in COLUMNS}
     keys, n_rows = np.empty(0, np.uint64), 0
     shards = codes.shards(PART)
@@ -94,7 +97,7 @@ def draw_firings(
             row, slot = row[pick], slot[pick]
             n_windows = len(codes.table(shard.segment, f"{PART}/windows/n_tokens"))
             window_keys = raw_words(n_windows, seed, WINDOWS, shard.segment)[places["window"][row]]
-            found = {name: column[row] for name, column in places.items()}
+            found: dict[str, NDArray[Any]] = {name: column[row] for name, column in places.items()}
             found |= {"feature": indices[row, slot], "value": values[row, slot], "weight": weight}
             keys = np.concatenate([keys, window_keys])
             kept = {name: np.concatenate([kept[name], found[name]]) for name in COLUMNS}
