@@ -159,9 +159,9 @@ def measure(
     _, place = np.unique(firings.feature, return_inverse=True)
     n_texts = max(1, BATCH_POSITIONS // codes.manifest.policy.context)
     last = found.done
-    for chosen in _passes(firings, order, found.done, n_texts):
+    for chosen in window_passes(firings, order[found.done :], n_texts):
         own = firings.take(chosen)
-        ids, text = _texts(codes, own)
+        ids, text = firing_texts(codes, own)
         kl_, loss, shift = _measured(spliced, torch.from_numpy(ids).to(spliced.subject.device), text, own, how)
         found.kl[chosen], found.loss[chosen] = kl_, loss
         np.add.at(found.shift, place[chosen], own.weight[:, None] * shift)
@@ -267,7 +267,7 @@ def _later(
     return torch.cat(kl_), torch.cat(loss_)
 
 
-def _texts(codes: CodeStore, own: Firings) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def firing_texts(codes: CodeStore, own: Firings) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(texts, context) token ids of the windows of some firings in order, and which of them each firing stands in."""
     starts = np.r_[True, (np.diff(own.window) != 0) | (np.diff(own.segment) != 0)]
     text = np.cumsum(starts) - 1
@@ -278,9 +278,8 @@ def _texts(codes: CodeStore, own: Firings) -> tuple[NDArray[np.int64], NDArray[n
     return ids, text
 
 
-def _passes(firings: Firings, order: NDArray[np.int64], done: int, n_texts: int) -> Iterator[NDArray[np.int64]]:
-    """The firings not yet measured, in order, those of `n_texts` windows at a time. A window is never cut."""
-    rest = order[done:]
+def window_passes(firings: Firings, rest: NDArray[np.int64], n_texts: int) -> Iterator[NDArray[np.int64]]:
+    """Firings by their numbers `rest`, sorted by window: those of `n_texts` windows at a time, no window cut."""
     if not len(rest):
         return
     new = np.r_[True, (np.diff(firings.window[rest]) != 0) | (np.diff(firings.segment[rest]) != 0)]

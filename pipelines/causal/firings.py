@@ -134,26 +134,39 @@ def window_ids(codes: CodeStore, segment: int, windows: Ints) -> Ints:
     return Windows(ids, table["token_start"], table["n_tokens"].astype(np.int64), policy).batch(windows)[0]
 
 
-def _places(codes: CodeStore, shard: Shard, half: int | None) -> dict[str, Ints]:
-    """Of each row of a shard: where it stands, and the token after it, -1 where that is not in its window."""
+def next_tokens(codes: CodeStore, shard: Shard) -> Ints:
+    """(n_rows,) the token after each row of a shard; -1 where that is not in its window."""
     window = codes.read(shard, "rows/window").astype(np.int64)
     position = codes.read(shard, "rows/position").astype(np.int64)
-    document = codes.documents(shard)
+    return _next_tokens(codes, shard, window, position)
+
+
+def _next_tokens(codes: CodeStore, shard: Shard, window: Ints, position: Ints) -> Ints:
     lead = int(codes.manifest.policy.bos)
     n_tokens = codes.table(shard.segment, f"{PART}/windows/n_tokens").astype(np.int64)
     start = codes.table(shard.segment, f"{PART}/windows/token_start")
     has_next = position + 1 < n_tokens[window] + lead
-    if half is not None:
-        has_next &= document_halves(codes, shard.segment)[document] == half
     ids = codes.table(shard.segment, "tokens/ids")
-    place = np.where(has_next, start[window] + position + 1 - lead, 0)
+    return np.where(has_next, ids[np.where(has_next, start[window] + position + 1 - lead, 0)].astype(np.int64), -1)
+
+
+def _places(codes: CodeStore, shard: Shard, half: int | None) -> dict[str, Ints]:
+    """Of each row of a shard: where it stands, and the token after it, -1 where that is not in its window or the
+    document not of the half."""
+    window = codes.read(shard, "rows/window").astype(np.int64)
+    position = codes.read(shard, "rows/position").astype(np.int64)
+    document = codes.documents(shard)
+    following = _next_tokens(codes, shard, window, position)
+    if half is not None:
+        following = np.where(document_halves(codes, shard.segment)[document] == half, following, -1)
+    lead = int(codes.manifest.policy.bos)
     return {
         "segment": np.full(len(window), shard.segment, np.int64),
         "window": window,
         "position": position,
         "document": document,
-        "n_real": n_tokens[window] + lead,
-        "next_token": np.where(has_next, ids[place].astype(np.int64), -1),
+        "n_real": codes.table(shard.segment, f"{PART}/windows/n_tokens").astype(np.int64)[window] + lead,
+        "next_token": following,
     }
 
 
