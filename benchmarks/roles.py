@@ -23,6 +23,7 @@ on both halves); their targets come from the rows where they fire on the choosin
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -261,8 +262,8 @@ def wilson(k: int, n: int) -> tuple[float, float]:
     return centre - spread, centre + spread
 
 
-def run(demo: Path, n_live: int, n_firings: int, n_directions: int) -> dict[str, Any]:
-    """Choose on one half, measure on the other."""
+def run(demo: Path, n_live: int, n_firings: int, n_directions: int) -> Iterator[dict[str, Any]]:
+    """Choose on one half, measure on the other; each part as soon as it is known."""
     spliced = open_spliced(demo / "run", demo / "store", device="cpu")
     codes = CodeStore(demo / "codes")
     findings = read_json(demo / "analysis" / "findings.json")["findings"]
@@ -285,17 +286,16 @@ def run(demo: Path, n_live: int, n_firings: int, n_directions: int) -> dict[str,
         for i, feature in enumerate(sample.tolist())
     ]
     texts = store_tokenizer(codes).token_texts()
-    result: dict[str, Any] = {"live": len(live), "features": codes.n_features, "directions": n_directions}
+    yield {"live": len(live), "features": codes.n_features, "directions": n_directions}
     for name, roles in (("roles", named), ("sample", others)):
         if roles:
             mine = scoring.take(np.isin(scoring.feature, [role.feature for role in roles]))
             falls = measure(spliced, codes, mine, roles, n_directions)
-            result[name] = [asdict(verdict) for verdict in judge(falls, roles, texts)]
-    return result
+            yield {name: [asdict(verdict) for verdict in judge(falls, roles, texts)]}
 
 
-def lines(found: dict[str, Any]) -> list[str]:
-    """The roles, how many pass, and the share of live features."""
+def role_lines(found: dict[str, Any]) -> list[str]:
+    """The roles, and how many pass."""
     out = [
         f"fall of log P(targets) in nats when the feature is ablated, mean over firings of the scoring half; "
         f"{found['directions']} random directions",
@@ -309,14 +309,17 @@ def lines(found: dict[str, Any]) -> list[str]:
             f"{own['coactive_median']:>11.3f}{own['p']:>7.3f}  {'yes' if own['passes'] else 'no':<4}  {targets}"
         )
     out.append(f"{sum(own['passes'] for own in found['roles'])} of {len(found['roles'])} roles pass")
-    if sample := found.get("sample"):
-        k, n = sum(own["passes"] for own in sample), len(sample)
-        low, high = wilson(k, n)
-        out.append(
-            f"of {found['live']:,} live features (of {found['features']:,}), by a random sample of {n}: {k / n:.0%} pass "
-            f"(95 % interval {low:.0%} to {high:.0%})"
-        )
     return out
+
+
+def sample_line(found: dict[str, Any]) -> str:
+    """The share of live features that passes."""
+    k, n = sum(own["passes"] for own in found["sample"]), len(found["sample"])
+    low, high = wilson(k, n)
+    return (
+        f"of {found['live']:,} live features (of {found['features']:,}), by a random sample of {n}: {k / n:.0%} pass "
+        f"(95 % interval {low:.0%} to {high:.0%})"
+    )
 
 
 @click.command(help=__doc__)
@@ -326,8 +329,17 @@ def lines(found: dict[str, Any]) -> list[str]:
 @click.option("--directions", default=100, show_default=True, help="Random directions.")
 @click.option("--json", "as_json", is_flag=True)
 def main(demo: Path, live: int, firings: int, directions: int, as_json: bool) -> None:
-    found = run(demo, live, firings, directions)
-    print(json.dumps(found, indent=1, ensure_ascii=False) if as_json else "\n".join(lines(found)))
+    found: dict[str, Any] = {}
+    for part in run(demo, live, firings, directions):
+        found |= part
+        if as_json:
+            continue
+        if "roles" in part:
+            print("\n".join(role_lines(found)), flush=True)
+        if "sample" in part:
+            print(sample_line(found))
+    if as_json:
+        print(json.dumps(found, indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -206,7 +206,9 @@ def test_a_feature_is_set_to_its_mean_or_to_what_a_seed_draws(run: Path, read: R
         return values[0]
 
     opened = Analysis(analysis)
-    assert value(set_to="mean", analysis=analysis) == pytest.approx(opened.mean[feature] * opened.frequency[feature], rel=1e-6)
+    assert value(set_to="mean", analysis=analysis) == pytest.approx(
+        opened.mean[feature] * opened.frequency[feature], rel=1e-6
+    )
     kept = read.codes[read.prompt.kept, feature]
     assert value(set_to="mean") == pytest.approx(float(kept.mean()), rel=1e-5)
     drawn = [value(set_to="firing", codes=codes, seed=seed) for seed in (0, 0, 1, 2)]
@@ -241,9 +243,7 @@ def test_a_store_without_the_saes_layer_or_of_another_model_is_refused(
     from pipelines.recipe import CollectConfig
 
     other = build_model(tmp_path / "other", texts, seed=1)
-    collect(
-        CollectConfig(out=tmp_path / "store", model=str(other), corpus=str(texts), layer=(2,), tokens=800, context=32)
-    )
+    collect(CollectConfig(out=tmp_path / "store", model=str(other), corpus=str(texts), layer=(2,), tokens=800, context=32))
     with pytest.raises(IdentityMismatch, match="pass a store of the same model"):
         ablate_features(AblateConfig(run, TEXT, store=str(tmp_path / "store"), device="cpu"))
     with pytest.raises(IdentityMismatch, match="name the right one with --model"):
