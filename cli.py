@@ -37,6 +37,7 @@ WORKERS_OPTION = click.option("--workers", default=2, show_default=True, help="L
 LEVEL_OPTION = click.option(
     "--level", default="full", show_default=True, type=click.Choice(["meta", "crc", "full"]), help="How much is read."
 )
+SUBJECT_STORE_OPTION = click.option("--store", help="Where the store that the run was trained on is, if it was moved.")
 SCHEDULER_OPTION = click.option("--scheduler", help="Address of a running Dask scheduler, such as tcp://host:8786.")
 COLLECT_OPTIONS = (
     STORE_OUT_OPTION,
@@ -650,6 +651,154 @@ def patch(as_json: bool, **options: Any) -> None:
     from pipelines.causal.patch import patch as stage
 
     _print(stage(_shown("patch", PatchConfig(**options))), as_json, patch_lines)
+
+
+@cli.command()
+@RUN_ARGUMENT
+@click.argument("text")
+@click.option(
+    "--feature", multiple=True, type=int, help="Feature to ablate; repeatable. Default: all that fire in the text."
+)
+@click.option(
+    "--set-to",
+    default="zero",
+    show_default=True,
+    help="zero; mean over rows, of --analysis or else of the text; firing or row: a value drawn from --codes.",
+)
+@click.option("--at", default="fired", show_default=True, help="Where it is set: where it fired, at all rows, or the last.")
+@click.option("--each", is_flag=True, help="Ablate at each of these positions alone.")
+@click.option(
+    "--error",
+    default="keep",
+    show_default=True,
+    help="keep: only the feature changes; drop: in the SAE's reconstruction, whose own effect is shown beside.",
+)
+@click.option("--top", default=5, show_default=True, help="Next tokens shown.")
+@click.option("--features", default=10, show_default=True, help="Without --feature: how many to list, by effect.")
+@click.option("--analysis", type=click.Path(path_type=Path), help="Of this run; for --set-to mean.")
+@click.option("--codes", help="Of this run; for --set-to firing or row.")
+@SEED_OPTION
+@SUBJECT_STORE_OPTION
+@click.option("--model", help="Where the language model is, if it was moved.")
+@DEVICE_OPTION
+@JSON_OPTION
+def ablate(as_json: bool, **options: Any) -> None:
+    """What a text's next-token predictions owe to features: each set to another value, everything else kept.
+
+    \b
+    Example:
+      actstore ablate run 'def load(path):' --feature 317
+      actstore ablate run 'def load(path):' --error drop --set-to mean --analysis analysis
+    """
+    from pipelines.causal.ablate import AblateConfig, ablate_features, ablate_lines
+
+    _print(ablate_features(_shown("ablate", AblateConfig(**options))), as_json, ablate_lines)
+
+
+@cli.command()
+@RUN_ARGUMENT
+@click.argument("feature", type=int)
+@click.argument("text")
+@click.option(
+    "--strength",
+    multiple=True,
+    type=float,
+    default=[0.0, 0.5, 1.0],
+    show_default=True,
+    help="Repeatable: the texts come side by side.",
+)
+@click.option(
+    "--mode",
+    default="add",
+    show_default=True,
+    help="add the feature's direction, clamp its code to a value, or scale its code.",
+)
+@click.option(
+    "--unit",
+    default="norm",
+    show_default=True,
+    help="Of a strength: norm, the mean norm of the store's rows; peak, the feature's in --analysis; or raw.",
+)
+@click.option("--at", default="all", show_default=True, help="all rows, those of the prompt, its last, or generated ones.")
+@click.option("--tokens", default=40, show_default=True, help="Tokens to generate.")
+@click.option("--temperature", default=0.0, show_default=True, help="0: always the most probable token.")
+@SEED_OPTION
+@click.option("--cache/--no-cache", default=True, show_default=True, help="Keep keys and values from step to step.")
+@click.option("--analysis", type=click.Path(path_type=Path), help="Of this run; for --unit peak.")
+@SUBJECT_STORE_OPTION
+@click.option("--model", help="Where the language model is, if it was moved.")
+@DEVICE_OPTION
+@JSON_OPTION
+def steer(as_json: bool, **options: Any) -> None:
+    """What the model writes while a feature is added, clamped or scaled: several strengths side by side.
+
+    \b
+    Example:
+      actstore steer run 317 'import os' --strength 0 --strength 0.5 --strength 1
+      actstore steer run 317 'import os' --mode clamp --unit peak --analysis analysis --temperature 0.7 --seed 1
+    """
+    from pipelines.causal.steering import SteerConfig, steer_lines
+    from pipelines.causal.steering import steer as stage
+
+    _print(stage(_shown("steer", SteerConfig(**options))), as_json, steer_lines)
+
+
+@cli.command()
+@RUN_ARGUMENT
+@click.argument("codes")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A folder; continued if it holds these effects.")
+@click.option("--features", multiple=True, type=int, help="Feature to measure; repeatable. Default: all that fire.")
+@click.option("--top", default=0, show_default=True, help="Instead: so many of the most frequent.")
+@click.option("--firings", default=64, show_default=True, help="Of each feature at most, each in another window.")
+@click.option(
+    "--measure", default="firing", show_default=True, help="Predictions at the firing position, or the mean of it and later."
+)
+@click.option("--resamples", default=1000, show_default=True, help="Of documents, for the intervals.")
+@click.option("--analysis", type=click.Path(path_type=Path), help="Of this run; adds densities and tokens.")
+@SEED_OPTION
+@SUBJECT_STORE_OPTION
+@click.option("--model", help="Where the language model is, if it was moved.")
+@DEVICE_OPTION
+@JSON_OPTION
+def effects(as_json: bool, **options: Any) -> None:
+    """What ablating each feature does over the corpus: KL, loss and tokens, at rows where it fires.
+
+    \b
+    Example:
+      actstore effects run codes --out effects --analysis analysis
+      actstore effects run codes --out effects-317 --features 317 --firings 512 --measure later
+    """
+    from pipelines.causal.effects import EffectsConfig
+    from pipelines.causal.effects import effects as stage
+    from pipelines.causal.effects_table import effects_lines
+
+    _print(stage(_shown("effects", EffectsConfig(**options))), as_json, effects_lines)
+
+
+@cli.command()
+@RUN_ARGUMENT
+@click.argument("feature", type=int, required=False)
+@click.option("--top", default=10, show_default=True, help="Tokens of a feature, or features of the table.")
+@click.option("--sort", default="kurtosis", show_default=True, help="Of the table: kurtosis, skew, peak or id.")
+@click.option(
+    "--windows", default=64, show_default=True, help="Windows that the final LayerNorm's mean scale is taken over."
+)
+@SUBJECT_STORE_OPTION
+@click.option("--model", help="Where the language model is, if it was moved.")
+@DEVICE_OPTION
+@JSON_OPTION
+def lens(as_json: bool, **options: Any) -> None:
+    """Which tokens a feature's direction promotes by the direct path alone; without FEATURE, a table of all.
+
+    \b
+    Example:
+      actstore lens run 317
+      actstore lens run --sort kurtosis --top 20
+    """
+    from pipelines.causal.lens import LensConfig, lens_lines
+    from pipelines.causal.lens import lens as stage
+
+    _print(stage(_shown("lens", LensConfig(**options))), as_json, lens_lines)
 
 
 @cli.command()

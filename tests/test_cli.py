@@ -36,6 +36,10 @@ CONFIGS = {
     "analyze": "pipelines.analyze.AnalyzeConfig",
     "inspect": "pipelines.inspect.InspectConfig",
     "report": "pipelines.report.page.ReportConfig",
+    "ablate": "pipelines.causal.ablate.AblateConfig",
+    "steer": "pipelines.causal.steering.SteerConfig",
+    "effects": "pipelines.causal.effects.EffectsConfig",
+    "lens": "pipelines.causal.lens.LensConfig",
 }
 """The frozen configuration that each stage's command builds."""
 
