@@ -1,7 +1,7 @@
 """The textbook lesson under its own names: collect, train, inspect, attribute, patch, ablate, count; thin over the stages.
 
-In: a GPT-2 and some texts. Out: what each call returns, and the lines it prints. Everything stays in memory: for more text than
-that, for an SAE of the standard recipe, and for figures over a corpus, use the stages (`collect`, `train`, `analyze`).
+In: a GPT-2 and some texts. Out: what each call returns, and the lines it prints. Everything stays in memory: for more
+text than that, for an SAE of the standard recipe, and for figures over a corpus, use the stages.
 
 Names, order of arguments and defaults are the textbook's; what follows a `*` is ours. Texts are run one at a time,
 without start token. Where a figure is the textbook's and not the field's, its docstring says so.
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from actstore.errors import IdentityMismatch, InputError
+from actstore.errors import InputError
 from actstore.plan import ROW_ORDER, permutation
 from actstore.reader import ActivationStore
 from pipelines.capture import Site, blocks_of, capture, choose_device, load_model, model_identity, resolve_model
@@ -298,6 +298,8 @@ def _require_layer(model: nn.Module, layer: int, name: str) -> None:
     n_blocks = len(blocks_of(model))
     if not 0 <= layer < n_blocks:
         raise InputError(f"layer {layer}: model {name} has {n_blocks} blocks; choose 0 to {n_blocks - 1}.")
+    if model.training:
+        raise InputError(f"model {name}: is in training mode, in which dropout changes every run; call model.eval() first.")
 
 
 def _n_positions(model: nn.Module) -> int:
@@ -325,10 +327,9 @@ def _checked(activations: Tensor, d_model: int) -> Tensor:
         raise InputError(
             f"activations: have shape {tuple(activations.shape)}, needed is (tokens, d_model), at least one row."
         )
-    if activations.shape[1] != d_model:
-        raise InputError(
-            f"activations: have {activations.shape[1]} values a row, d_model is {d_model}; pass d_model={activations.shape[1]}."
-        )
+    width = activations.shape[1]
+    if width != d_model:
+        raise InputError(f"activations: have {width} values a row, d_model is {d_model}; pass d_model={width}, or others.")
     if not bool(activations.isfinite().all()):
         raise InputError("activations: some are NaN or infinite; collect them again in float32.")
     return activations.detach() if activations.dtype == torch.float64 else activations.detach().float()
