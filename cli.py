@@ -145,6 +145,17 @@ def collect_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def splice_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where the model, and with a run its SAE, come from."""
+    for option in (
+        click.option("--model", help="`builtin`, a hub id, or a folder. Default: the run's, else gpt2."),
+        click.option("--store", help="Where the run's store is, if it was moved."),
+        click.option("--run", type=click.Path(path_type=Path), help="A run whose SAE splits its site into features."),
+    ):
+        command = option(command)
+    return command
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -560,6 +571,85 @@ def inspect(as_json: bool, **options: Any) -> None:
     from pipelines.terminal import inspect_lines
 
     _print(stage(_shown("inspect", InspectConfig(**options))), as_json, inspect_lines)
+
+
+@cli.command()
+@click.argument("text")
+@splice_options
+@click.option("--target", help="The token whose logit is attributed. Default: the most likely one.")
+@click.option("--against", help="A second token: the difference of the two logits is attributed.")
+@click.option("--position", default=-1, show_default=True, help="Where the next token is predicted; -1: after the last one.")
+@click.option("--by", default="head", show_default=True, help="head: each attention head; layer: each attention whole.")
+@click.option("--top", default=12, show_default=True, help="How many parts to list.")
+@click.option("--movers", default=0, show_default=True, help="Tokens that each part raises and lowers most.")
+@click.option("--raw", is_flag=True, help="The logit as it is, and not less the vocabulary's mean.")
+@click.option(
+    "--final-norm/--no-final-norm", default=True, show_default=True, help="Without it, as teaching code does: not exact."
+)
+@DEVICE_OPTION
+@JSON_OPTION
+def attribute(as_json: bool, **options: Any) -> None:
+    """Which embeddings, heads, MLPs, or features of an SAE make the logit of a token. The parts sum to the logit.
+
+    \b
+    Example:
+      actstore attribute 'The Eiffel Tower is in the city of' --model gpt2 --target ' Paris' --against ' Rome'
+      actstore attribute 'for i in range(' --run run --movers 5
+    """
+    from pipelines.causal.attribute import AttributeConfig, attribute_lines
+    from pipelines.causal.attribute import attribute as stage
+
+    _print(stage(_shown("attribute", AttributeConfig(**options))), as_json, attribute_lines)
+
+
+@cli.command()
+@click.argument("clean")
+@click.argument("corrupt", required=False)
+@splice_options
+@click.option(
+    "--site",
+    default="resid_pre",
+    show_default=True,
+    help="resid_pre, resid_post, attn_out, mlp_out, head_out, or features of the SAE of --run.",
+)
+@click.option(
+    "--metric", help="logit_difference, log_probability, probability or kl. Default: the first; without CORRUPT the second."
+)
+@click.option(
+    "--direction", default="denoising", show_default=True, help="denoising: clean into corrupt; noising: corrupt into clean."
+)
+@click.option(
+    "--method", default="exact", show_default=True, help="exact, or attribution: all cells estimated by one backward pass."
+)
+@click.option("--target", help="The clean text's next token. Default: the most likely one.")
+@click.option("--against", help="The corrupt text's next token. Default: the most likely one.")
+@click.option("--position", default=-1, show_default=True, help="Where the next token is predicted; -1: after the last one.")
+@click.option("--top", default=12, show_default=True, help="How many features to patch: those of largest estimated effect.")
+@click.option(
+    "--steps", default=0, show_default=True, help="Of integrated gradients; 0: one gradient. For --method attribution."
+)
+@click.option(
+    "--check", default=0, show_default=True, help="Cells to compare with exact patching. For --method attribution."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Also draw the grid, as .png or .svg.")
+@SEED_OPTION
+@DEVICE_OPTION
+@JSON_OPTION
+def patch(as_json: bool, **options: Any) -> None:
+    """Put one text's activations into the other's run, place by place, and see what that does to the answer.
+
+    Without CORRUPT, with --site features: what ablating each feature does.
+
+    \b
+    Example:
+      actstore patch 'When Mary and John went out, John gave it to' 'When Mary and John went out, Mary gave it to'
+      actstore patch 'for i in range(' 'for i in sorted(' --run run --site features --out features.png
+      actstore patch 'for i in range(' --run run --site features --method attribution --check 100
+    """
+    from pipelines.causal.patch import PatchConfig, patch_lines
+    from pipelines.causal.patch import patch as stage
+
+    _print(stage(_shown("patch", PatchConfig(**options))), as_json, patch_lines)
 
 
 @cli.command()

@@ -27,7 +27,10 @@ from pipelines.tokens import first_line
 
 @dataclass(frozen=True)
 class Family:
-    """Where a decoder family keeps its parts: of the model, and (attention, mlp) of a block."""
+    """Where a decoder family keeps its parts: of the model, and of a block.
+
+    Of a block: attention, what puts its heads' outputs together, the LayerNorm before the MLP, the MLP.
+    """
 
     tokens: str
     positions: str
@@ -35,6 +38,8 @@ class Family:
     final_norm: str
     unembedding: str
     attention: str
+    head_outputs: str
+    mlp_norm: str
     mlp: str
 
 
@@ -46,6 +51,8 @@ FAMILIES = {
         final_norm="transformer.ln_f",
         unembedding="lm_head",
         attention="attn",
+        head_outputs="attn.c_proj",
+        mlp_norm="ln_2",
         mlp="mlp",
     )
 }

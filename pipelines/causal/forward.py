@@ -37,6 +37,26 @@ def run_blocks(model: nn.Module, hidden: Tensor, first: int = 0, stop: int | Non
     return hidden
 
 
+def heads_together(model: nn.Module, layer: int) -> nn.Module:
+    """W_O and b_O: (…, n_heads · d_head), the heads' outputs side by side, to the attention's output (…, d_model)."""
+    found: nn.Module = attrgetter(family_of(model).head_outputs)(blocks_of(model)[layer])
+    return found
+
+
+def head_weights(model: nn.Module, layer: int) -> tuple[Tensor, Tensor]:
+    """W_O (n_heads, d_head, d_model) and b_O (d_model,) of a block: its attention writes Σ z_h W_O,h + b_O."""
+    joined: Any = heads_together(model, layer)
+    n_heads = model.config.num_attention_heads  # type: ignore[union-attr]
+    return joined.weight.reshape(n_heads, -1, joined.weight.shape[1]), joined.bias  # type: ignore[arg-type]
+
+
+def run_mlp(model: nn.Module, layer: int, middle: Tensor) -> Tensor:
+    """What leaves a block (…, d_model), given the stream between its attention and its MLP."""
+    family, block = family_of(model), blocks_of(model)[layer]
+    written: Tensor = attrgetter(family.mlp)(block)(attrgetter(family.mlp_norm)(block)(middle))
+    return middle + written
+
+
 def final_norm(model: nn.Module) -> nn.LayerNorm:
     """The LayerNorm before the unembedding."""
     norm: nn.LayerNorm = attrgetter(family_of(model).final_norm)(model)

@@ -133,3 +133,15 @@ def open_spliced(run: Path, store: str | Path | None = None, model: str | None =
 def frozen(model: nn.Module) -> nn.Module:
     """The model in evaluation mode, its weights without gradients."""
     return model.eval().requires_grad_(False)
+
+
+def open_either(
+    run: Path | None, store: str | Path | None, model: str | None, device: str
+) -> tuple[Subject, Spliced | None]:
+    """A run's SAE in its model, or without a run a model alone (`gpt2` where none is named)."""
+    if run is None:
+        if store is not None:
+            raise InputError(f"store {store}: is of use with a run only; name its run with --run.")
+        return open_subject(model or "gpt2", device), None
+    spliced = open_spliced(run, store, model, device)
+    return spliced.subject, spliced

@@ -1,0 +1,159 @@
+"""In: a text run once, other values for one site's activation. Out: the logits after each, many in one batch.
+
+An edited run differs from the recorded one only after the edit, so it starts at the patched block's recorded input, and
+the unembedding is computed only where logits are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from actstore.errors import InputError
+from pipelines.capture import SITES, Site, blocks_of, hooked
+from pipelines.causal.forward import embed, heads_together, logits, run_blocks, run_mlp
+
+HEADS = "head_out"
+"""The site of attention heads: z before W_O, one head beside the other (n_heads · d_head values)."""
+PATCH_SITES = (*SITES, HEADS)
+BATCH_POSITIONS = 2048
+"""At most in one forward pass: the MLPs of GPT-2 small take 25 MB for them, and larger batches gain nothing."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one run of a text left at every site.
+
+    `streams` (n_layers + 1, position, d_model) is what enters each block and what leaves the last; the others are
+    (n_layers, position, width of the site).
+    """
+
+    ids: Tensor
+    streams: Tensor
+    attn_out: Tensor
+    mlp_out: Tensor
+    head_out: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def at(self, site: Site) -> Tensor:
+        """The activation (position, width) of a site."""
+        if site.name.startswith("resid"):
+            return self.streams[site.layer + (site.name == "resid_post")]
+        found: Tensor = getattr(self, site.name)[site.layer]
+        return found
+
+
+def require_patch_site(model: nn.Module, site: Site) -> Site:
+    """Raises InputError for a site that cannot be edited, or a layer that the model has not."""
+    n_layers = len(blocks_of(model))
+    if site.name not in PATCH_SITES:
+        raise InputError(f"site {site.name!r}: known sites are {', '.join(PATCH_SITES)}.")
+    if not 0 <= site.layer < n_layers:
+        raise InputError(f"layer {site.layer}: the model has {n_layers} blocks; choose 0 to {n_layers - 1}.")
+    return site
+
+
+def reading(model: nn.Module, site: Site, read: Callable[[Tensor], None]) -> AbstractContextManager[None]:
+    """Call `read` with the site's activation (batch, position, width) in every forward pass; `head_out` as well."""
+    return _reading_heads(model, site.layer, read) if site.name == HEADS else hooked(model, site, read)
+
+
+def trace(model: nn.Module, ids: Tensor) -> Trace:
+    """Run a text (position,) once and keep what every site held. No hook is left behind, also after an exception."""
+    found: dict[str, list[Tensor]] = {name: [] for name in ("resid_post", "attn_out", "mlp_out", HEADS)}
+
+    def keep(parts: list[Tensor]) -> Callable[[Tensor], None]:
+        return lambda activation: parts.append(activation[0])
+
+    with torch.no_grad(), ExitStack() as hooks:
+        for name, parts in found.items():
+            for layer in range(len(blocks_of(model))):
+                hooks.enter_context(reading(model, Site(name, layer), keep(parts)))
+        start = embed(model, ids[None])
+        run_blocks(model, start)
+    streams = torch.stack([start[0], *found.pop("resid_post")])
+    return Trace(ids, streams, **{name: torch.stack(parts) for name, parts in found.items()})
+
+
+def logits_after(model: nn.Module, run: Trace, site: Site, edited: Tensor, at: int | Tensor | None = -1) -> Tensor:
+    """Logits of a traced text once a site's activation is `edited` (n, position, width), with gradients of `edited`.
+
+    `at` is the position whose logits are wanted, one for all or one for each (n,): gives (n, vocabulary). With None,
+    those of all positions: (n, position, vocabulary).
+    """
+    hidden, first = _stream_after(model, run, site, edited)
+    last = run_blocks(model, hidden, first)
+    if at is None:
+        return logits(model, last)
+    if isinstance(at, int):
+        return logits(model, last[:, at])
+    return logits(model, last[torch.arange(len(last), device=last.device), at])
+
+
+@torch.no_grad()
+def edited_logits(
+    model: nn.Module,
+    run: Trace,
+    site: Site,
+    n: int,
+    build: Callable[[int, int], Tensor],
+    at: int | Tensor | None = -1,
+    batch_positions: int = BATCH_POSITIONS,
+) -> Iterator[tuple[int, int, Tensor]]:
+    """`logits_after` of n edits in batches of bounded memory: (first, stop, logits) of each batch.
+
+    `build(first, stop)` gives the edits first … stop - 1 as (stop - first, position, width) when their turn comes.
+    """
+    step = max(1, batch_positions // len(run))
+    for first in range(0, n, step):
+        stop = min(first + step, n)
+        where = at[first:stop] if isinstance(at, Tensor) else at
+        yield first, stop, logits_after(model, run, site, build(first, stop), where)
+
+
+def after_edits(model: nn.Module, run: Trace, site: Site, edited: Tensor, at: int | Tensor | None = -1) -> Tensor:
+    """`logits_after` of edits (n, position, width) in batches of bounded memory, without gradients."""
+    found = edited_logits(model, run, site, len(edited), lambda first, stop: edited[first:stop], at)
+    return torch.cat([batch for _, _, batch in found])
+
+
+def after_row_edits(
+    model: nn.Module, run: Trace, site: Site, positions: Tensor, rows: Tensor, at: int | Tensor | None = -1
+) -> Tensor:
+    """The same of n edits that each replace the activation at one position: `positions` (n,), `rows` (n, width)."""
+    base = run.at(site)
+
+    def build(first: int, stop: int) -> Tensor:
+        edited = base.expand(stop - first, *base.shape).clone()
+        edited[torch.arange(stop - first, device=base.device), positions[first:stop]] = rows[first:stop]
+        return edited
+
+    return torch.cat([batch for _, _, batch in edited_logits(model, run, site, len(rows), build, at)])
+
+
+def _stream_after(model: nn.Module, run: Trace, site: Site, edited: Tensor) -> tuple[Tensor, int]:
+    """The residual stream (n, position, d_model) with an edit in it, and the first block that it enters."""
+    layer = site.layer
+    if site.name == "resid_pre":
+        return edited, layer
+    if site.name == "resid_post":
+        return edited, layer + 1
+    if site.name == "mlp_out":
+        return run.streams[layer] + run.attn_out[layer] + edited, layer + 1
+    written = heads_together(model, layer)(edited) if site.name == HEADS else edited
+    return run_mlp(model, layer, written + run.streams[layer]), layer + 1
+
+
+@contextmanager
+def _reading_heads(model: nn.Module, layer: int, read: Callable[[Tensor], None]) -> Iterator[None]:
+    handle = heads_together(model, layer).register_forward_pre_hook(lambda _, args: read(args[0]))
+    try:
+        yield
+    finally:
+        handle.remove()
