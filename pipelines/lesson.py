@@ -24,6 +24,15 @@ from actstore.errors import InputError
 from actstore.plan import ROW_ORDER, permutation
 from actstore.reader import ActivationStore
 from pipelines.capture import Site, blocks_of, capture, choose_device, load_model, model_identity, resolve_model
+from pipelines.causal.textbook import (
+    SITE,
+    Ablated,
+    ablate_feature,
+    activation_patching,
+    direct_logit_attribution,
+    record_of,
+    require_family,
+)
 from pipelines.corpus import open_corpus
 from pipelines.inspect import strongest
 from pipelines.sae.base import Objective, Sae
@@ -36,9 +45,13 @@ from pipelines.training.config import TrainConfig, recorded
 from pipelines.training.trainee import Recipe, Trainee
 
 __all__ = [
+    "Ablated",
     "SparseAutoencoder",
+    "ablate_feature",
+    "activation_patching",
     "analyze_feature_statistics",
     "collect_activations",
+    "direct_logit_attribution",
     "inspect_features",
     "run_sae_pipeline",
     "sae_loss",
@@ -46,7 +59,6 @@ __all__ = [
     "train_sae",
 ]
 
-SITE = "resid_post"
 FVE_ROWS = 1000
 BLOCK_ROWS = 4096
 FEATURES_SHOWN = 20
@@ -270,36 +282,26 @@ def save_as_run(sae: SparseAutoencoder, out: str | Path, store: str | Path, mode
     if not sae.trained:
         raise InputError("sae: was not made by train_sae, so how it was trained is not known; train it first.")
     opened = ActivationStore(store)
-    identity, site = model_identity(model), Site(SITE, layer).label
+    identity = model_identity(model)
     options = {**sae.trained, "features": sae.n_features, "k": sae.k, "layer": layer, "recipe": "textbook", "auxk": 0.0}
-    record = RunRecord(
-        architecture="topk",
-        d_model=sae.d_model,
-        n_features=sae.n_features,
-        k=sae.k,
-        code_width=sae.k,
-        site=site,
+    record = record_of(
+        sae.to_sae(),
+        layer,
         store_id=opened.store_id,
         snapshot=opened.snapshot,
         weights_sha256=identity.weights_sha256,
         model=opened.manifest.provenance.get("model", identity.architecture),
-        bos=False,
-        input_scale=1.0,
         rows_seen=int(sae.trained["tokens"]),
-        history=[[0, 1]],
         config=recorded(TrainConfig(store=store, out=Path(out), **options)),  # type: ignore[arg-type]
-        metrics={},
     )
     require_match(Path(out), record, opened)
     return save_run(Path(out), sae.to_sae(), record)
 
 
 def _require_layer(model: nn.Module, layer: int, name: str) -> None:
-    n_blocks = len(blocks_of(model))
+    n_blocks = len(blocks_of(require_family(model)))
     if not 0 <= layer < n_blocks:
         raise InputError(f"layer {layer}: model {name} has {n_blocks} blocks; choose 0 to {n_blocks - 1}.")
-    if model.training:
-        raise InputError(f"model {name}: is in training mode, in which dropout changes every run; call model.eval() first.")
 
 
 def _n_positions(model: nn.Module) -> int:

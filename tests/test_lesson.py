@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect as signatures
 import re
 from pathlib import Path
@@ -379,6 +380,169 @@ def test_a_model_in_training_mode_is_refused(model_folder: Path, collected: Coll
     model = GPT2LMHeadModel.from_pretrained(model_folder).train()
     with pytest.raises(InputError, match=r"call model\.eval"):
         lesson.inspect_features(sae, None, collected.tokenizer, model, TEXTS, LAYER)
+
+
+# Experiments
+
+
+@pytest.fixture(scope="module")
+def model(collected: Collected) -> nn.Module:
+    """The same model without outliers, and weights so large that what its blocks write decides its predictions."""
+    lively = copy.deepcopy(collected.model)
+    lively.transformer.h[0].mlp.c_proj.bias.data.zero_()
+    for parameter in lively.transformer.h.parameters():
+        parameter.data *= 8 if parameter.ndim == 2 else 1
+    return lively
+
+
+@pytest.fixture(scope="module")
+def ids(collected: Collected) -> Tensor:
+    return torch.tensor([collected.tokenizer.encode("The fox 7 went to the")])
+
+
+def outputs(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """(position, d_model) that each attention and MLP adds to the stream, by transformers' own hooks; and the stream."""
+    found: dict[str, Tensor] = {}
+    handles = []
+    for i, block in enumerate(model.transformer.h):
+        for name, module in ((f"attn_{i}", block.attn), (f"mlp_{i}", block.mlp)):
+
+            def keep(_m: nn.Module, _i: Any, out: Any, name: str = name) -> None:
+                found[name] = (out[0] if isinstance(out, tuple) else out)[0].detach()
+
+            handles.append(module.register_forward_hook(keep))
+    handles.append(model.transformer.ln_f.register_forward_pre_hook(lambda _m, args: found.update(end=args[0][0].detach())))
+    model(ids)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_attribution_is_each_outputs_share_of_the_logit(
+    model: nn.Module, ids: Tensor, capsys: pytest.CaptureFixture
+) -> None:
+    target = 17
+    found = lesson.direct_logit_attribution(model, ids, target)
+    printed = capsys.readouterr().out
+    parts = outputs(model, ids)
+    end, norm, direction = parts.pop("end")[-1].double(), model.transformer.ln_f, model.lm_head.weight[target].double()
+    sigma = (end.var(correction=0) + norm.eps).sqrt()
+    expected = {
+        name: float((part[-1].double() - part[-1].double().mean()) / sigma * norm.weight.double() @ direction)
+        for name, part in parts.items()
+    }
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert list(found) == sorted(expected, key=lambda name: -expected[name])
+    lines = [line.split() for line in printed.splitlines()]
+    assert [line[0] for line in lines[1:-1]] == list(found), "printed in the same order"
+    assert float(lines[-1][-1]) == pytest.approx(float(model(ids).logits[0, -1, target]), abs=2e-3), "all parts: the logit"
+
+
+def test_the_textbooks_form_leaves_the_final_norm_out(model: nn.Module, ids: Tensor) -> None:
+    found = lesson.direct_logit_attribution(model, ids, 17, final_norm=False)
+    parts = outputs(model, ids)
+    expected = {name: float(part[-1] @ model.lm_head.weight[17]) for name, part in parts.items() if name != "end"}
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert found != pytest.approx(lesson.direct_logit_attribution(model, ids, 17), rel=0.1)
+
+
+@pytest.mark.parametrize("component", ["attn", "mlp"])
+def test_patched_is_the_corrupt_run_with_the_clean_runs_output(model: nn.Module, ids: Tensor, component: str) -> None:
+    corrupt = ids.clone()
+    corrupt[0, 1:3] += 5
+    found = lesson.activation_patching(model, {"input_ids": ids}, corrupt, component, 1)
+    clean = outputs(model, ids)[f"{component}_1"]
+    module = getattr(model.transformer.h[1], component)
+
+    def replace(_m: nn.Module, _i: Any, out: Any) -> Any:
+        return (clean[None], *out[1:]) if isinstance(out, tuple) else clean[None]
+
+    handle = module.register_forward_hook(replace)
+    patched = model(corrupt).logits[0, -1]
+    handle.remove()
+    expected = {"clean_logits": model(ids), "corrupt_logits": model(corrupt)}
+    for name, out in expected.items():
+        torch.testing.assert_close(found[name], out.logits[0, -1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found["patched_logits"], patched, rtol=1e-4, atol=1e-4)
+    assert float((patched - found["corrupt_logits"]).abs().max()) > 1e-3, "the patch does something"
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_ablated_is_the_reconstruction_without_the_feature(
+    collected: Collected, model: nn.Module, sae: SparseAutoencoder, capsys: pytest.CaptureFixture
+) -> None:
+    tokenizer, text = collected.tokenizer, TEXTS[0]
+    ids = torch.tensor([tokenizer.encode(text)])
+    codes, _ = sae.encode(lesson._rows(model, 1, ids[0].tolist()).clone())
+    feature = int(codes[-1].argmax())
+
+    def next_token(stream: Tensor | None) -> Tensor:
+        if stream is None:
+            return model(ids).logits[0, -1].double().log_softmax(-1)
+        handle = model.transformer.h[1].register_forward_hook(
+            lambda _m, _i, out: (stream[None], *out[1:]) if isinstance(out, tuple) else stream[None]
+        )
+        found = model(ids).logits[0, -1].double().log_softmax(-1)
+        handle.remove()
+        return found
+
+    without = codes.clone()
+    without[:, feature] = 0
+    with torch.no_grad():
+        normal, rebuilt, ablated = next_token(None), next_token(sae.decode(codes)), next_token(sae.decode(without))
+        kept = next_token(lesson._rows(model, 1, ids[0].tolist()) + sae.decode(without) - sae.decode(codes))
+
+    def divergence(p: Tensor, q: Tensor) -> float:
+        return float((p.exp() * (p - q)).sum())
+
+    found = lesson.ablate_feature(model, sae, tokenizer, text, feature, layer=1)
+    assert f"KL(normal ‖ ablated) {found.kl:.4f}" in capsys.readouterr().out
+    assert found.kl > 1e-4, "the feature does something"
+    got = (found.kl, found.kl_reconstruction, found.kl_feature)
+    expected = divergence(normal, ablated), divergence(normal, rebuilt), divergence(rebuilt, ablated)
+    assert got == pytest.approx(expected, rel=1e-2, abs=1e-6)
+    for tokens, logs in ((found.normal, normal), (found.ablated, ablated)):
+        top = logs.exp().topk(5)
+        assert [token for token, _ in tokens] == [tokenizer.decode([i]) for i in top.indices.tolist()]
+        np.testing.assert_allclose([p for _, p in tokens], top.values.numpy(), rtol=1e-3)
+    only = lesson.ablate_feature(model, sae, tokenizer, text, feature, layer=1, keep_error=True)
+    assert (only.kl, only.kl_reconstruction) == (pytest.approx(divergence(normal, kept), rel=1e-2, abs=1e-6), None)
+
+
+def test_a_feature_that_does_not_fire_changes_nothing(collected: Collected, sae: SparseAutoencoder) -> None:
+    _, tokenizer, model = collected
+    codes, _ = sae.encode(lesson._rows(model, 1, tokenizer.encode(TEXTS[0])).clone())
+    silent = int((codes.sum(dim=0) == 0).nonzero()[0, 0])
+    found = lesson.ablate_feature(model, sae, tokenizer, TEXTS[0], silent, layer=1, keep_error=True)
+    assert (found.kl, found.ablated) == (0.0, found.normal)
+    assert lesson.ablate_feature(model, sae, tokenizer, TEXTS[0], silent, layer=1).kl_feature == 0.0
+
+
+@pytest.mark.parametrize(
+    ("experiment", "expected"),
+    [
+        (lambda m, s, t, i: lesson.direct_logit_attribution(m, i, 4000), "token 4000: the model's vocabulary has"),
+        (lambda m, s, t, i: lesson.direct_logit_attribution(m, i[:, :0], 1), r"shape \(1, 0\)|shape \(0,\)"),
+        (lambda m, s, t, i: lesson.direct_logit_attribution(m, i.repeat(1, 20), 1), "the model has 64 positions"),
+        (lambda m, s, t, i: lesson.direct_logit_attribution(m, i + 100_000, 1), "token 100"),
+        (lambda m, s, t, i: lesson.direct_logit_attribution(nn.Linear(1, 1), i, 1), "is a Linear"),
+        (lambda m, s, t, i: lesson.activation_patching(m, i, i, "head", 0), "component_name 'head'"),
+        (lambda m, s, t, i: lesson.activation_patching(m, i, i, "mlp", 6), "layer 6: the model has 3 blocks"),
+        (lambda m, s, t, i: lesson.activation_patching(m, i, i[:, 1:], "mlp", 0), "positions cannot be compared"),
+        (lambda m, s, t, i: lesson.ablate_feature(m, s, t, "a mole", 48, 1), "feature 48: the SAE has 48 features"),
+        (lambda m, s, t, i: lesson.ablate_feature(m, s, t, "a mole", 1), "layer 6: the model has 3 blocks"),
+        (lambda m, s, t, i: lesson.ablate_feature(m, s, t, "", 1, 1), "has no token"),
+        (
+            lambda m, s, t, i: lesson.ablate_feature(m, SparseAutoencoder(8, 9, 2), t, "a mole", 1, 1),
+            "d_model 8, the model 32",
+        ),
+    ],
+)
+def test_an_experiment_that_cannot_be_made_is_refused(
+    experiment: Any, expected: str, collected: Collected, sae: SparseAutoencoder, ids: Tensor
+) -> None:
+    with pytest.raises(InputError, match=expected):
+        experiment(collected.model, sae, collected.tokenizer, ids)
 
 
 # Onwards

@@ -12,7 +12,7 @@ from torch import Tensor
 from actstore.errors import IdentityMismatch, InputError
 from actstore.plan import raw_words
 from pipelines.analysis import Analysis
-from pipelines.causal.ablation import ERRORS, Ablations, Edit, Read, ablate, one_by_one, read_prompt, set_everywhere
+from pipelines.causal.ablation import ERRORS, Ablations, Read, ablate, one_by_one, read_prompt, set_everywhere
 from pipelines.causal.compare import top_candidates
 from pipelines.causal.firings import draw_firings
 from pipelines.causal.subject import Spliced, open_spliced
@@ -174,7 +174,9 @@ def ablate_lines(found: dict[str, Any]) -> list[str]:
         bar = "".join(BAR[0 if not v else max(1, round(8 * v / peak))] if peak else BAR[0] for v in effect["kl_at"])
         own = effect.get("kl_reconstruction_ablated")
         beside = "" if own is None else f"  KL(reconstruction ‖ ablated) {own:.4f}"
-        places = ", ".join(f"{visible(found['tokens'][p])!r}" for p in effect["positions"][:6]) or "nowhere: it does not fire"
+        places = (
+            ", ".join(f"{visible(found['tokens'][p])!r}" for p in effect["positions"][:6]) or "nowhere: it does not fire"
+        )
         more = f" and {len(effect['positions']) - 6} more" if len(effect["positions"]) > 6 else ""
         lines.append(f"feature {effect['feature']:<6} KL {effect['kl']:.4f}{beside}  |{bar}|  at {places}{more}")
         lines.append(_candidates("ablated", effect["ablated"]))

@@ -151,9 +151,7 @@ def set_everywhere(read: Read, feature: int, value: float = 0.0, at: str = "fire
 
 def one_by_one(edit: Edit) -> list[Edit]:
     """The same edit at each of its positions alone."""
-    return [
-        Edit(edit.feature, (position,), (value,)) for position, value in zip(edit.positions, edit.values, strict=True)
-    ]
+    return [Edit(edit.feature, (position,), (value,)) for position, value in zip(edit.positions, edit.values, strict=True)]
 
 
 def _run_all(

@@ -72,7 +72,9 @@ def finish_branches(model: nn.Module, reading: Reading, change: Tensor, at: Tens
     before = torch.arange(n_positions, device=at.device) < at[..., None]
     itself = torch.eye(at.shape[1], dtype=torch.bool, device=at.device).expand(n_texts, -1, -1)
     allowed = torch.cat([before, itself], dim=2)[:, None]
-    mask = torch.zeros(allowed.shape, dtype=change.dtype, device=at.device).masked_fill_(~allowed, torch.finfo(change.dtype).min)
+    mask = torch.zeros(allowed.shape, dtype=change.dtype, device=at.device).masked_fill_(
+        ~allowed, torch.finfo(change.dtype).min
+    )
     clean, branch = reading.entry, reading.entry[text, at]
     is_stream = reading.site.name in STREAM_SITES
     if is_stream:
