@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ from pipelines.inspect import strongest
 from pipelines.sae.base import Objective, Sae
 from pipelines.sae.checkpoint import RunRecord, require_match, save_run
 from pipelines.sae.textbook import SparseAutoencoder, sae_loss
-from pipelines.statistics import CodeBlock, CoOccurrence, FeatureCounts, frequency_bands
+from pipelines.statistics import frequency_bands
 from pipelines.terminal import visible
 from pipelines.tokens import TextCodec, codec_of, open_tokenizer
 from pipelines.training.config import TrainConfig, recorded
@@ -212,7 +213,7 @@ def inspect_features(
         raise InputError(f"texts: {len(ids)} have a token, top_n is {top_n}; need at least 1 of each.")
     values, indices = _codes(sae, torch.cat([_rows(model, layer, _fitting(text, model, codec)) for text in ids]))
     tokens = [codec.text([i]) for text in ids for i in text]
-    rate = None if activations is None else _counts(sae, activations)[0].finalize()["frequency"]
+    rate = None if activations is None else _fired(sae, activations).mean(axis=0)
     print(f"{len(tokens)} tokens of {len(ids)} texts; features by mean activation, with the tokens that fire them most:")
     found = {}
     for feature, mean, firings in strongest(values, indices, sae.n_features, FEATURES_SHOWN, top_n):
@@ -254,13 +255,12 @@ def analyze_feature_statistics(sae: SparseAutoencoder | Sae, activations: Tensor
     """
     if top_n < 1:
         raise InputError(f"top_n {top_n}: need at least 1.")
-    counts, pairs = _counts(sae, activations)
-    frequency = counts.finalize()["frequency"]
-    bands = frequency_bands(counts.fires, counts.n_rows)
-    top = np.argsort(-counts.fires, kind="stable")[:top_n].tolist()
-    upper = pairs.finalize()[top][:, top].toarray()
-    joint = (upper + upper.T + np.diag(counts.fires[top])) / counts.n_rows
-    print(f"{counts.n_rows:,} rows, {len(frequency):,} features; by share of rows:")
+    fired = _fired(sae, activations)
+    n_rows, fires = fired.shape[0], fired.sum(axis=0)
+    frequency, bands = fires / n_rows, frequency_bands(fires, n_rows)
+    top = np.argsort(-fires, kind="stable")[:top_n].tolist()
+    joint = (fired[:, top].T @ fired[:, top]).toarray() / n_rows
+    print(f"{n_rows:,} rows, {len(frequency):,} features; by share of rows:")
     print(f"  always > 90 %: {bands['always']}   common (10, 90]: {bands['common']}   rare (1, 10]: {bands['rare']}")
     with_dead = bands["very rare"] + bands["dead"]
     print(f"  very rare (0, 1]: {bands['very rare']}   dead: {bands['dead']}   (the textbook's very rare: {with_dead})")
@@ -352,12 +352,9 @@ def _codes(sae: SparseAutoencoder | Sae, activations: Tensor) -> tuple[NDArray[n
     return values, indices
 
 
-def _counts(sae: SparseAutoencoder | Sae, activations: Tensor) -> tuple[FeatureCounts, CoOccurrence]:
-    """How often features and pairs of features fire on rows."""
+def _fired(sae: SparseAutoencoder | Sae, activations: Tensor) -> sp.csr_array:
+    """(n, n_features) 1 where a feature fires on a row."""
     values, indices = _codes(sae, activations)
-    place = np.zeros(len(values), np.int64)
-    block = CodeBlock(sae.n_features, 1, indices, values, place, place, place)
-    counts, pairs = FeatureCounts(sae.n_features), CoOccurrence(sae.n_features)
-    counts.update(block)
-    pairs.update(block)
-    return counts, pairs
+    row, slot = np.nonzero(values > 0)
+    place = row, indices[row, slot]
+    return sp.csr_array((np.ones(len(row), np.int64), place), shape=(len(values), sae.n_features))
