@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from actstore.errors import IdentityMismatch, InputError
@@ -67,24 +68,39 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
             codes.append(sae.encode(rows))
     values, indices = (torch.cat(parts).cpu().numpy() for parts in zip(*codes, strict=True))
     places = [(line, position) for line, ids in ids_of.items() for position in range(len(ids))]
-    mean = np.bincount(indices.ravel(), values.ravel(), minlength=sae.n_features) / len(places)
     found = []
-    for feature in np.argsort(-mean, kind="stable")[: config.features].tolist():
-        row, slot = np.nonzero((indices == feature) & (values > 0))
-        strongest = np.argsort(-values[row, slot], kind="stable")[: config.tokens]
-        firings = []
-        for r, s in zip(row[strongest].tolist(), slot[strongest].tolist(), strict=True):
-            line, position = places[r]
-            firings.append(
+    for feature, mean, firings in strongest(values, indices, sae.n_features, config.features, config.tokens):
+        shown = []
+        for row, value in firings:
+            line, position = places[row]
+            shown.append(
                 {
                     "token": codec.text([ids_of[line][position]]),
-                    "value": float(values[r, s]),
+                    "value": value,
                     "before": codec.text(ids_of[line][max(0, position - CONTEXT_TOKENS) : position]),
                     "line": line,
                 }
             )
-        found.append({"feature": feature, "mean": float(mean[feature]), "firings": firings})
+        found.append({"feature": feature, "mean": mean, "firings": shown})
     return {"run_id": record.run_id, "texts": len(texts), "tokens": len(places), "features": found}
+
+
+def strongest(
+    values: NDArray[np.float32], indices: NDArray[np.int64], n_features: int, features: int, firings: int
+) -> list[tuple[int, float, list[tuple[int, float]]]]:
+    """The features of highest mean activation over rows with codes (n, k), and where each fires most.
+
+    Gives (feature, mean, [(row, value), …]), both lists by falling value; ties go to the lower number.
+    """
+    mean = np.bincount(indices.ravel(), values.ravel(), minlength=n_features) / len(values)
+    found = []
+    for feature in np.argsort(-mean, kind="stable")[:features].tolist():
+        row, slot = np.nonzero((indices == feature) & (values > 0))
+        best = np.argsort(-values[row, slot], kind="stable")[:firings]
+        found.append(
+            (feature, float(mean[feature]), list(zip(row[best].tolist(), values[row, slot][best].tolist(), strict=True)))
+        )
+    return found
 
 
 def _texts(path: Path) -> dict[int, str]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from tokenizers import Tokenizer
 from actstore.errors import InputError, StoreError
 from actstore.reader import Store
 from pipelines.corpus import Document
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 BATCH_DOCUMENTS = 64
 HELDOUT_MODULUS_LARGE, HELDOUT_MODULI_SMALL = 50, (20, 10, 5, 3, 2)
@@ -94,8 +97,8 @@ class TokenTable:
         return np.append(firsts[(firsts >= start) & (firsts < stop)], stop)
 
 
-def load_tokenizer(name: str) -> tuple[TextCodec, dict[str, bytes]]:
-    """The fast tokenizer of a hub id or local folder, and the files that a store keeps a copy of.
+def open_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a hub id or local folder, as transformers gives it.
 
     Raises InputError when there is none, or it has no end-of-text token to separate documents with.
     """
@@ -111,17 +114,29 @@ def load_tokenizer(name: str) -> tuple[TextCodec, dict[str, bytes]]:
         raise InputError(
             f"model {name}: its tokenizer has no fast form or no end-of-text token; use a GPT-2-style tokenizer."
         )
+    return tokenizer
+
+
+def codec_of(tokenizer: PreTrainedTokenizerFast) -> TextCodec:
+    """A transformers tokenizer as the stages use it; from now on it takes texts whole."""
     # A tokenizer's file may ask for a largest length, or for padding; documents are taken whole and as they are.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
-    for key in ("is_local", "local_files_only"):  # how it was found this time is no part of it
-        tokenizer.init_kwargs.pop(key, None)
     eos = int(tokenizer.eos_token_id)
     bos = eos if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
+    return TextCodec(tokenizer.backend_tokenizer, bos, eos)
+
+
+def load_tokenizer(name: str) -> tuple[TextCodec, dict[str, bytes]]:
+    """The tokenizer of a hub id or local folder, and the files that a store keeps a copy of. Errors as `open_tokenizer`."""
+    tokenizer = open_tokenizer(name)
+    codec = codec_of(tokenizer)
+    for key in ("is_local", "local_files_only"):  # how it was found this time is no part of it
+        tokenizer.init_kwargs.pop(key, None)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
-    return TextCodec(tokenizer.backend_tokenizer, bos, eos), files
+    return codec, files
 
 
 def store_tokenizer(store: Store) -> TextCodec:
