@@ -453,15 +453,23 @@ def evaluate(as_json: bool, **options: Any) -> None:
 @STORE_ARGUMENT
 @RUN_ARGUMENT
 @STORE_OUT_OPTION
+@click.option("--value-dtype", default="fp32", show_default=True, help="How values are kept: fp32 or fp16.")
+@click.option(
+    "--kernel",
+    default="sparse-fp32",
+    show_default=True,
+    help="sparse-fp32: the SAE's own codes; sparse: a search in bfloat16, then exact values.",
+)
 @WORKERS_OPTION
 @SCHEDULER_OPTION
 @JSON_OPTION
 def encode(as_json: bool, **options: Any) -> None:
-    """Turn every row of a store into its k largest codes: the code store.
+    """Turn every row of a store into its k largest codes, and index them by feature: the code store.
 
     \b
     Example:
       actstore encode gpt2.store run --out codes
+      actstore encode gpt2.store run --out codes.fp16 --value-dtype fp16
     """
     from pipelines.codes import EncodeConfig
     from pipelines.codes import encode as stage

@@ -107,8 +107,8 @@ class Sae(nn.Module, ABC):
         self.b_dec = nn.Parameter(torch.zeros(d_model))
 
     @abstractmethod
-    def codes(self, x: Tensor) -> Codes:
-        """The codes of rows (n, d_model), as they are used once the SAE is trained."""
+    def codes(self, x: Tensor, kernel: str = "sparse-fp32") -> Codes:
+        """The codes of rows (n, d_model), as they are used once the SAE is trained; exact unless another kernel is asked for."""
 
     @abstractmethod
     def training_codes(self, x: Tensor, kernel: str) -> Codes:
