@@ -549,6 +549,28 @@ def feature(analysis: Path, feature_id: int, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("analysis", type=click.Path(path_type=Path))
+@click.argument("text")
+@click.option("--top", default=10, show_default=True, help="How many features to list.")
+@JSON_OPTION
+def search(analysis: Path, text: str, top: int, as_json: bool) -> None:
+    """Which features fire on a token, or on the tokens of a text, and on little else.
+
+    A leading space counts: ' Paris' and 'Paris' are different tokens.
+
+    \b
+    Example:
+      actstore search analysis ' Paris'
+      actstore search analysis docstring
+    """
+    from pipelines.analysis import Analysis
+    from pipelines.search import search as stage
+    from pipelines.search import search_lines
+
+    _print(stage(Analysis(analysis), text, top), as_json, search_lines)
+
+
+@cli.command()
 @RUN_ARGUMENT
 @click.option("--texts", required=True, type=click.Path(path_type=Path), help="A file with one text on each line.")
 @click.option("--features", default=20, show_default=True, help="How many features to show, by mean activation.")

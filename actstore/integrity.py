@@ -233,7 +233,8 @@ def repair(
     """Drop what is damaged, so that what the records name is whole again and the rest is "not yet".
 
     A manifest or segment record is put back from the seal's copy. A damaged shard loses its record first, then its
-    objects; its segment is no longer sealed. A feature index at fault loses its record. Good shards are not touched. Raises LockedStore while the store is written.
+    objects; its segment is no longer sealed. A feature index at fault loses its record. Good shards are not touched.
+    Raises LockedStore while the store is written.
     `expect` is told the bytes of which `progress` will be told.
     """
     with place.lock():

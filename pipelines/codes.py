@@ -130,7 +130,8 @@ def encode_shard(
         try:
             values[start : start + len(rows)] = kept_values(found_values.numpy(), value_array.dtype)
         except EncodingError as error:
-            raise EncodingError(f"{out}: {part} shard {index} of segment {segment}: {error}") from error
+            place = f"segment {segment}, {part} shard {index}, row {start + error.row}"
+            raise EncodingError(f"{out}: {place}: {error}", start + error.row) from error
     arrays = {"rows/window": window[order], "rows/position": position[order]}
     arrays |= {"codes/index": indices[order], "codes/value": values[order]}
     write_shard(
@@ -145,19 +146,20 @@ def encode_shard(
 
 
 def kept_values(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
-    """Values of codes as they are kept. In fp16 a firing too weak for it becomes the weakest there is, and no silence.
+    """Values (n, k) of codes as they are kept. In fp16 a firing too weak for it becomes the weakest, and no silence.
 
     Raises EncodingError for a value beyond the largest of fp16.
 
-    >>> kept_values(np.array([0, 1e-9, 2.5], np.float32), "float16")
-    array([0.0e+00, 6.0e-08, 2.5e+00], dtype=float16)
+    >>> kept_values(np.array([[0, 1e-9, 2.5]], np.float32), "float16")
+    array([[0.0e+00, 6.0e-08, 2.5e+00]], dtype=float16)
     """
     if dtype == "float32":
         return values
     limits = np.finfo(dtype)
-    if not (largest := float(values.max(initial=0))) <= limits.max:
+    if not (largest := float(values.max(initial=0))) <= float(limits.max):
         raise EncodingError(
-            f"a code of {largest:g} does not fit fp16, which ends at {limits.max:g}; encode with --value-dtype fp32."
+            f"a code of {largest:g} does not fit fp16, which ends at {float(limits.max):g}; encode with --value-dtype fp32.",
+            int(values.max(axis=1).argmax()),
         )
     kept = values.astype(dtype)
     kept[(kept == 0) & (values > 0)] = limits.smallest_subnormal

@@ -61,8 +61,8 @@ class RowNumbers:
         order = {part: number for number, part in enumerate(PARTS)}
         shards = [shard for part in PARTS for shard in codes.shards(part)]
         shards.sort(key=lambda shard: (shard.segment, order[shard.part], shard.index))
-        ends = np.cumsum([shard.n_rows for shard in shards], dtype=np.int64)
-        return cls(shards, ends - [shard.n_rows for shard in shards], int(ends[-1]) if len(ends) else 0)
+        ends = np.cumsum([0, *(shard.n_rows for shard in shards)], dtype=np.int64)
+        return cls(shards, ends[:-1], int(ends[-1]))
 
     def locate(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(n,) which of `shards` each row lies in, and its place there."""
@@ -96,7 +96,9 @@ class FeatureIndex:
         self.codes = codes
         record = read_index_record(codes)
         if record is None:
-            raise IncompleteStore(f"{codes.url}: has no feature index; run `encode` again with the same arguments to make it.")
+            raise IncompleteStore(
+                f"{codes.url}: has no feature index; run `encode` again with the same arguments to make it."
+            )
         if record["snapshot"] != codes.snapshot:
             raise IncompleteStore(
                 f"{codes.url}: its feature index is of snapshot {record['snapshot']}, the codes are {codes.snapshot}; "

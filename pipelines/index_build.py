@@ -125,7 +125,9 @@ def build_index(codes: CodeStore, client: Any) -> None:
     between = samples_between(numbers.n_rows, form.run_rows)
     place.require_space(index_bytes_of(numbers.n_rows * codes.k), f"the feature index of {numbers.n_rows:,} rows")
     where = (absolute(codes.url), codes.snapshot)
-    tasks = [(*where, shard, first, form, between) for shard, first in zip(numbers.shards, numbers.first.tolist(), strict=True)]
+    tasks = [
+        (*where, shard, first, form, between) for shard, first in zip(numbers.shards, numbers.first.tolist(), strict=True)
+    ]
     done: list[SortedShard] = run_tasks(client, "index, sort", sort_shard, tasks)
     runs = [run for shard in done for run in shard.runs]
     fires = sum((shard.fires for shard in done), np.zeros(codes.n_features, np.int64))
@@ -136,7 +138,9 @@ def build_index(codes: CodeStore, client: Any) -> None:
     ]
     merged = run_tasks(client, "index, merge", merge_shard, merges)
     if sum(checksum for _, checksum in merged) % (1 << 64) != sum(shard.checksum for shard in done) % (1 << 64):
-        raise DamagedStore(f"{place}: firings were changed on the disk while they were sorted; check it, and run encode again.")
+        raise DamagedStore(
+            f"{place}: firings were changed on the disk while they were sorted; check it, and run encode again."
+        )
     _publish(codes, layout, numbers.n_rows, fires, {name: entry for entries, _ in merged for name, entry in entries.items()})
     for run in runs:
         place.remove(run.name)
@@ -230,7 +234,8 @@ def merge_shard(
     order = np.argsort(key, kind="stable")[first - n_before : last - n_before]  # pieces are in the order of their rows
     key, row = key[order], row[order]
     entries = {}
-    for array, kept in zip(index_arrays(codes, RowNumbers.of(codes).n_rows), (row, value_of(key)), strict=True):
+    columns: tuple[NDArray[Any], ...] = (row, value_of(key))
+    for array, kept in zip(index_arrays(codes, RowNumbers.of(codes).n_rows), columns, strict=True):
         name, data = paths.index_object(array.name, number), shard_object(array, layout, kept.astype(array.dtype))
         place.publish(name, data)
         entries[name] = object_entry(data)
@@ -240,7 +245,7 @@ def merge_shard(
 def _read_piece(url: str, piece: Piece) -> Keys:
     name, _, start, stop = piece
     found = np.empty(stop - start, "<u8")
-    if open_place(url).read_into(name, 8 * start, memoryview(found).cast("B")) != found.nbytes:
+    if open_place(url).read_into(name, 8 * start, found.view(np.uint8).data) != found.nbytes:
         raise DamagedStore(f"{url}: {name} ends early; run `encode` again to sort anew.")
     return found.astype(np.uint64, copy=False)
 
@@ -256,9 +261,7 @@ def _checksum(key: Keys, row: NDArray[np.int64]) -> int:
     return int(x.sum(dtype=np.uint64))
 
 
-def _publish(
-    codes: CodeStore, layout: Layout, n_rows: int, fires: NDArray[np.int64], entries: dict[str, Entry]
-) -> None:
+def _publish(codes: CodeStore, layout: Layout, n_rows: int, fires: NDArray[np.int64], entries: dict[str, Entry]) -> None:
     """Metadata and starts, and last the record that makes the index exist."""
     starts = np.concatenate([[0], np.cumsum(fires)]).astype(np.int64)
     arrays = [(array.name, array, layout, layout.n_rows) for array in index_arrays(codes, n_rows)]

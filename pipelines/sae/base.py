@@ -108,7 +108,10 @@ class Sae(nn.Module, ABC):
 
     @abstractmethod
     def codes(self, x: Tensor, kernel: str = "sparse-fp32") -> Codes:
-        """The codes of rows (n, d_model), as they are used once the SAE is trained; exact unless another kernel is asked for."""
+        """The codes of rows (n, d_model), as they are used once the SAE is trained.
+
+        Exact, unless another of `KERNELS` is asked for: `sparse` may choose otherwise where two features are as strong.
+        """
 
     @abstractmethod
     def training_codes(self, x: Tensor, kernel: str) -> Codes:
