@@ -1,4 +1,4 @@
-"""In: a function of row numbers. Out: an activation store of those rows, written by the real writer; no model runs.
+"""In: a function of row numbers. Out: a store of those rows or codes, written by the real writer; no model runs.
 
 The text is made up: every token is the same, each split is one long document. All else (plan, shards, statistics,
 hashes) is as `collect` leaves it, so that every command reads such a store like any other.

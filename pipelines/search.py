@@ -13,6 +13,8 @@ from pipelines.analysis import Analysis
 from pipelines.terminal import visible
 
 FINDINGS = "findings.json"
+COMMON_WORDS = frozenset("a after an and in is of or that the token".split())
+"""Of the language that rules are put in: they name nothing."""
 
 
 def search(analysis: Analysis, text: str, top: int) -> dict[str, Any]:
@@ -69,7 +71,8 @@ def _rules(analysis: Analysis, text: str, top: int) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     quoted, words = f"`{visible(text)}`", text.strip()
-    pattern = re.compile(rf"\b{re.escape(words)}\b", re.IGNORECASE) if re.fullmatch(r"[\w ]{2,}", words) else None
+    is_word = re.fullmatch(r"[\w ]{2,}", words) and words.lower() not in COMMON_WORDS
+    pattern = re.compile(rf"\b{re.escape(words)}\b", re.IGNORECASE) if is_word else None
     found = read_json(path)["findings"]
     fitting = [f for f in found if quoted in f["rule"] or (pattern and pattern.search(f["rule"]))]
     return [{name: f[name] for name in ("feature", "rule", "precision", "recall", "f1")} for f in fitting[:top]]

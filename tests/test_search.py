@@ -75,7 +75,8 @@ def test_rules_that_quote_the_text_or_have_it_as_a_word_are_listed(analysis: Pat
     rules = ["the token after ` the`", "inside a string", "the token `string`", "a substring", "the token `the`"]
     (own / FINDINGS).write_text(json.dumps({"findings": [{"feature": i, "rule": r, **scores} for i, r in enumerate(rules)]}))
     opened = Analysis(own)
-    assert [rule["feature"] for rule in search(opened, " the", 5)["rules"]] == [0, 4]
+    assert [rule["feature"] for rule in search(opened, " the", 5)["rules"]] == [0]
+    assert [rule["feature"] for rule in search(opened, "the", 5)["rules"]] == [4]
     assert [rule["feature"] for rule in search(opened, "string", 5)["rules"]] == [1, 2]
     assert [rule["feature"] for rule in search(opened, "string", 1)["rules"]] == [1]
     assert search_lines(search(opened, "string", 5))[-1].endswith("the token `string`")
