@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import paths
-from actstore.arrays import CRC_BYTES, Unreadable, check_chunk, index_bytes, neighbours, read_index, read_table
+from actstore.arrays import CRC_BYTES, Unreadable, check_chunk, index_bytes, neighbours, read_index, read_table, unpack_chunk
 from actstore.errors import DamagedStore, IncompleteStore, InputError
 from actstore.files import object_entry, parse_record
 from actstore.layout import Layout
@@ -83,7 +83,8 @@ def index_layout(n_entries: int) -> Layout:
 def index_arrays(codes: CodeStore, n_rows: int) -> tuple[RowArray, RowArray]:
     """`rows` and `values` of an index over that many rows."""
     row_dtype = np.min_scalar_type(max(n_rows - 1, 0)).name
-    return RowArray("rows", 0, row_dtype, "raw"), RowArray("values", 0, codes.manifest.array("codes/value").dtype, "raw")
+    value_dtype = codes.manifest.array("codes/value").dtype
+    return RowArray("rows", 0, row_dtype, "packed"), RowArray("values", 0, value_dtype, "packed")
 
 
 class FeatureIndex:
@@ -209,12 +210,12 @@ class FeatureIndex:
         try:
             chunks = self._chunks_of(name, shard)[first_chunk:last_chunk]
             for together in neighbours(chunks, READ_BYTES, READ_CHUNKS):
-                pieces = [(next(parts), bytearray(CRC_BYTES)) for _ in together]
-                buffers = [buffer for data, crc in pieces for buffer in (data.data, memoryview(crc))]
-                if self.codes.place.read_into(name, together[0][0], *buffers) != sum(b.nbytes for b in buffers):
+                read = np.empty(sum(length for _, length in together), np.uint8)
+                if self.codes.place.read_into(name, together[0][0], read.data) != len(read):
                     raise Unreadable("a chunk ends early")
-                for data, crc in pieces:
-                    check_chunk(data, crc)
+                for data in np.split(read, np.cumsum([length for _, length in together[:-1]])):
+                    check_chunk(data[:-CRC_BYTES], data[-CRC_BYTES:].tobytes())
+                    unpack_chunk(data[:-CRC_BYTES], next(parts))
         except (Unreadable, FileNotFoundError) as error:
             raise self._damaged(name, error) from error
         return kept[first - first_chunk * size : last - first_chunk * size]

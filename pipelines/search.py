@@ -13,7 +13,7 @@ from pipelines.analysis import Analysis
 from pipelines.terminal import visible
 
 FINDINGS = "findings.json"
-COMMON_WORDS = frozenset("a after an and in is of or that the token".split())
+COMMON_WORDS = frozenset({"a", "after", "an", "and", "in", "is", "of", "or", "that", "the", "token"})
 """Of the language that rules are put in: they name nothing."""
 
 
