@@ -465,15 +465,23 @@ def evaluate(as_json: bool, **options: Any) -> None:
 @STORE_ARGUMENT
 @RUN_ARGUMENT
 @STORE_OUT_OPTION
+@click.option("--value-dtype", default="fp32", show_default=True, help="How values are kept: fp32 or fp16.")
+@click.option(
+    "--kernel",
+    default="sparse-fp32",
+    show_default=True,
+    help="sparse-fp32: the SAE's own codes; sparse: a search in bfloat16, then exact values.",
+)
 @WORKERS_OPTION
 @SCHEDULER_OPTION
 @JSON_OPTION
 def encode(as_json: bool, **options: Any) -> None:
-    """Turn every row of a store into its k largest codes: the code store.
+    """Turn every row of a store into its k largest codes, and index them by feature: the code store.
 
     \b
     Example:
       actstore encode gpt2.store run --out codes
+      actstore encode gpt2.store run --out codes.fp16 --value-dtype fp16
     """
     from pipelines.codes import EncodeConfig
     from pipelines.codes import encode as stage
@@ -550,6 +558,28 @@ def feature(analysis: Path, feature_id: int, as_json: bool) -> None:
     from pipelines.terminal import feature_card, feature_lines
 
     _print(feature_card(Analysis(analysis), feature_id), as_json, feature_lines)
+
+
+@cli.command()
+@click.argument("analysis", type=click.Path(path_type=Path))
+@click.argument("text")
+@click.option("--top", default=10, show_default=True, help="How many features to list.")
+@JSON_OPTION
+def search(analysis: Path, text: str, top: int, as_json: bool) -> None:
+    """Which features fire on a token, or on the tokens of a text, and on little else.
+
+    A leading space counts: ' Paris' and 'Paris' are different tokens.
+
+    \b
+    Example:
+      actstore search analysis ' Paris'
+      actstore search analysis docstring
+    """
+    from pipelines.analysis import Analysis
+    from pipelines.search import search as stage
+    from pipelines.search import search_lines
+
+    _print(stage(Analysis(analysis), text, top), as_json, search_lines)
 
 
 @cli.command()

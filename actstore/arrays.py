@@ -41,8 +41,19 @@ def segment_objects(manifest: Manifest, segment: SegmentRecord, tables: dict[str
     Metadata of arrays lie below `data.zarr/segments/0000/`, and the groups above them are part of it, since a Zarr
     library that walks the store needs them.
     """
+    row_arrays = [
+        (f"{part}/{array.name}", array, record.layout, record.n_rows)
+        for part, record in segment.parts.items()
+        for array in manifest.arrays
+    ]
+    return group_objects(paths.segment_group(segment.index), tables, row_arrays)
+
+
+def group_objects(
+    group: str, tables: dict[str, NDArray[Any]], row_arrays: list[tuple[str, RowArray, Layout, int]]
+) -> dict[str, bytes]:
+    """Of a group inside `data.zarr`: its tables whole, and the metadata of row arrays, each (name, array, layout, rows)."""
     memory: dict[str, Buffer] = {}
-    group = paths.segment_group(segment.index)
     for name, values in tables.items():
         table = zarr.create_array(
             store=MemoryStore(memory),
@@ -54,18 +65,21 @@ def segment_objects(manifest: Manifest, segment: SegmentRecord, tables: dict[str
             config=ALL_CHUNKS,
         )
         table[...] = values
-    for part, record in segment.parts.items():
-        for array in manifest.arrays:
-            _create_row_array(memory, f"{group}/{part}/{array.name}", array, record.layout, record.n_rows)
+    for name, array, layout, n_rows in row_arrays:
+        _create_row_array(memory, f"{group}/{name}", array, layout, n_rows)
     return {f"{paths.DATA}/{name}": data for name, data in _objects(memory).items()}
 
 
-def read_table(objects: dict[str, bytes]) -> NDArray[Any]:
-    """A table from its objects, named relative to its folder (`zarr.json`, `c/0`, ...). Raises Unreadable."""
+def read_table(objects: dict[str, bytes], places: NDArray[np.int64] | None = None) -> NDArray[Any]:
+    """A table from its objects, named relative to its folder (`zarr.json`, `c/0`, ...). Raises Unreadable.
+
+    With `places`, only the values there of a table of one dimension: the objects of other chunks are not needed.
+    """
     buffer = default_buffer_prototype().buffer
     memory = MemoryStore({name: buffer.from_bytes(data) for name, data in objects.items()})
     try:
-        return np.asarray(zarr.open_array(memory, mode="r")[...])
+        table = zarr.open_array(memory, mode="r")
+        return np.asarray(table[...] if places is None else table.vindex[places])
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         raise Unreadable(str(error)) from error
 

@@ -8,6 +8,7 @@ finds: a fault is a value that names the object, the shard and the array.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ LEVELS = ("meta", "crc", "full")
 UNREADABLE = (DamagedStore, NotAStore, OSError, KeyError, TypeError)
 """What reading a record raises when it is not one, or the disk does not give it."""
 PIECE_BYTES = 4 << 20
+SHARD_OBJECT = re.compile(r"/(rows|values)/c/\d+$")
+"""Of the feature index: an object that has chunks, each with its crc32c."""
 
 ShardKey = tuple[int, str, int]
 """(segment, part, shard)."""
@@ -78,6 +81,7 @@ class Survey:
         self.manifest = self._read_manifest()
         for segment in range(n_segments):
             self._read_segment(segment)
+        self._read_index()
 
     def find(self, level: str, progress: Callable[[int], object]) -> list[Fault]:
         """Every fault, in the order of the records; `progress` is told the bytes of each object that was checked."""
@@ -174,6 +178,18 @@ class Survey:
                 self._add_check(object_name, entry, key, segment.parts[part].layout)
         return True
 
+    def _read_index(self) -> None:
+        """The feature index of a code store, where it has one."""
+        name = paths.INDEX_RECORD
+        record = self._record(name, None, None, partial(parse_record, where=name))
+        if record is None:
+            return
+        if self.manifest is not None and record["store_id"] != self.manifest.store_id:
+            self._fault(name, f"is of store {record['store_id']}, the manifest is of {self.manifest.store_id}")
+        layout = Layout(record["entries"], record["shard_entries"], record["chunk_entries"])
+        for object_name, entry in record["objects"].items():
+            self._add_check(object_name, entry, None, layout if SHARD_OBJECT.search(object_name) else None)
+
     def _record(self, name: str, seal: Seal | None, key: ShardKey | None, parse: Callable[[bytes], Any]) -> Any:
         """A record that is there and good, or None and a fault."""
         if name not in self.there:
@@ -217,7 +233,8 @@ def repair(
     """Drop what is damaged, so that what the records name is whole again and the rest is "not yet".
 
     A manifest or segment record is put back from the seal's copy. A damaged shard loses its record first, then its
-    objects; its segment is no longer sealed. Good shards are not touched. Raises LockedStore while the store is written.
+    objects; its segment is no longer sealed. A feature index at fault loses its record. Good shards are not touched.
+    Raises LockedStore while the store is written.
     `expect` is told the bytes of which `progress` will be told.
     """
     with place.lock():
@@ -226,6 +243,9 @@ def repair(
         faults = survey.find(level, progress)
         restored, dropped = [], []
         shards = sorted({fault.shard for fault in faults if fault.shard is not None})
+        if paths.INDEX_RECORD in survey.there and any(_is_of_index(fault.name) for fault in faults):
+            place.remove(paths.INDEX_RECORD)
+            dropped.append(paths.INDEX_RECORD)
         for fault in faults:
             copy = _sealed_copy(fault.name, survey)
             if fault.shard is not None:
@@ -233,7 +253,7 @@ def repair(
             if copy is not None:
                 place.publish(fault.name, copy)
                 restored.append(fault.name)
-            elif fault.name in survey.there:
+            elif fault.name in survey.there and fault.name not in dropped:
                 place.remove(fault.name)
                 dropped.append(fault.name)
         mixed = {int(fault.name.split("/")[1]) for fault in faults if "/mixed-" in fault.name}
@@ -253,6 +273,10 @@ def _drop_shard(place: Place, survey: Survey, key: ShardKey) -> Iterator[str]:
         if name in survey.there:
             place.remove(name)
             yield name
+
+
+def _is_of_index(name: str) -> bool:
+    return name == paths.INDEX_RECORD or name.startswith(f"{paths.INDEX}/")
 
 
 def _sealed_copy(name: str, survey: Survey) -> bytes | None:

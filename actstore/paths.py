@@ -8,6 +8,11 @@ DATA = "data.zarr"
 COMMITS = "commits"
 TABLES = ("tokens/ids", "documents/offsets", "documents/heldout", "documents/source")
 WINDOW_TABLES = ("token_start", "n_tokens", "first_row")
+INDEX = f"{DATA}/index"
+"""The group of a code store's feature index: every firing, feature by feature."""
+INDEX_RECORD = f"{COMMITS}/index.json"
+INDEX_RUNS = "index-runs"
+"""Sorted runs of firings, while the index is being made."""
 
 
 def segment_group(segment: int) -> str:
@@ -44,3 +49,8 @@ def array(segment: int, name: str) -> str:
 def shard_object(segment: int, part: str, array_name: str, shard: int, n_dimensions: int) -> str:
     """The one object of a shard, under Zarr's default chunk keys."""
     return "/".join([array(segment, f"{part}/{array_name}"), "c", str(shard), *["0"] * (n_dimensions - 1)])
+
+
+def index_object(name: str, shard: int) -> str:
+    """The object of a shard of an array of the feature index."""
+    return f"{INDEX}/{name}/c/{shard}"

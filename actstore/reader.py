@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from actstore import paths
 from actstore.arrays import (
     CRC_BYTES,
+    TABLE_CHUNK,
     Unreadable,
     check_chunk,
     index_bytes,
@@ -205,21 +206,36 @@ class Store:
         """
         table = self._tables.get((segment, name))
         if table is None:
-            prefix = f"{paths.array(segment, name)}/"
-            entries = {key: entry for key, entry in self.segments[segment].objects.items() if key.startswith(prefix)}
-            objects = {}
-            for key, entry in entries.items():
-                objects[key.removeprefix(prefix)] = data = self._read(key)
-                if object_entry(data) != entry:
-                    raise self._damaged(key, "its bytes are not those that were committed")
-            try:
-                table = read_table(objects)
-            except Unreadable as error:
-                raise self._damaged(prefix, error) from error
+            table = self._read_table(segment, name)
             table.flags.writeable = False
             mine = {key: kept for key, kept in self._tables.items() if key[0] == segment}  # enough in memory
             self._tables = {**mine, (segment, name): table}  # a new one, since other threads may look at the old
         return table
+
+    def table_at(self, segment: int, name: str, places: NDArray[np.int64]) -> NDArray[Any]:
+        """The values at some places of a table of one dimension; only the chunks that hold them are read.
+
+        Raises DamagedStore as `table` does.
+        """
+        if (table := self._tables.get((segment, name))) is not None:
+            return np.asarray(table[places])
+        return self._read_table(segment, name, places)
+
+    def _read_table(self, segment: int, name: str, places: NDArray[np.int64] | None = None) -> NDArray[Any]:
+        prefix = f"{paths.array(segment, name)}/"
+        entries = {key: entry for key, entry in self.segments[segment].objects.items() if key.startswith(prefix)}
+        if places is not None:
+            needed = {"zarr.json", *(f"c/{chunk}" for chunk in np.unique(places // TABLE_CHUNK).tolist())}
+            entries = {key: entry for key, entry in entries.items() if key.removeprefix(prefix) in needed}
+        objects = {}
+        for key, entry in entries.items():
+            objects[key.removeprefix(prefix)] = data = self._read(key)
+            if object_entry(data) != entry:
+                raise self._damaged(key, "its bytes are not those that were committed")
+        try:
+            return read_table(objects, places)
+        except Unreadable as error:
+            raise self._damaged(prefix, error) from error
 
     def text_tables(self, segment: int) -> dict[str, NDArray[Any]]:
         """The tables that say which text a segment holds, in which windows: what a store of other rows of it takes over."""

@@ -108,10 +108,23 @@ class Analysis:
         parts = [self._get(f"cooccurrence/{name}") for name in ("count", "columns", "starts")]
         return sp.csr_array(tuple(parts), shape=(self.n_features, self.n_features))
 
-    @cached_property
-    def _together(self) -> sp.csr_array:
-        """(F, F) CSR: `cooccurrence` in both triangles, so that a feature's partners are one row."""
-        return (self.cooccurrence + self.cooccurrence.T).tocsr()
+    def _row(self, group: str, row: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(columns, counts) of one row of a CSR group; only the chunks that hold it are read."""
+        own = slice(*(int(bound) for bound in self._part(f"{group}/starts", slice(row, row + 2))))
+        columns, counts = (self._part(f"{group}/{name}", own) for name in ("columns", "count"))
+        return columns.astype(np.int64), counts.astype(np.int64)
+
+    def _column(self, group: str, column: int, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(rows, counts) of one column of the first `rows` rows of a CSR group: a scan of its column numbers alone."""
+        starts = self._part(f"{group}/starts", slice(0, rows + 1))
+        places = np.flatnonzero(self._part(f"{group}/columns", slice(0, int(starts[-1]))) == column)
+        counts = self._part(f"{group}/count", places) if len(places) else np.empty(0)
+        return np.searchsorted(starts, places, side="right") - 1, counts.astype(np.int64)
+
+    def _part(self, name: str, which: slice | NDArray[np.int64]) -> NDArray[Any]:
+        """Some values of an array of one dimension."""
+        array: Any = self._root[name]
+        return np.asarray(array[which] if isinstance(which, slice) else array.oindex[which])
 
     @cached_property
     def token_counts(self) -> sp.csr_array:
@@ -123,10 +136,6 @@ class Analysis:
     def token_rows(self) -> NDArray[np.int64]:
         """(vocabulary,) rows of the corpus that stand at each token."""
         return self._get("tokens/corpus_rows")
-
-    @cached_property
-    def _examples(self) -> dict[str, NDArray[Any]]:
-        return {name: self._get(f"examples/{name}") for name in ("value", "document", "tokens", "values")}
 
     @cached_property
     def document_names(self) -> list[str]:
@@ -158,29 +167,42 @@ class Analysis:
 
     def top_tokens(self, feature: int, n: int = 5) -> list[TokenShare]:
         """The tokens a feature fires on most often."""
-        row = self.token_counts[[feature]]
-        order = np.lexsort((row.indices, -row.data))[:n]
+        tokens, counts = self._row("tokens", feature)
         return [
             TokenShare(
-                token=int(row.indices[i]),
-                text=self.token_texts[row.indices[i]],
-                count=int(row.data[i]),
-                share=float(row.data[i] / self.fires[feature]),
-                recall=float(row.data[i] / self.token_rows[row.indices[i]]),
+                token=int(tokens[i]),
+                text=self.token_texts[tokens[i]],
+                count=int(counts[i]),
+                share=float(counts[i] / self.fires[feature]),
+                recall=float(counts[i] / self.token_rows[tokens[i]]),
             )
-            for i in order
+            for i in np.lexsort((tokens, -counts))[:n]
         ]
+
+    def features_on(self, token: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(features, counts): which features fire on a token, by rising id, and in how many of its rows."""
+        return self._column("tokens", token, self.n_features)
+
+    def token_ids(self, text: str) -> list[int]:
+        """A text as ids of the analysis' tokenizer. Raises InputError for a text of no tokens."""
+        ids: list[int] = self._codec.backend.encode(text, add_special_tokens=False).ids
+        if not ids:
+            raise InputError(f"text {text!r}: has no tokens; pass at least one character.")
+        return ids
 
     def examples(self, feature: int) -> list[Example]:
         """A feature's strongest firings, strongest first, each from another window."""
-        found = self._examples
-        n = int((found["value"][feature] > 0).sum())
+        found = {
+            name: np.asarray(self._root[f"examples/{name}"][feature])  # type: ignore[index]
+            for name in ("value", "document", "tokens", "values")
+        }
+        n = int((found["value"] > 0).sum())
         return [
             Example(
-                value=float(found["value"][feature, i]),
-                document=self.document_names[found["document"][feature, i]],
-                tokens=tuple("" if t < 0 else self.token_texts[t] for t in found["tokens"][feature, i]),
-                values=tuple(float(v) for v in found["values"][feature, i]),
+                value=float(found["value"][i]),
+                document=self.document_names[found["document"][i]],
+                tokens=tuple("" if t < 0 else self.token_texts[t] for t in found["tokens"][i]),
+                values=tuple(float(v) for v in found["values"][i]),
                 focus=self.record["focus"],
             )
             for i in range(n)
@@ -191,8 +213,9 @@ class Analysis:
 
         Lift is P(a, b) / (P(a) P(b)): how many times more often than if the two were independent.
         """
-        row = self._together[[feature]]
-        order = np.lexsort((row.indices, -row.data))[:n]
-        partner, together = row.indices[order], row.data[order]
+        sides = self._row("cooccurrence", feature), self._column("cooccurrence", feature, feature)
+        partner, together = (np.concatenate(column) for column in zip(*sides, strict=True))
+        order = np.lexsort((partner, -together))[:n]
+        partner, together = partner[order], together[order]
         lift = together * self.n_rows / (self.fires[feature] * self.fires[partner])
         return list(zip(partner.tolist(), together.tolist(), lift.tolist(), strict=True))

@@ -25,9 +25,12 @@ class CodeStore(Store):
         return self.manifest.array("codes/index").width
 
 
-def read_codes(codes: CodeStore, shard: Shard) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """(indices, values), each (rows, k), of a shard."""
-    return codes.read(shard, "codes/index").astype(np.int64), codes.read(shard, "codes/value")
+def read_codes(
+    codes: CodeStore, shard: Shard, start: int = 0, stop: int | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """(indices, values), each (rows, k), of rows [start, stop) of a shard; float32, however they are kept."""
+    indices, values = (codes.read(shard, f"codes/{name}", start, stop) for name in ("index", "value"))
+    return indices.astype(np.int64), values.astype(np.float32, copy=False)
 
 
 @lru_cache(maxsize=2)

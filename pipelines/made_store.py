@@ -1,4 +1,4 @@
-"""In: a function of row numbers. Out: an activation store of those rows, written by the real writer; no model runs.
+"""In: a function of row numbers. Out: a store of those rows or codes, written by the real writer; no model runs.
 
 The text is made up: every token is the same, each split is one long document. All else (plan, shards, statistics,
 hashes) is as `collect` leaves it, so that every command reads such a store like any other.
@@ -7,6 +7,7 @@ hashes) is as `collect` leaves it, so that every command reads such a store like
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore.codecs import encode_rows
-from actstore.layout import MIN_SHARDS, choose_layout
+from actstore.layout import MIN_SHARDS, Layout, choose_layout
 from actstore.moments import Moments
 from actstore.plan import PartPlan
 from actstore.schema import (
@@ -82,6 +83,46 @@ def write_made_store(
     return path
 
 
+def write_made_codes(
+    path: str | Path,
+    codes: Callable[[int, int], tuple[NDArray[Any], NDArray[np.float32]]],
+    n_rows: int,
+    n_heldout: int = 0,
+    *,
+    n_features: int,
+    value_dtype: str = "float32",
+    shard_rows: int = 0,
+    seed: int = 0,
+) -> str | Path:
+    """A code store of made-up codes: `codes(start, stop)` gives indices and values, (stop - start, k) each, of rows.
+
+    Rows are numbered as a feature index numbers them. `shard_rows` sets the size of a shard in place of the usual choice.
+    """
+    k = codes(0, 1)[0].shape[1]
+    index_dtype = np.min_scalar_type(n_features - 1).name
+    arrays = (RowArray("codes/index", k, index_dtype, "packed"), RowArray("codes/value", k, value_dtype, "packed"))
+    manifest = _manifest(1, CorpusIdentity("made-up", "0" * 64), "fp32", seed)
+    source = {"store_id": "none", "snapshot": "none", "run_id": "none", "site": SITE, "n_features": n_features}
+    manifest = replace(manifest, kind="codes", arrays=(*manifest.arrays[:2], *arrays), source=source)
+    parts, plans, tables = _plan(manifest, dict(zip(PARTS, (n_rows, n_heldout), strict=True)), shard_rows)
+    n_documents = 1 + (n_heldout > 0)
+    record = SegmentRecord(manifest.store_id, 0, 0, 0, n_documents, 0, n_documents, n_rows + n_heldout, 0, parts, {}, {})
+    with StoreWriter.open(path, manifest, {"tokenizer.json": b"{}"}) as writer:
+        segment = writer.put_segment(record, lambda: tables)
+        for part, shard in writer.missing_shards(segment):
+            start, stop = segment.parts[part].layout.shard_range(shard)
+            first = n_rows if part == PARTS[1] else 0
+            indices, values = codes(first + start, first + stop)
+            found = _places(plans[part], shard)
+            order = np.lexsort((found["rows/position"], found["rows/window"]))
+            own = {name: column[order] for name, column in found.items()}
+            own |= {"codes/index": indices.astype(index_dtype), "codes/value": values.astype(value_dtype)}
+            write_shard(writer.place, manifest, segment, part, shard, own, {"stats": {}, "rows_cut": 0, "codes_cut": 0})
+        if not writer.is_sealed(segment):
+            writer.seal(segment)
+    return path
+
+
 def _manifest(d_model: int, corpus: CorpusIdentity, encoding: str, seed: int) -> Manifest:
     return Manifest(
         kind="activations",
@@ -100,7 +141,9 @@ def _manifest(d_model: int, corpus: CorpusIdentity, encoding: str, seed: int) ->
     )
 
 
-def _plan(manifest: Manifest, n_rows: dict[str, int]) -> tuple[dict[str, PartRecord], dict[str, PartPlan], Tables]:
+def _plan(
+    manifest: Manifest, n_rows: dict[str, int], shard_rows: int = 0
+) -> tuple[dict[str, PartRecord], dict[str, PartPlan], Tables]:
     """How the splits are cut, which token each row stands at, and the tables of the text that this makes."""
     stride = manifest.policy.stride
     offsets = np.concatenate([[0], np.cumsum([count + 1 for count in n_rows.values() if count])])
@@ -115,6 +158,8 @@ def _plan(manifest: Manifest, n_rows: dict[str, int]) -> tuple[dict[str, PartRec
         starts = np.arange(0, n_rows[part], stride, dtype=np.int64)
         counts = np.minimum(stride, n_rows[part] - starts)
         layout = choose_layout(n_rows[part], manifest.row_bytes, 4 * manifest.model.d_model, min_shards=MIN_SHARDS)
+        if shard_rows:
+            layout = Layout(n_rows[part], shard_rows, shard_rows)
         plans[part] = PartPlan.build(manifest.seed, 0, index, layout, counts)
         parts[part] = PartRecord(len(counts), layout.n_rows, layout.shard_rows, layout.chunk_rows)
         tables |= {

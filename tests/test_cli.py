@@ -43,7 +43,7 @@ CONFIGS = {
 }
 """The frozen configuration that each stage's command builds."""
 
-WITHOUT_CONFIG = {"ls", "info", "verify", "repair", "features", "feature"}
+WITHOUT_CONFIG = {"ls", "info", "verify", "repair", "features", "feature", "search"}
 """Commands that only show what is there, or drop what is damaged."""
 
 NOT_FIELDS = {"as_json", "resume", "sources"}
@@ -247,6 +247,8 @@ def test_encode_and_everything_after_it_print_json(store: Path, codes: Path, ana
     assert len(listed) == 4
     card = read(invoke("feature", analysis, listed[0]["feature"], "--json"))
     assert card["feature"] == listed[0]["feature"]
+    found = read(invoke("search", analysis, card["tokens"][0]["text"], "--json"))
+    assert listed[0]["feature"] in [row["feature"] for row in found["results"][0]["features"]]
     page = read(invoke("report", analysis, "--out", tmp_path / "page.html", "--json"))
     assert page["bytes"] == (tmp_path / "page.html").stat().st_size
 

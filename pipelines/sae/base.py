@@ -107,8 +107,11 @@ class Sae(nn.Module, ABC):
         self.b_dec = nn.Parameter(torch.zeros(d_model))
 
     @abstractmethod
-    def codes(self, x: Tensor) -> Codes:
-        """The codes of rows (n, d_model), as they are used once the SAE is trained."""
+    def codes(self, x: Tensor, kernel: str = "sparse-fp32") -> Codes:
+        """The codes of rows (n, d_model), as they are used once the SAE is trained.
+
+        Exact, unless another of `KERNELS` is asked for: `sparse` may choose otherwise where two features are as strong.
+        """
 
     @abstractmethod
     def training_codes(self, x: Tensor, kernel: str) -> Codes:

@@ -36,8 +36,8 @@ class BatchTopKSae(TopKSae):
     def code_width(self) -> int | None:
         return None
 
-    def codes(self, x: Tensor) -> Codes:
-        return Codes(*self.preactivations_above(x, self.b_enc, self.threshold, "sparse-fp32"))
+    def codes(self, x: Tensor, kernel: str = "sparse-fp32") -> Codes:
+        return Codes(*self.preactivations_above(x, self.b_enc, self.threshold, kernel))
 
     def search(self, centred: Tensor, *, fast: bool) -> tuple[Active, Tensor]:
         return select.batch_top_k(centred, self.W_enc, self.b_enc, self.k, fast=fast)

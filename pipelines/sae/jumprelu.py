@@ -42,8 +42,8 @@ class JumpReluSae(Sae):
         super().fold_input_scale(scale)
         self.log_threshold.sub_(math.log(scale))
 
-    def codes(self, x: Tensor) -> Codes:
-        pre, active = self.preactivations_above(x, self.b_enc, self.log_threshold.detach().exp(), "sparse-fp32")
+    def codes(self, x: Tensor, kernel: str = "sparse-fp32") -> Codes:
+        pre, active = self.preactivations_above(x, self.b_enc, self.log_threshold.detach().exp(), kernel)
         return Codes(pre, active)
 
     def training_codes(self, x: Tensor, kernel: str) -> Codes:

@@ -29,5 +29,5 @@ class PenalisedSae(Sae):
         """(F,) with which every feature is active in the same share of rows."""
         return -levels(self, sample, START * self.k)
 
-    def codes(self, x: Tensor) -> Codes:
-        return self.training_codes(x, "sparse-fp32")
+    def codes(self, x: Tensor, kernel: str = "sparse-fp32") -> Codes:
+        return self.training_codes(x, kernel)

@@ -19,8 +19,8 @@ class TopKSae(Sae):
     def code_width(self) -> int | None:
         return self.k
 
-    def codes(self, x: Tensor) -> Codes:
-        return self.training_codes(x, "sparse-fp32")
+    def codes(self, x: Tensor, kernel: str = "sparse-fp32") -> Codes:
+        return self.training_codes(x, kernel)
 
     def search(self, centred: Tensor, *, fast: bool) -> tuple[Active, Tensor]:
         """Which features are active in rows x − b_dec (n, d), and their pre-activations (nnz,), without gradients."""
