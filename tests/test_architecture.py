@@ -26,6 +26,7 @@ LEAVES = frozenset(
         "corpus",
         "hub",
         "made_store",
+        "pairs",
         "progress",
         "python_labels",
         "recipe",
