@@ -471,11 +471,21 @@ def encode(as_json: bool, **options: Any) -> None:
 
 @cli.command()
 @click.argument("sources", nargs=-1, required=True, metavar="CODES | STORE RUN")
-@OUT_OPTION
+@click.option("--out", required=True, help="Where to write it: a path, or such as s3://bucket/prefix; must be free.")
 @click.option("--examples", default=8, show_default=True, help="Strongest firings kept for each feature.")
+@click.option("--random-examples", default=5, show_default=True, help="Random firings kept for each feature.")
+@click.option(
+    "--strata", default=5, show_default=True, help="Parts of a feature's firings by strength; one example of each."
+)
 @click.option("--before", default=24, show_default=True, help="Tokens of context shown before a firing.")
 @click.option("--after", default=8, show_default=True, help="Tokens of context shown after it.")
+@click.option("--within", default="row", show_default=True, help="What is together: row, document, or a number of tokens.")
+@click.option(
+    "--min-together", default=0, show_default=True, help="Drop pairs seen less often; 0: keep all, above 32,768 features 3."
+)
+@click.option("--seed", default=0, show_default=True, help="Of the random examples.")
 @WORKERS_OPTION
+@click.option("--threads", is_flag=True, help="Threads of this process instead of worker processes.")
 @SCHEDULER_OPTION
 @JSON_OPTION
 def analyze(sources: tuple[str, ...], as_json: bool, **options: Any) -> None:
@@ -499,7 +509,7 @@ def analyze(sources: tuple[str, ...], as_json: bool, **options: Any) -> None:
     require_new_analysis(options["out"])
     codes: str | Path = sources[0]
     if len(sources) == 2:
-        codes = options["out"].with_name(options["out"].name + ".codes")
+        codes = f"{options['out'].rstrip('/')}.codes"
         where = {name: options[name] for name in ("workers", "scheduler")}
         encode_stage(_shown("encode", EncodeConfig(store=sources[0], run=Path(sources[1]), out=codes, **where)))
     _print(stage(_shown("analyze", AnalyzeConfig(codes=codes, **options))), as_json, _key_lines)

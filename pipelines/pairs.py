@@ -58,29 +58,41 @@ class PairTile:
         """(stop - start, F), a view."""
         return self._counts[:, :-1]
 
-    def add(self, indices: NDArray[Any], fired: NDArray[np.bool_] | None = None) -> None:
-        """Count the rows of codes (n, k); see `pair_counts`."""
-        n_rows, k = indices.shape
+    def add(
+        self,
+        indices: NDArray[Any],
+        fired: NDArray[np.bool_] | None = None,
+        near: tuple[NDArray[Any], NDArray[np.bool_]] | None = None,
+    ) -> None:
+        """Count the rows of codes (n, k); see `pair_counts`.
+
+        `near` is another (indices, fired), each (n, K): what counts as together with a row, instead of the row itself.
+        """
+        n_rows, k = (indices if near is None else near[0]).shape
         block_rows = max(1, BLOCK_CODES // max(k, 1))
         for row in range(0, n_rows, block_rows):
             rows = slice(row, row + block_rows)
-            self._add_block(indices[rows], None if fired is None else fired[rows])
+            own = self._marked(indices[rows], None if fired is None else fired[rows])
+            self._add_block(own, own if near is None else self._marked(near[0][rows], near[1][rows]))
 
-    def _add_block(self, indices: NDArray[Any], fired: NDArray[np.bool_] | None) -> None:
-        others = np.ascontiguousarray(indices)
-        if fired is not None and not fired.all():
-            others = np.where(fired, others, np.min_scalar_type(self.n_features).type(self.n_features))
-        rows, starts = self._by_feature(others)
+    def _marked(self, indices: NDArray[Any], fired: NDArray[np.bool_] | None) -> NDArray[Any]:
+        """Codes that do not count become feature F."""
+        if fired is None or fired.all():
+            return np.ascontiguousarray(indices)
+        return np.where(fired, indices, np.min_scalar_type(self.n_features).type(self.n_features))
+
+    def _add_block(self, codes: NDArray[Any], others: NDArray[Any]) -> None:
+        rows, starts = self._by_feature(codes)
         piece_rows = max(1, PIECE_CODES // others.shape[1])
-        codes = np.empty((piece_rows, others.shape[1]), others.dtype)
-        columns = np.empty(codes.shape, np.intp)
-        ones = np.ones(codes.size, self._counts.dtype)
+        piece = np.empty((piece_rows, others.shape[1]), others.dtype)
+        columns = np.empty(piece.shape, np.intp)
+        ones = np.ones(piece.size, self._counts.dtype)
         bounds = starts.tolist()
         for feature in np.flatnonzero(np.diff(starts)).tolist():
             for first in range(bounds[feature], bounds[feature + 1], piece_rows):
                 n = min(piece_rows, bounds[feature + 1] - first)
-                np.take(others, rows[first : first + n], axis=0, out=codes[:n], mode="clip")  # "raise" copies once more
-                columns[:n] = codes[:n]
+                np.take(others, rows[first : first + n], axis=0, out=piece[:n], mode="clip")  # "raise" copies once more
+                columns[:n] = piece[:n]
                 # numpy's fast path, 1.2 ns a count, wants indices in intp and ones of the counts' own type
                 np.add.at(self._counts[feature], columns[:n].reshape(-1), ones[: n * others.shape[1]])
 

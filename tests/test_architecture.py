@@ -19,6 +19,7 @@ STORE_LIBRARIES = frozenset({"numpy", "zarr", "numcodecs", "google_crc32c", "obs
 LEAVES = frozenset(
     {
         "analysis",
+        "association",
         "builtin",
         "capture",
         "cluster",
@@ -36,6 +37,7 @@ LEAVES = frozenset(
         "shards",
         "statistics",
         "stdlib",
+        "surveying",
         "terminal",
         "text_metrics",
         "tokens",
