@@ -516,38 +516,45 @@ def analyze(sources: tuple[str, ...], as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("analysis", type=click.Path(path_type=Path))
-@click.option("--sort", default="frequency", show_default=True, help="frequency, mean, peak or id.")
+@click.argument("analysis")
+@click.option("--sort", default="frequency", show_default=True, help="frequency, mean, peak, documents, burstiness or id.")
 @click.option("--top", default=20, show_default=True, help="How many to list.")
+@click.option("--joint", is_flag=True, help="The joint frequencies of the most frequent features (20 at most) instead.")
 @JSON_OPTION
-def features(analysis: Path, sort: str, top: int, as_json: bool) -> None:
-    """List features with their firing frequency, strength and tokens.
+def features(analysis: str, sort: str, top: int, joint: bool, as_json: bool) -> None:
+    """List features with their firing frequency, strength, documents and tokens.
 
     \b
     Example:
       actstore features analysis --sort peak --top 50
+      actstore features analysis --joint --top 10
     """
     from pipelines.analysis import Analysis
-    from pipelines.terminal import feature_rows, features_lines
+    from pipelines.terminal import feature_rows, features_lines, joint_lines, joint_rows
 
+    if joint:
+        _print(joint_rows(Analysis(analysis), top), as_json, joint_lines)
+        return
     _print(feature_rows(Analysis(analysis), sort, top), as_json, features_lines)
 
 
 @cli.command()
-@click.argument("analysis", type=click.Path(path_type=Path))
+@click.argument("analysis")
 @click.argument("feature_id", type=int, metavar="ID")
+@click.option("--examples", default="top", show_default=True, help="top, strata (one of each fifth by strength) or random.")
 @JSON_OPTION
-def feature(analysis: Path, feature_id: int, as_json: bool) -> None:
-    """Show one feature: how often it fires, on which tokens, with which others, and its strongest firings.
+def feature(analysis: str, feature_id: int, examples: str, as_json: bool) -> None:
+    """Show one feature: how often, how strongly and where it fires, on which tokens, with which others; examples.
 
     \b
     Example:
       actstore feature analysis 317
+      actstore feature analysis 317 --examples strata
     """
     from pipelines.analysis import Analysis
     from pipelines.terminal import feature_card, feature_lines
 
-    _print(feature_card(Analysis(analysis), feature_id), as_json, feature_lines)
+    _print(feature_card(Analysis(analysis), feature_id, examples), as_json, feature_lines)
 
 
 @cli.command()
@@ -573,7 +580,7 @@ def inspect(as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("analysis", type=click.Path(path_type=Path))
+@click.argument("analysis")
 @OUT_OPTION
 @click.option("--examples", default=5, show_default=True, help="Examples shown for each feature.")
 @JSON_OPTION

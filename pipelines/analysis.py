@@ -108,6 +108,10 @@ class SparseRows:
         self._first: NDArray[np.int64] = np.asarray(root[f"{group}/tile_starts"][:])  # type: ignore[index]
         self._tile = lru_cache(maxsize=64)(self._open_tile)
 
+    @property
+    def n_tiles(self) -> int:
+        return len(self._first) - 1
+
     def _open_tile(self, tile: int) -> tuple[NDArray[np.int64], dict[str, Any]]:
         group: Any = self._root[f"{self._group}/tiles/{tile:06d}"]
         return np.asarray(group["starts"][:]), {name: group[name] for name in group.array_keys() if name != "starts"}
@@ -154,9 +158,10 @@ class Analysis:
         self._codec = parse_tokenizer(self.place.read(file), f"{path}/{file}", *special)
         self._loaded: dict[str, NDArray[Any]] = {}
 
-    def preload(self) -> None:
-        """Read the examples of all features at once: for one who will look at most of them."""
+    def preload(self) -> dict[str, NDArray[Any]]:
+        """Read the examples of all features at once: for one who will look at most of them. The arrays of `examples`."""
         self._loaded = {name: self._get(f"examples/{name}") for name in ("value", "document", "tokens", "values")}
+        return self._loaded
 
     def _get(self, name: str) -> NDArray[Any]:
         return np.asarray(self._root[name][:])  # type: ignore[index]
@@ -344,6 +349,24 @@ class Analysis:
             for i in range(first, last)
             if found["value"][i] > 0
         ]
+
+    def position_halves(self, feature: int) -> tuple[int, int]:
+        """A feature's firings in the first and the second half of the window; `positions.row` has each position."""
+        columns, counts = self.positions.row(feature)
+        is_early = columns < self.positions.n_columns // 2
+        return int(counts[is_early].sum()), int(counts[~is_early].sum())
+
+    def top_parts(self, feature: int, n: int = 5) -> list[tuple[str, int, float]]:
+        """(part, firings, lift) of the corpus parts in which a feature fires most; lift against its mean frequency."""
+        columns, counts = self.parts.row(feature)
+        order = np.lexsort((columns, -counts.astype(np.int64)))[:n]
+        part, count = columns[order], counts[order].astype(np.int64)
+        lift = association.lift(count, self.fires[feature], self._part_rows[part], self.n_rows)
+        return list(zip([self.part_names[p] for p in part], count.tolist(), lift.tolist(), strict=True))
+
+    @cached_property
+    def _part_rows(self) -> NDArray[np.int64]:
+        return self._get("rows/parts")
 
     def partners(self, feature: int, n: int = 5) -> list[tuple[int, int, float]]:
         """(feature, rows together, lift) of the features that fire with this one most often.

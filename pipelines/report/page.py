@@ -46,7 +46,7 @@ BINS_PER_DECADE = 10
 class ReportConfig:
     """What `report` is asked for; the names are the command's options."""
 
-    analysis: Path
+    analysis: str | Path
     out: Path
     examples: int = 5
 

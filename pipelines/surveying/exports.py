@@ -54,8 +54,7 @@ def features_table(analysis: Analysis) -> pa.Table:
 
 def pairs_table(analysis: Analysis, work: Place) -> pa.Table:
     """The strongest partners of each feature, with every measure."""
-    n_tiles = len(analysis._root["cooccurrence/tile_starts"]) - 1  # type: ignore[arg-type]
-    bundles = [Bundle(work, done(tile)) for tile in range(n_tiles)]
+    bundles = [Bundle(work, done(tile)) for tile in range(analysis.pairs.n_tiles)]
     feature, partner, together = (
         np.concatenate([bundle.read(name) for bundle in bundles]) for name in ("feature", "partner", "together")
     )
@@ -77,17 +76,16 @@ def pairs_table(analysis: Analysis, work: Place) -> pa.Table:
 
 def examples_table(analysis: Analysis) -> pa.Table:
     """One row a kept firing: its text before, at and after, and the values around it."""
-    analysis.preload()
-    slots = analysis.record["example_slots"]
+    slots, examples = analysis.record["example_slots"], analysis.preload()
     focus, texts = analysis.record["focus"], np.array([*analysis.token_texts, ""], object)
-    value, document = analysis._loaded["value"], analysis._loaded["document"]
+    value, document = examples["value"], examples["document"]
     tables = []
     for kind in EXAMPLE_KINDS:
         first, last = slots[kind]
         feature, slot = np.nonzero(value[:, first:last] > 0)
         place = (feature, slot + first)
-        tokens = texts[analysis._loaded["tokens"][place]]
-        around = analysis._loaded["values"][place]
+        tokens = texts[examples["tokens"][place]]
+        around = examples["values"][place]
         tables.append(
             pa.table(
                 {

@@ -56,7 +56,9 @@ def merge_tables(job: Job, tile: int, start: int, stop: int, shards: list[Shard]
             if table == "bins":
                 facts["quantile_bins"] = quantile_bins(counts, QUANTILES).ravel()
             arrays = csr_arrays(counts, job.extent.columns(table))
-            create_arrays(job.result_url, f"{table}/tiles/{tile:06d}", arrays | ({"total": total} if len(total) else {}))
+            create_arrays(
+                job.result_url, f"{table}/tiles/{tile:06d}", arrays | ({"total": total} if table == "tokens" else {})
+            )
         publish_bundle(work, name, facts)
     bundle = Bundle(work, name)
     found = {key: bundle.read(key) for key in ("n_documents", "same_document", "quantile_bins")}
