@@ -75,7 +75,7 @@ def write_codes(path: Path, model: Path, dense: Callable[[NDArray[np.int64]], ND
 def mixed(places: NDArray[np.int64]) -> NDArray[np.float32]:
     """Feature 0 is always on, the last is dead, others fire in a third of the rows."""
     values = np.random.default_rng(1).random((4096, N_FEATURES), np.float32)[places] + 0.25
-    values[values < 0.9] = 0
+    values = np.where(values < 0.9, 0, 10 * values - 8.5).astype(np.float32)  # 0.5 to 4
     values[:, 0] = 1
     values[:, -1] = 0
     return values
@@ -104,6 +104,7 @@ def values_of(path: str | Path) -> dict[str, Any]:
         f"{group}/{name}": np.asarray(array[:])
         for group in ("features", "rows", "examples", "joint", "documents", "parts")
         for name, array in found._root[group].arrays()  # type: ignore[union-attr]
+        if name != "tile_starts"
     }
     for name in ("pairs", "tokens", "positions", "parts", "bins"):
         whole = getattr(found, name).whole()
@@ -117,7 +118,7 @@ def require_same(left: str | Path, right: str | Path) -> None:
     assert one.keys() == other.keys()
     for name, array in one.items():
         np.testing.assert_array_equal(array, other[name], err_msg=name)
-    assert Analysis(left).record == Analysis(right).record | {"codes": Analysis(left).record["codes"]}
+    assert Analysis(left).record == Analysis(right).record
 
 
 # Against dense references, on codes that are hard
@@ -289,12 +290,12 @@ def test_processes_write_the_same(made: Path, plain: Path, tmp_path: Path, worke
 
 
 def test_rare_pairs_are_dropped_and_the_threshold_recorded(made: Path, plain: Path, client: Any, tmp_path: Path) -> None:
-    analyze(config_of(made, tmp_path / "analysis", min_together=30), client)
+    analyze(config_of(made, tmp_path / "analysis", min_together=60), client)
     found, everything = Analysis(tmp_path / "analysis"), Analysis(plain)
     all_pairs = everything.pairs.whole().toarray()
-    np.testing.assert_array_equal(found.pairs.whole().toarray(), np.where(all_pairs >= 30, all_pairs, 0))
-    assert (found.record["min_together"], everything.record["min_together"]) == (30, 1)
-    assert found.record["pairs"] == everything.record["pairs"] > found.record["pairs_kept"] == (all_pairs >= 30).sum()
+    np.testing.assert_array_equal(found.pairs.whole().toarray(), np.where(all_pairs >= 60, all_pairs, 0))
+    assert (found.record["min_together"], everything.record["min_together"]) == (60, 1)
+    assert found.record["pairs"] == everything.record["pairs"] > found.record["pairs_kept"] == (all_pairs >= 60).sum()
 
 
 # Killed and resumed
