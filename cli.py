@@ -491,11 +491,21 @@ def encode(as_json: bool, **options: Any) -> None:
 
 @cli.command()
 @click.argument("sources", nargs=-1, required=True, metavar="CODES | STORE RUN")
-@OUT_OPTION
+@click.option("--out", required=True, help="Where to write it: a path, or such as s3://bucket/prefix; must be free.")
 @click.option("--examples", default=8, show_default=True, help="Strongest firings kept for each feature.")
+@click.option("--random-examples", default=5, show_default=True, help="Random firings kept for each feature.")
+@click.option(
+    "--strata", default=5, show_default=True, help="Parts of a feature's firings by strength; one example of each."
+)
 @click.option("--before", default=24, show_default=True, help="Tokens of context shown before a firing.")
 @click.option("--after", default=8, show_default=True, help="Tokens of context shown after it.")
+@click.option("--within", default="row", show_default=True, help="What is together: row, document, or a number of tokens.")
+@click.option(
+    "--min-together", default=0, show_default=True, help="Drop pairs seen less often; 0: keep all, above 32,768 features 3."
+)
+@click.option("--seed", default=0, show_default=True, help="Of the random examples.")
 @WORKERS_OPTION
+@click.option("--threads", is_flag=True, help="Threads of this process instead of worker processes.")
 @SCHEDULER_OPTION
 @JSON_OPTION
 def analyze(sources: tuple[str, ...], as_json: bool, **options: Any) -> None:
@@ -519,53 +529,60 @@ def analyze(sources: tuple[str, ...], as_json: bool, **options: Any) -> None:
     require_new_analysis(options["out"])
     codes: str | Path = sources[0]
     if len(sources) == 2:
-        codes = options["out"].with_name(options["out"].name + ".codes")
+        codes = f"{options['out'].rstrip('/')}.codes"
         where = {name: options[name] for name in ("workers", "scheduler")}
         encode_stage(_shown("encode", EncodeConfig(store=sources[0], run=Path(sources[1]), out=codes, **where)))
     _print(stage(_shown("analyze", AnalyzeConfig(codes=codes, **options))), as_json, _key_lines)
 
 
 @cli.command()
-@click.argument("analysis", type=click.Path(path_type=Path))
-@click.option("--sort", default="frequency", show_default=True, help="frequency, mean, peak or id.")
+@click.argument("analysis")
+@click.option("--sort", default="frequency", show_default=True, help="frequency, mean, peak, documents, burstiness or id.")
 @click.option("--top", default=20, show_default=True, help="How many to list.")
+@click.option("--joint", is_flag=True, help="The joint frequencies of the most frequent features (20 at most) instead.")
 @JSON_OPTION
-def features(analysis: Path, sort: str, top: int, as_json: bool) -> None:
-    """List features with their firing frequency, strength and tokens.
+def features(analysis: str, sort: str, top: int, joint: bool, as_json: bool) -> None:
+    """List features with their firing frequency, strength, documents and tokens.
 
     \b
     Example:
       actstore features analysis --sort peak --top 50
+      actstore features analysis --joint --top 10
     """
     from pipelines.analysis import Analysis
-    from pipelines.terminal import feature_rows, features_lines
+    from pipelines.terminal import feature_rows, features_lines, joint_lines, joint_rows
 
+    if joint:
+        _print(joint_rows(Analysis(analysis), top), as_json, joint_lines)
+        return
     _print(feature_rows(Analysis(analysis), sort, top), as_json, features_lines)
 
 
 @cli.command()
-@click.argument("analysis", type=click.Path(path_type=Path))
+@click.argument("analysis")
 @click.argument("feature_id", type=int, metavar="ID")
+@click.option("--examples", default="top", show_default=True, help="top, strata (one of each fifth by strength) or random.")
 @JSON_OPTION
-def feature(analysis: Path, feature_id: int, as_json: bool) -> None:
-    """Show one feature: how often it fires, on which tokens, with which others, and its strongest firings.
+def feature(analysis: str, feature_id: int, examples: str, as_json: bool) -> None:
+    """Show one feature: how often, how strongly and where it fires, on which tokens, with which others; examples.
 
     \b
     Example:
       actstore feature analysis 317
+      actstore feature analysis 317 --examples strata
     """
     from pipelines.analysis import Analysis
     from pipelines.terminal import feature_card, feature_lines
 
-    _print(feature_card(Analysis(analysis), feature_id), as_json, feature_lines)
+    _print(feature_card(Analysis(analysis), feature_id, examples), as_json, feature_lines)
 
 
 @cli.command()
-@click.argument("analysis", type=click.Path(path_type=Path))
+@click.argument("analysis")
 @click.argument("text")
 @click.option("--top", default=10, show_default=True, help="How many features to list.")
 @JSON_OPTION
-def search(analysis: Path, text: str, top: int, as_json: bool) -> None:
+def search(analysis: str, text: str, top: int, as_json: bool) -> None:
     """Which features fire on a token, or on the tokens of a text, and on little else.
 
     A leading space counts: ' Paris' and 'Paris' are different tokens.
@@ -832,7 +849,7 @@ def lens(as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("analysis", type=click.Path(path_type=Path))
+@click.argument("analysis")
 @OUT_OPTION
 @click.option("--examples", default=5, show_default=True, help="Examples shown for each feature.")
 @JSON_OPTION

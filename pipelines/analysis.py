@@ -1,9 +1,15 @@
-"""An analysis on disk, opened for looking: features, their tokens, their examples, their partners."""
+"""An analysis on disk, opened for looking: features, their tokens, their examples, their partners.
+
+It lies in a folder or at a prefix of a bucket; docs/ANALYSIS.md says what is in it. What belongs to one feature is read
+alone: two short reads of each array.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +20,32 @@ from numpy.typing import NDArray
 
 from actstore import paths
 from actstore.errors import InputError, NotAStore, OutputExists
-from actstore.files import read_json
+from actstore.place import Folder, Place, open_place
+from pipelines import association
 from pipelines.statistics import BANDS
+from pipelines.statistics.tables import bin_edges
 from pipelines.tokens import parse_tokenizer
 
-ANALYSIS_VERSION = 1
+ANALYSIS_VERSION = 2
 RECORD = "analysis.json"
-SORTS = ("frequency", "mean", "peak", "id")
+SORTS = ("frequency", "mean", "peak", "documents", "burstiness", "id")
+EXAMPLE_KINDS = ("top", "strata", "random")
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+CHUNK_ENTRIES = 1 << 16
 
 
 @dataclass(frozen=True)
 class TokenShare:
-    """One token a feature fires on: `share` of its firings, and `recall`, the share of the token's rows it fires on."""
+    """One token a feature fires on: `share` of its firings (the precision of "fires on this token"), and `recall`, the
+    share of the token's rows it fires on; `lift`, the recall over the feature's frequency; `mean` activation there."""
 
     token: int
     text: str
     count: int
     share: float
     recall: float
+    lift: float
+    mean: float
 
 
 @dataclass(frozen=True)
@@ -45,26 +59,120 @@ class Example:
     focus: int
 
 
-def require_new_analysis(path: Path) -> None:
+def require_new_analysis(path: str | Path) -> None:
     """Raises OutputExists when anything is at `path`."""
-    if path.exists():
-        raise OutputExists(f"{path}: exists; choose another --out, or move it away.")
+    if entries := open_place(path).entries():
+        what = "" if "://" not in str(path) else f" ({len(entries)} entries)"
+        raise OutputExists(f"{path}: exists{what}; choose another --out, or move it away.")
+
+
+def open_arrays(place: Place, mode: Any) -> zarr.Group:
+    """The Zarr group of an analysis."""
+    if isinstance(place, Folder):
+        return zarr.open_group(place.path / paths.DATA, mode=mode)
+    data: Any = open_place(f"{place.url}/{paths.DATA}")
+    return zarr.open_group(zarr.storage.ObjectStore(data.objects), mode=mode)
+
+
+def create_arrays(url: str, group: str, arrays: dict[str, NDArray[Any]], chunk_bytes: int = 0) -> None:
+    """Write whole arrays below a group of the analysis at `url`, over any that were there.
+
+    Long columns are cut into chunks of 65,536 entries, which lie 256 in an object; others by rows, at most `chunk_bytes` a
+    chunk when given.
+    """
+    root = open_arrays(open_place(url), "a")
+    compressor = zarr.codecs.BloscCodec(cname="lz4", shuffle="shuffle")
+    for name, array in arrays.items():
+        array = np.ascontiguousarray(array)
+        rows = max(1, chunk_bytes // max(array.nbytes // max(len(array), 1), 1)) if chunk_bytes else CHUNK_ENTRIES
+        chunk = (max(1, min(rows, len(array))), *(max(n, 1) for n in array.shape[1:]))
+        n_chunks = -(-len(array) // chunk[0])
+        found = root.create_array(
+            f"{group}/{name}",
+            shape=array.shape,
+            dtype=array.dtype,
+            chunks=chunk,
+            shards=(chunk[0] * min(256, n_chunks), *chunk[1:]) if n_chunks > 1 else None,
+            compressors=[compressor],
+            overwrite=True,
+        )
+        if array.size:
+            found[...] = array
+
+
+class SparseRows:
+    """A sparse matrix kept in tiles of rows, each as CSR: a row is read alone."""
+
+    def __init__(self, root: zarr.Group, group: str, n_columns: int):
+        self._root, self._group, self.n_columns = root, group, n_columns
+        self._first: NDArray[np.int64] = np.asarray(root[f"{group}/tile_starts"][:])  # type: ignore[index]
+        self._tile = lru_cache(maxsize=64)(self._open_tile)
+
+    @property
+    def n_tiles(self) -> int:
+        return len(self._first) - 1
+
+    def _open_tile(self, tile: int) -> tuple[NDArray[np.int64], dict[str, Any]]:
+        group: Any = self._root[f"{self._group}/tiles/{tile:06d}"]
+        return np.asarray(group["starts"][:]), {name: group[name] for name in group.array_keys() if name != "starts"}
+
+    def row(self, row: int, name: str = "count") -> tuple[NDArray[Any], NDArray[Any]]:
+        """(columns, values) of one row, columns rising."""
+        tile = int(np.searchsorted(self._first, row, side="right")) - 1
+        starts, arrays = self._tile(tile)
+        first, last = (int(n) for n in starts[row - self._first[tile] : row - self._first[tile] + 2])
+        return np.asarray(arrays["columns"][first:last]).astype(np.int64), np.asarray(arrays[name][first:last])
+
+    def column(self, column: int, name: str = "count") -> tuple[NDArray[np.int64], NDArray[Any]]:
+        """(rows, values) of one column, rows rising: a scan of the column numbers, and of what belongs to them alone."""
+        rows, values = [], []
+        for tile in range(self.n_tiles):
+            starts, arrays = self._tile(tile)
+            places = np.flatnonzero(np.asarray(arrays["columns"][:]) == column)
+            if len(places):
+                rows.append(self._first[tile] + np.searchsorted(starts, places, side="right") - 1)
+                values.append(np.asarray(arrays[name].oindex[places]))
+        return np.concatenate([np.empty(0, np.int64), *rows]), np.concatenate(values or [np.empty(0, np.int64)])
+
+    def tiles(self, name: str = "count") -> Iterator[tuple[slice, sp.csr_array]]:
+        """(rows, CSR of them) tile after tile."""
+        for tile in range(len(self._first) - 1):
+            starts, arrays = self._open_tile(tile)
+            rows = slice(int(self._first[tile]), int(self._first[tile + 1]))
+            parts = (np.asarray(arrays[name][:]), np.asarray(arrays["columns"][:]).astype(np.int64), starts)
+            yield rows, sp.csr_array(parts, shape=(rows.stop - rows.start, self.n_columns))
+
+    def whole(self, name: str = "count") -> sp.csr_array:
+        """All rows as one CSR of int64 or float64."""
+        found = sp.csr_array(sp.vstack([tile for _, tile in self.tiles(name)], format="csr"))
+        return found.astype(np.float64 if found.dtype.kind == "f" else np.int64)
 
 
 class Analysis:
-    """What `analyze` wrote. Raises NotAStore when `path` holds no finished analysis of this format version."""
+    """What `analyze` wrote. Raises NotAStore when `path` holds no finished analysis of this format version.
 
-    def __init__(self, path: str | Path):
+    `record` is that of an analysis which is being finished and has none yet.
+    """
+
+    def __init__(self, path: str | Path, record: dict[str, Any] | None = None):
+        self.place = open_place(path)
         self.path = Path(path)
-        if not (self.path / RECORD).exists():
-            raise NotAStore(f"{self.path}: not an analysis (no {RECORD}); pass a folder that `analyze` wrote.")
-        self.record: dict[str, Any] = read_json(self.path / RECORD)
+        try:
+            self.record: dict[str, Any] = record or json.loads(self.place.read(RECORD))
+        except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+            raise NotAStore(f"{path}: not an analysis (no {RECORD}); pass what `analyze` wrote.") from error
         if self.record.get("format") != "actstore-analysis" or self.record.get("version") != ANALYSIS_VERSION:
-            raise NotAStore(f"{self.path}: not an analysis of format version {ANALYSIS_VERSION}; run `analyze` again.")
-        self._root = zarr.open_group(self.path / paths.DATA, mode="r")
-        file = self.path / paths.TOKENIZER / "tokenizer.json"
+            raise NotAStore(f"{path}: not an analysis of format version {ANALYSIS_VERSION}; run `analyze` again.")
+        self._root = open_arrays(self.place, "r")
+        file = f"{paths.TOKENIZER}/tokenizer.json"
         special = self.record["bos_token_id"], self.record["separator_token_id"]
-        self._codec = parse_tokenizer(file.read_bytes(), str(file), *special)
+        self._codec = parse_tokenizer(self.place.read(file), f"{path}/{file}", *special)
+        self._loaded: dict[str, NDArray[Any]] = {}
+
+    def preload(self) -> dict[str, NDArray[Any]]:
+        """Read the examples of all features at once: for one who will look at most of them. The arrays of `examples`."""
+        self._loaded = {name: self._get(f"examples/{name}") for name in ("value", "document", "tokens", "values")}
+        return self._loaded
 
     def _get(self, name: str) -> NDArray[Any]:
         return np.asarray(self._root[name][:])  # type: ignore[index]
@@ -99,43 +207,83 @@ class Analysis:
         return self._get("features/peak")
 
     @cached_property
+    def n_documents(self) -> NDArray[np.int64]:
+        """(F,) documents in which each feature fires."""
+        return self._get("features/n_documents")
+
+    @cached_property
+    def burstiness(self) -> NDArray[np.float64]:
+        """(F,) how many times likelier two rows of one document both fire than two rows of any; NaN for under 2 firings."""
+        return self._get("features/burstiness")
+
+    @cached_property
+    def quantile_bins(self) -> NDArray[np.int32]:
+        """(F, quantiles) the bin of each quantile of a feature's activations; -1 when dead."""
+        return self._get("features/quantile_bins")
+
+    @cached_property
+    def active(self) -> NDArray[np.int64]:
+        """(k + 1,) rows by number of active features: the distribution of L0."""
+        return self._get("rows/active")
+
+    @cached_property
+    def document_rows(self) -> NDArray[np.int64]:
+        """(documents,) rows of each document."""
+        return self._get("rows/documents")
+
+    @cached_property
+    def joint(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The 20 most frequent features (n,), and in how many rows each two of them fire (n, n); diagonal: firings."""
+        return self._get("joint/features"), self._get("joint/together")
+
+    @cached_property
+    def part_names(self) -> list[str]:
+        """Names of the corpus parts: first folders below the one that all documents share."""
+        return self._get("parts/name").tobytes().decode().split("\n")
+
+    @cached_property
     def token_texts(self) -> list[str]:
         return self._codec.token_texts()
 
     @cached_property
+    def pairs(self) -> SparseRows:
+        """(F, F) in both triangles: with how many of its rows (or documents) each other feature is together."""
+        return SparseRows(self._root, "cooccurrence", self.n_features)
+
+    @cached_property
     def cooccurrence(self) -> sp.csr_array:
-        """(F, F) CSR: rows in which features i < j fire together."""
-        parts = [self._get(f"cooccurrence/{name}") for name in ("count", "columns", "starts")]
-        return sp.csr_array(tuple(parts), shape=(self.n_features, self.n_features))
+        """(F, F) CSR: rows in which features i < j fire together. All of it in memory: `pairs` reads a row."""
+        return sp.csr_array(sp.triu(self.pairs.whole(), k=1, format="csr"))
 
-    def _row(self, group: str, row: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(columns, counts) of one row of a CSR group; only the chunks that hold it are read."""
-        own = slice(*(int(bound) for bound in self._part(f"{group}/starts", slice(row, row + 2))))
-        columns, counts = (self._part(f"{group}/{name}", own) for name in ("columns", "count"))
-        return columns.astype(np.int64), counts.astype(np.int64)
+    @cached_property
+    def tokens(self) -> SparseRows:
+        """(F, vocabulary): firings of each feature on each token (`count`), and the sum of its values there (`total`)."""
+        return SparseRows(self._root, "tokens", len(self.token_rows))
 
-    def _column(self, group: str, column: int, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(rows, counts) of one column of the first `rows` rows of a CSR group: a scan of its column numbers alone."""
-        starts = self._part(f"{group}/starts", slice(0, rows + 1))
-        places = np.flatnonzero(self._part(f"{group}/columns", slice(0, int(starts[-1]))) == column)
-        counts = self._part(f"{group}/count", places) if len(places) else np.empty(0)
-        return np.searchsorted(starts, places, side="right") - 1, counts.astype(np.int64)
+    @cached_property
+    def positions(self) -> SparseRows:
+        """(F, context): firings of each feature at each position of a window."""
+        return SparseRows(self._root, "positions", len(self._get("rows/positions")))
 
-    def _part(self, name: str, which: slice | NDArray[np.int64]) -> NDArray[Any]:
-        """Some values of an array of one dimension."""
-        array: Any = self._root[name]
-        return np.asarray(array[which] if isinstance(which, slice) else array.oindex[which])
+    @cached_property
+    def parts(self) -> SparseRows:
+        """(F, corpus parts): firings of each feature in each part."""
+        return SparseRows(self._root, "parts", len(self.part_names))
+
+    @cached_property
+    def bins(self) -> SparseRows:
+        """(F, bins): firings of each feature by strength, 16 bins an octave; `bin_edges` gives their values."""
+        return SparseRows(self._root, "bins", 1 << 12)
 
     @cached_property
     def token_counts(self) -> sp.csr_array:
-        """(F, vocabulary) CSR: firings of each feature on each token."""
-        parts = [self._get(f"tokens/{name}") for name in ("count", "columns", "starts")]
-        return sp.csr_array(tuple(parts), shape=(self.n_features, len(self.token_rows)))
+        """(F, vocabulary) CSR: firings of each feature on each token. All in memory."""
+        return self.tokens.whole()
 
     @cached_property
     def token_rows(self) -> NDArray[np.int64]:
         """(vocabulary,) rows of the corpus that stand at each token."""
-        return self._get("tokens/corpus_rows")
+        return self._get("rows/tokens")
 
     @cached_property
     def document_names(self) -> list[str]:
@@ -145,7 +293,7 @@ class Analysis:
         """Raises InputError for an id that is not a feature's."""
         if not 0 <= feature < self.n_features:
             raise InputError(
-                f"feature {feature}: {self.path} has {self.n_features} features; choose 0 to {self.n_features - 1}."
+                f"feature {feature}: {self.place} has {self.n_features} features; choose 0 to {self.n_features - 1}."
             )
         return feature
 
@@ -161,42 +309,58 @@ class Analysis:
             raise InputError(f"sort {sort!r}: choose one of {', '.join(SORTS)}.")
         if sort == "id":
             return np.arange(self.n_features)
-        return np.argsort(
-            -np.asarray({"frequency": self.frequency, "mean": self.mean, "peak": self.peak}[sort]), kind="stable"
-        )
+        column: NDArray[Any] = self.n_documents if sort == "documents" else getattr(self, sort)
+        return np.argsort(-np.nan_to_num(column, nan=-1.0), kind="stable")
+
+    def quantiles(self, feature: int) -> dict[str, float]:
+        """The middle of the bin of each quantile of a feature's activations: within 1/32 of it. Empty when dead."""
+        bins = self.quantile_bins[feature]
+        if bins[0] < 0:
+            return {}
+        low, high = bin_edges(bins)
+        return {f"{q:g}": float(value) for q, value in zip(QUANTILES, (low + high) / 2, strict=True)}
 
     def top_tokens(self, feature: int, n: int = 5) -> list[TokenShare]:
         """The tokens a feature fires on most often."""
-        tokens, counts = self._row("tokens", feature)
+        columns, counts = self.tokens.row(feature)
+        _, totals = self.tokens.row(feature, "total")
+        order = np.lexsort((columns, -counts.astype(np.int64)))[:n]
         return [
             TokenShare(
-                token=int(tokens[i]),
-                text=self.token_texts[tokens[i]],
+                token=int(columns[i]),
+                text=self.token_texts[columns[i]],
                 count=int(counts[i]),
                 share=float(counts[i] / self.fires[feature]),
-                recall=float(counts[i] / self.token_rows[tokens[i]]),
+                recall=float(counts[i] / self.token_rows[columns[i]]),
+                lift=float(association.lift(counts[i], self.fires[feature], self.token_rows[columns[i]], self.n_rows)),
+                mean=float(totals[i] / counts[i]),
             )
-            for i in np.lexsort((tokens, -counts))[:n]
+            for i in order
         ]
 
     def features_on(self, token: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(features, counts): which features fire on a token, by rising id, and in how many of its rows."""
-        return self._column("tokens", token, self.n_features)
+        features, counts = self.tokens.column(token)
+        return features, counts.astype(np.int64)
 
     def token_ids(self, text: str) -> list[int]:
         """A text as ids of the analysis' tokenizer. Raises InputError for a text of no tokens."""
-        ids: list[int] = self._codec.backend.encode(text, add_special_tokens=False).ids
+        (ids,) = self._codec.ids([text])
         if not ids:
             raise InputError(f"text {text!r}: has no tokens; pass at least one character.")
         return ids
 
-    def examples(self, feature: int) -> list[Example]:
-        """A feature's strongest firings, strongest first, each from another window."""
-        found = {
-            name: np.asarray(self._root[f"examples/{name}"][feature])  # type: ignore[index]
-            for name in ("value", "document", "tokens", "values")
-        }
-        n = int((found["value"] > 0).sum())
+    def examples(self, feature: int, kind: str = "top") -> list[Example]:
+        """Kept firings of a feature.
+
+        "top": the strongest, strongest first, each from another window; "strata": a random one of each fifth of its
+        firings by strength, weakest first; "random": of all its firings, equally likely.
+        """
+        first, last = self.record["example_slots"][kind]
+        found = {}
+        for name in ("value", "document", "tokens", "values"):
+            array: Any = self._loaded[name] if self._loaded else self._root[f"examples/{name}"]
+            found[name] = np.asarray(array[feature])
         return [
             Example(
                 value=float(found["value"][i]),
@@ -205,17 +369,42 @@ class Analysis:
                 values=tuple(float(v) for v in found["values"][i]),
                 focus=self.record["focus"],
             )
-            for i in range(n)
+            for i in range(first, last)
+            if found["value"][i] > 0
         ]
+
+    def position_halves(self, feature: int) -> tuple[int, int]:
+        """A feature's firings in the first and the second half of the window; `positions.row` has each position."""
+        columns, counts = self.positions.row(feature)
+        is_early = columns < self.positions.n_columns // 2
+        return int(counts[is_early].sum()), int(counts[~is_early].sum())
+
+    def top_parts(self, feature: int, n: int = 5) -> list[tuple[str, int, float]]:
+        """(part, firings, lift) of the corpus parts in which a feature fires most; lift against its mean frequency."""
+        columns, counts = self.parts.row(feature)
+        order = np.lexsort((columns, -counts.astype(np.int64)))[:n]
+        part, count = columns[order], counts[order].astype(np.int64)
+        lift = association.lift(count, self.fires[feature], self._part_rows[part], self.n_rows)
+        return list(zip([self.part_names[p] for p in part], count.tolist(), lift.tolist(), strict=True))
+
+    @cached_property
+    def _part_rows(self) -> NDArray[np.int64]:
+        return self._get("rows/parts")
 
     def partners(self, feature: int, n: int = 5) -> list[tuple[int, int, float]]:
         """(feature, rows together, lift) of the features that fire with this one most often.
 
-        Lift is P(a, b) / (P(a) P(b)): how many times more often than if the two were independent.
+        Lift is P(a, b) / (P(a) P(b)): how many times more often than if the two were independent. Of an analysis
+        `--within document` rows are documents; `--within N` tokens has no such product, and a lift of NaN.
         """
-        sides = self._row("cooccurrence", feature), self._column("cooccurrence", feature, feature)
-        partner, together = (np.concatenate(column) for column in zip(*sides, strict=True))
-        order = np.lexsort((partner, -together))[:n]
-        partner, together = partner[order], together[order]
-        lift = together * self.n_rows / (self.fires[feature] * self.fires[partner])
+        columns, counts = self.pairs.row(feature)
+        together = counts.astype(np.int64)
+        order = np.lexsort((columns, -together))[:n]
+        partner, together = columns[order], together[order]
+        each, total = self.fires, self.n_rows
+        if self.record["within"] == "document":
+            each, total = self.n_documents, int((self.document_rows > 0).sum())
+        lift = association.lift(together, each[feature], each[partner], total)
+        if self.record["within"] not in ("row", "document"):
+            lift = np.full(len(together), np.nan)
         return list(zip(partner.tolist(), together.tolist(), lift.tolist(), strict=True))

@@ -1,11 +1,13 @@
-"""In: a code store. Out: an analysis, what every feature does over the whole corpus.
+"""In: a code store. Out: an analysis: frequency, strength, tokens, documents, co-occurrence and examples of every feature.
 
-One Dask task surveys one shard; the surveys are merged in a fixed tree; a second round of tasks fetches the text
-around each feature's strongest firings. Neither the language model nor the activations are needed.
+One Dask task surveys one shard and leaves its tables beside the output; the surveys are merged in a fixed tree; tables and
+pairs are then added up tile by tile, a tile being some of the features. What is finished stays there until the whole is,
+so that a killed command goes on where it was. Neither the language model nor the activations are needed.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -13,22 +15,41 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from actstore import paths
-from actstore.errors import InputError
-from actstore.files import fsync_path, publish_bytes, publish_json, require_free_space
-from actstore.place import absolute
+from actstore.errors import InputError, OutputExists
+from actstore.files import fsync_path, record_bytes
+from actstore.place import Folder, Place, absolute, open_place
 from actstore.reader import Shard
 from actstore.schema import PARTS
-from pipelines.analysis import ANALYSIS_VERSION, RECORD, require_new_analysis
-from pipelines.cluster import connect, reduce_tasks, run_tasks
-from pipelines.code_store import CodeStore, open_codes, read_codes
-from pipelines.statistics import CodeBlock, Survey, frequency_bands
+from pipelines.analysis import (
+    ANALYSIS_VERSION,
+    QUANTILES,
+    RECORD,
+    Analysis,
+    SparseRows,
+    create_arrays,
+    open_arrays,
+    require_new_analysis,
+)
+from pipelines.cluster import connect, reduce_groups, reduce_tasks, run_tasks
+from pipelines.code_store import CodeStore
+from pipelines.statistics import frequency_bands
+from pipelines.statistics.tables import N_BINS, quantile_bins
+from pipelines.surveying.contexts import contexts, example_documents
+from pipelines.surveying.exports import write_exports
+from pipelines.surveying.job import Job, corpus_parts, document_names
+from pipelines.surveying.pair_tasks import add_pairs, count_pairs, pair_tiles, shard_groups, write_pairs
+from pipelines.surveying.shard_tasks import sample_shard, survey_shard
+from pipelines.surveying.survey import TABLES, Extent, Survey, merged
+from pipelines.surveying.tile_tasks import merge_tables, table_tiles
 from pipelines.tokens import store_tokenizer
 
-BLOCK_ROWS = 65_536
+KEY = "key.json"
+JOINT = 20
+LARGE_FEATURES, LARGE_MIN_TOGETHER = 32_768, 3
+MOST_REACH = 64
 
 
 @dataclass(frozen=True)
@@ -36,11 +57,17 @@ class AnalyzeConfig:
     """What `analyze` is asked for; the names are the command's options."""
 
     codes: str | Path
-    out: Path
+    out: str | Path
     examples: int = 8
+    random_examples: int = 5
+    strata: int = 5
     before: int = 24
     after: int = 8
+    within: str = "row"
+    min_together: int = 0
+    seed: int = 0
     workers: int = 2
+    threads: bool = False
     scheduler: str | None = None
 
     def __post_init__(self) -> None:
@@ -48,49 +75,208 @@ class AnalyzeConfig:
             raise InputError(
                 f"examples {self.examples}, before {self.before}, after {self.after}: need at least 1, 0 and 0."
             )
+        if self.random_examples < 0 or self.strata < 1 or self.min_together < 0:
+            raise InputError(
+                f"random-examples {self.random_examples}, strata {self.strata}, min-together {self.min_together}: "
+                "need at least 0, 1 and 0."
+            )
+        is_reach = self.within.isdecimal() and 1 <= int(self.within) <= MOST_REACH
+        if self.within not in ("row", "document") and not is_reach:
+            raise InputError(f"within {self.within!r}: choose row, document, or a number of tokens from 1 to {MOST_REACH}.")
 
 
 def analyze(config: AnalyzeConfig, client: Any = None) -> dict[str, Any]:
     """Survey every row of a code store and publish the analysis; returns its record.
 
-    `client` is a Dask client to use instead of the one the configuration asks for. Raises NotAStore,
-    IncompleteStore, DamagedStore, OutputExists, NoSpace; nothing is published then.
+    What was interrupted is continued: finished tasks' results lie in OUT.partial until the end. `client` is a Dask client
+    to use instead of the one the configuration asks for. Raises NotAStore, IncompleteStore, DamagedStore, OutputExists,
+    NoSpace; nothing is published then.
     """
     require_new_analysis(config.out)
     codes = CodeStore(config.codes)
-    require_free_space(
-        config.out, codes.n_features * config.examples * (config.before + config.after + 1) * 8, "the examples"
-    )
+    work = open_place(f"{str(config.out).rstrip('/')}.partial")
+    slots = config.examples + config.random_examples + config.strata
+    work.require_space(codes.n_features * slots * (config.before + config.after + 1) * 8, "the examples")
     if client is not None:
-        return _analyze(config, codes, client)
-    with connect(config.scheduler, config.workers) as own_client:
-        return _analyze(config, codes, own_client)
+        return _analyze(config, codes, work, client)
+    with connect(config.scheduler, config.workers, threads=config.threads) as own_client:
+        return _analyze(config, codes, work, own_client)
 
 
-def _analyze(config: AnalyzeConfig, codes: CodeStore, client: Any) -> dict[str, Any]:
-    shards = [shard for part in PARTS for shard in codes.shards(part)]
-    policy = codes.manifest.policy
-    codec = store_tokenizer(codes)
-    n_vocabulary = codec.backend.get_vocab_size()
-    tasks = [(absolute(codes.url), codes.snapshot, shard, n_vocabulary, config.examples) for shard in shards]
-    survey: Survey = reduce_tasks(client, "analyze", survey_shard, Survey.merge, tasks)
-    found = survey.examples.finalize()
-    context_tokens, context_values = _contexts(config, codes, shards, found, client)
+def _analyze(config: AnalyzeConfig, codes: CodeStore, work: Place, client: Any) -> dict[str, Any]:
+    with work.lock():
+        job = _job(config, codes, work)
+        _keep_or_clear(work, config, job)
+        shards = [shard for part in PARTS for shard in codes.shards(part)]
+        survey: Survey = reduce_tasks(client, "survey", survey_shard, merged, [(job, shard) for shard in shards])
+        fires = survey.counts.fires
+        features = _merge_tables(job, fires, shards, survey, client)
+        pairs = _count_pairs(job, features, survey.rows.documents, shards, client)
+        examples = _examples(config, job, shards, survey, features, client)
+        record = _record(config, codes, survey) | pairs
+        return _publish(config, job, codes, record, features, survey, examples)
 
-    counts, totals, token_rows = survey.tokens.finalize()
-    pairs = survey.pairs.finalize()
-    slot = np.arange(len(found["feature"])) - np.searchsorted(found["feature"], found["feature"])
-    shape = (codes.n_features, config.examples, config.before + 1 + config.after)
+
+def _job(config: AnalyzeConfig, codes: CodeStore, work: Place) -> Job:
+    """What the tasks are told. A folder's result grows inside the work folder; a bucket's, in its place."""
+    names = document_names(codes)
+    extent = Extent(
+        n_features=codes.n_features,
+        k=codes.k,
+        n_vocabulary=store_tokenizer(codes).backend.get_vocab_size(),
+        context=codes.manifest.policy.context,
+        n_documents=len(names),
+        n_parts=len(corpus_parts(names)[0]),
+    )
+    return Job(
+        codes_url=absolute(codes.url),
+        snapshot=codes.snapshot,
+        work_url=absolute(work.url),
+        result_url=absolute(f"{work.url}/result" if isinstance(work, Folder) else str(config.out)),
+        extent=extent,
+        n_examples=config.examples,
+        n_random=config.random_examples,
+        n_strata=config.strata,
+        seed=config.seed,
+        within=config.within,
+        min_together=config.min_together or (1 if codes.n_features <= LARGE_FEATURES else LARGE_MIN_TOGETHER),
+    )
+
+
+def _keep_or_clear(work: Place, config: AnalyzeConfig, job: Job) -> None:
+    """Partial results of the same codes and options stay; those of others are removed; anything else is refused."""
+    asked = {name: getattr(job, name) for name in ("n_examples", "n_random", "n_strata", "seed", "within", "min_together")}
+    key = record_bytes(
+        {"format": "actstore-analysis-partial", "version": ANALYSIS_VERSION, "snapshot": job.snapshot} | asked
+    )
+    if work.exists(KEY):
+        if work.read(KEY) == key:
+            return
+        _clear(work)
+    elif work.entries() - {"lock", "lease"}:
+        raise OutputExists(f"{work}: exists and is not left from an analysis; move it away.")
+    work.publish(KEY, key)
+
+
+def _clear(work: Place) -> None:
+    """Remove partial results: the key last, so that what remains after a kill is still known for what it is."""
+    for name in work.names():
+        if name != KEY and not name.startswith("lease/"):
+            work.remove(name)
+    work.remove(KEY)
+
+
+def _merge_tables(
+    job: Job, fires: NDArray[np.int64], shards: list[Shard], survey: Survey, client: Any
+) -> dict[str, NDArray[Any]]:
+    """Write the tables tile by tile; gives the (F,) columns of every feature."""
+    tiles = table_tiles(fires)
+    tasks = [(job, i, start, stop, shards) for i, (start, stop) in enumerate(tiles)]
+    facts = run_tasks(client, "tables", merge_tables, tasks)
+    found = {name: np.concatenate([fact[name] for fact in facts]) for name in facts[0]}
+    features = survey.counts.finalize()
+    features["n_documents"] = found["n_documents"]
+    features["quantile_bins"] = found["quantile_bins"].astype(np.int16)
+    features["burstiness"] = burstiness(found["same_document"], fires, survey.rows.documents)
+    first = np.array([start for start, _ in tiles] + [job.extent.n_features])
+    for table in TABLES:
+        if table != "documents":
+            create_arrays(job.result_url, table, {"tile_starts": first})
+    return features
+
+
+def burstiness(
+    same_document: NDArray[np.int64], fires: NDArray[np.int64], document_rows: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """P(two rows of one document both fire) / P(two rows of the corpus both fire), over ordered pairs of different rows.
+
+    1 where documents make no difference. `same_document` (F,) is the sum over documents of c (c - 1), c firings in it. NaN
+    for a feature with fewer than two firings, and when no document has two rows.
+    """
+    n_rows = int(document_rows.sum())
+    pairs_inside = float((document_rows * (document_rows - 1)).sum())
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(
+            (same_document / pairs_inside) / (fires.astype(np.float64) * (fires - 1) / (n_rows * (n_rows - 1.0)))
+        )
+
+
+def _count_pairs(
+    job: Job, features: dict[str, NDArray[Any]], documents: NDArray[np.int64], shards: list[Shard], client: Any
+) -> dict[str, Any]:
+    """Write the pairs tile by tile; gives what the record says of them."""
+    of_documents = job.within == "document"
+    most = features["n_documents"] if of_documents else features["fires"]
+    n_total = int((documents > 0).sum()) if of_documents else int(documents.sum())
+    tiles = pair_tiles(most)
+    groups = shard_groups(len(shards), len(tiles))
+    if of_documents:
+        groups = [range(len(shards))]
+    tasks, finish = [], []
+    for i, (start, stop) in enumerate(tiles):
+        largest = int(most[start:stop].max(initial=0))
+        tasks.append([(job, i, start, stop, largest, [shards[s] for s in group]) for group in groups])
+        finish.append((job, i, start, stop, most, n_total))
+    found = reduce_groups(client, "pairs", count_pairs, add_pairs, write_pairs, tasks, finish)
+    first = np.array([start for start, _ in tiles] + [job.extent.n_features])
+    create_arrays(job.result_url, "cooccurrence", {"tile_starts": first})
+    return {
+        "within": job.within,
+        "min_together": job.min_together,
+        "pairs": sum(tile["pairs"] for tile in found),
+        "pairs_kept": sum(tile["kept"] for tile in found),
+    }
+
+
+def _examples(
+    config: AnalyzeConfig,
+    job: Job,
+    shards: list[Shard],
+    survey: Survey,
+    features: dict[str, NDArray[Any]],
+    client: Any,
+) -> dict[str, NDArray[Any]]:
+    """(F, slots, ...) arrays of all kept examples with their text: the strongest, one of each stratum, random ones."""
+    edges = stratum_edges(job)
+    tasks = [(job, shard, edges) for shard in shards]
+    strata = reduce_tasks(client, "strata", sample_shard, merged, tasks).finalize()
+    top, random = survey.top.finalize(), survey.random.finalize()
+    slots = []
+    for kind, found in (("top", top), ("strata", strata), ("random", random)):
+        place = np.arange(len(found["feature"])) - np.searchsorted(found["feature"], found["feature"])
+        slots.append(_slots(config)[kind][0] + (found["stratum"] if kind == "strata" else place))
+    found = {name: np.concatenate([kept[name] for kept in (top, strata, random)]) for name in top}
+    slot = np.concatenate(slots)
+    tokens, values = contexts(job, found, config.before, config.after, client)
+    shape = (job.extent.n_features, _slots(config)["random"][1], config.before + 1 + config.after)
     examples = {
         "value": np.zeros(shape[:2], np.float32),
         "document": np.full(shape[:2], -1, np.int64),
         "tokens": np.full(shape, -1, np.int32),
         "values": np.zeros(shape, np.float32),
     }
-    documents = _documents(codes, found["window"], found["position"])
-    for name, column in zip(examples, (found["value"], documents, context_tokens, context_values), strict=True):
+    columns = (found["value"], example_documents(job.open(), found), tokens, values)
+    for name, column in zip(examples, columns, strict=True):
         examples[name][found["feature"], slot] = column
-    record = {
+    return examples
+
+
+def _slots(config: AnalyzeConfig) -> dict[str, tuple[int, int]]:
+    """Which places of an example array each kind has."""
+    edges = np.cumsum([0, config.examples, config.strata, config.random_examples]).tolist()
+    return {kind: (edges[i], edges[i + 1]) for i, kind in enumerate(("top", "strata", "random"))}
+
+
+def stratum_edges(job: Job) -> NDArray[np.int64]:
+    """(F, strata - 1) the bins in which the quantiles 1/strata, 2/strata, ... of each feature's activations lie."""
+    asked = tuple((i + 1) / job.n_strata for i in range(job.n_strata - 1))
+    tiles = SparseRows(open_arrays(open_place(job.result_url), "r"), "bins", N_BINS).tiles()
+    return np.concatenate([quantile_bins(counts, asked) for _, counts in tiles])
+
+
+def _record(config: AnalyzeConfig, codes: CodeStore, survey: Survey) -> dict[str, Any]:
+    policy = codes.manifest.policy
+    return {
         "format": "actstore-analysis",
         "version": ANALYSIS_VERSION,
         "codes_id": codes.store_id,
@@ -106,177 +292,60 @@ def _analyze(config: AnalyzeConfig, codes: CodeStore, client: Any) -> dict[str, 
         "k": codes.k,
         "bands": frequency_bands(survey.counts.fires, survey.counts.n_rows),
         "focus": config.before,
+        "example_slots": _slots(config),
+        "quantiles": list(QUANTILES),
+        "seed": config.seed,
         "bos_token_id": policy.bos_token_id,
         "separator_token_id": policy.separator_token_id,
     }
-    arrays = {f"features/{name}": values for name, values in survey.counts.finalize().items()}
-    arrays |= {f"examples/{name}": values for name, values in examples.items()}
-    arrays |= _csr_arrays("cooccurrence", pairs)
-    arrays |= _csr_arrays("tokens", counts) | {"tokens/total": totals.data, "tokens/corpus_rows": token_rows}
-    _publish(config.out, record, arrays, codes)
+
+
+def _publish(
+    config: AnalyzeConfig,
+    job: Job,
+    codes: CodeStore,
+    record: dict[str, Any],
+    features: dict[str, NDArray[Any]],
+    survey: Survey,
+    examples: dict[str, NDArray[Any]],
+) -> dict[str, Any]:
+    """Write what is left, flush it, and make it an analysis: by a rename, or in a bucket by its record."""
+    result = open_place(job.result_url)
+    names = document_names(codes)
+    create_arrays(job.result_url, "features", features)
+    create_arrays(job.result_url, "rows", survey.rows.finalize())
+    create_arrays(job.result_url, "examples", examples, chunk_bytes=1 << 17)
+    create_arrays(job.result_url, "documents", {"name": np.frombuffer("\n".join(names).encode(), np.uint8)})
+    create_arrays(job.result_url, "parts", {"name": np.frombuffer("\n".join(corpus_parts(names)[0]).encode(), np.uint8)})
+    for name, data in codes.tokenizer_files().items():
+        result.publish(f"{paths.TOKENIZER}/{name}", data)
+    finished = Analysis(result.url, record)
+    create_arrays(job.result_url, "joint", joint(finished))
+    write_exports(finished, result, job.work_url)
+    result.publish(RECORD, (json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    if isinstance(result, Folder):
+        out = Path(config.out)
+        for path in result.path.rglob("*"):
+            fsync_path(path)
+        os.rename(result.path, out)
+        fsync_path(out.absolute().parent)
+        shutil.rmtree(result.path.parent, ignore_errors=True)
+    else:
+        _clear(open_place(job.work_url))
     return record
 
 
-def survey_shard(codes_url: str, snapshot: str, shard: Shard, n_vocabulary: int, n_examples: int) -> Survey:
-    """All statistics of one shard. Runs on a worker."""
-    codes = open_codes(codes_url, snapshot)
-    survey = Survey(codes.n_features, n_vocabulary, n_examples)
-    indices, values = read_codes(codes, shard)
-    tokens = codes.token_ids(shard)
-    windows = codes.read(shard, "rows/window").astype(np.int64) + _window_base(codes, shard)
-    positions = codes.read(shard, "rows/position").astype(np.int64)
-    for start in range(0, shard.n_rows, BLOCK_ROWS):
-        rows = slice(start, start + BLOCK_ROWS)
-        survey.update(
-            CodeBlock(
-                codes.n_features,
-                n_vocabulary,
-                indices[rows],
-                values[rows],
-                tokens[rows],
-                windows[rows],
-                positions[rows],
-            )
+def joint(analysis: Analysis) -> dict[str, NDArray[Any]]:
+    """The most frequent features, and how often each two of them are together, as kept; firings on the diagonal."""
+    features = analysis.sorted_features("frequency")[:JOINT]
+    features = features[analysis.fires[features] > 0]
+    together = np.zeros((len(features), len(features)), np.int64)
+    for i, feature in enumerate(features.tolist()):
+        columns, counts = analysis.pairs.row(feature)
+        row = np.zeros(analysis.n_features, np.int64)
+        row[columns] = counts
+        together[i] = row[features]
+        together[i, i] = (
+            analysis.n_documents[feature] if analysis.record["within"] == "document" else analysis.fires[feature]
         )
-    return survey
-
-
-def example_values(
-    codes_url: str,
-    snapshot: str,
-    shard: Shard,
-    feature: NDArray[np.int64],
-    window: NDArray[np.int64],
-    position: NDArray[np.int64],
-    before: int,
-    after: int,
-) -> NDArray[np.float32]:
-    """(n, before + 1 + after) values of each example's feature around it, 0 where this shard has no row. On a worker."""
-    codes = open_codes(codes_url, snapshot)
-    indices, values = read_codes(codes, shard)
-    row_window = codes.read(shard, "rows/window").astype(np.int64) + _window_base(codes, shard)
-    row_position = codes.read(shard, "rows/position").astype(np.int64)
-    # Rows lie in (window, position) order: each wanted place is found by its key.
-    row_key = row_window * codes.manifest.policy.context + row_position
-    wanted = position[:, None] + np.arange(-before, after + 1)
-    key = window[:, None] * codes.manifest.policy.context + wanted
-    row = np.minimum(np.searchsorted(row_key, key), len(row_key) - 1)
-    is_there = (row_key[row] == key) & (wanted >= 0) & (wanted < codes.manifest.policy.context)
-    found = np.zeros(key.shape, np.float32)
-    for slot in range(codes.k):
-        found += np.where(is_there & (indices[row, slot] == feature[:, None]), values[row, slot], 0)
-    return found
-
-
-def _window_base(codes: CodeStore, shard: Shard) -> int:
-    """Windows of all earlier splits and segments: added to a window's number, it becomes unique in the store."""
-    base = 0
-    for segment in codes.segments:
-        for part in PARTS:
-            if (segment.index, part) == (shard.segment, shard.part):
-                return base
-            base += segment.parts[part].n_windows
-    raise ValueError(f"{shard} is not in the store")
-
-
-def _contexts(
-    config: AnalyzeConfig, codes: CodeStore, shards: list[Shard], found: dict[str, NDArray[Any]], client: Any
-) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Token ids (-1 outside the window) and feature values around each example."""
-    width = config.before + 1 + config.after
-    tokens = np.full((len(found["feature"]), width), -1, np.int32)
-    values = np.zeros((len(found["feature"]), width), np.float32)
-    tasks, places = [], []
-    for segment in codes.segments:
-        ids = codes.table(segment.index, "tokens/ids").astype(np.int32)
-        for part in PARTS:
-            own = [shard for shard in shards if (shard.segment, shard.part) == (segment.index, part)]
-            if not own:
-                continue
-            base = _window_base(codes, own[0])
-            mine = np.flatnonzero((found["window"] >= base) & (found["window"] < base + segment.parts[part].n_windows))
-            window = found["window"][mine] - base
-            tokens[mine] = _window_tokens(codes, segment.index, part, ids, window, found["position"][mine], config)
-            first_row = codes.table(segment.index, f"{part}/windows/first_row")
-            bounds = np.append(np.sort(first_row), segment.parts[part].n_rows)
-            last_row = bounds[np.searchsorted(bounds, first_row[window], side="right")] - 1
-            for shard in own:
-                touches = (first_row[window] < shard.stop) & (last_row >= shard.start)
-                chosen = mine[touches]
-                if len(chosen):
-                    columns = (found["feature"][chosen], found["window"][chosen], found["position"][chosen])
-                    tasks.append((absolute(codes.url), codes.snapshot, shard, *columns, config.before, config.after))
-                    places.append(chosen)
-    for chosen, part_values in zip(places, run_tasks(client, "examples", example_values, tasks), strict=True):
-        values[chosen] = np.maximum(values[chosen], part_values)
-    return tokens, values
-
-
-def _window_tokens(
-    codes: CodeStore,
-    segment: int,
-    part: str,
-    ids: NDArray[np.int32],
-    window: NDArray[np.int64],
-    position: NDArray[np.int64],
-    config: AnalyzeConfig,
-) -> NDArray[np.int32]:
-    """(n, before + 1 + after) token ids around a position of each window; -1 outside it, and for its start token."""
-    lead = int(codes.manifest.policy.bos)
-    start = codes.table(segment, f"{part}/windows/token_start")[window]
-    n_tokens = codes.table(segment, f"{part}/windows/n_tokens").astype(np.int64)[window]
-    place = position[:, None] - lead + np.arange(-config.before, config.after + 1)
-    inside = (place >= 0) & (place < n_tokens[:, None])
-    return np.where(inside, ids[np.where(inside, start[:, None] + place, 0)], -1).astype(np.int32)
-
-
-def _documents(codes: CodeStore, window: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Which document, numbered over all segments, each example lies in."""
-    found = np.full(len(window), -1, np.int64)
-    base = documents_before = 0
-    for segment in codes.segments:
-        offsets = codes.table(segment.index, "documents/offsets")
-        for part in PARTS:
-            n_windows = segment.parts[part].n_windows
-            mine = (window >= base) & (window < base + n_windows)
-            start = codes.table(segment.index, f"{part}/windows/token_start")[window[mine] - base]
-            token = start + np.maximum(position[mine] - int(codes.manifest.policy.bos), 0)
-            found[mine] = documents_before + np.searchsorted(offsets, token, side="right") - 1
-            base += n_windows
-        documents_before += segment.n_documents
-    return found
-
-
-def _csr_arrays(group: str, matrix: Any) -> dict[str, NDArray[Any]]:
-    return {
-        f"{group}/starts": matrix.indptr.astype(np.int64),
-        f"{group}/columns": matrix.indices.astype(np.int32),
-        f"{group}/count": matrix.data,
-    }
-
-
-def _publish(out: Path, record: dict[str, Any], arrays: dict[str, NDArray[Any]], codes: CodeStore) -> None:
-    """Write everything beside the final place, flush it, and rename: an analysis is there whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        names = [name for segment in codes.segments for name in codes.document_names(segment.index)]
-        arrays["documents/name"] = np.frombuffer("\n".join(names).encode(), np.uint8)
-        root = zarr.open_group(temporary / paths.DATA, mode="w")
-        for name, values in arrays.items():
-            if values.size:
-                root.create_array(name, data=values, chunks=tuple(min(n, 1 << 18) for n in values.shape))
-            else:
-                root.create_array(
-                    name, shape=values.shape, dtype=values.dtype, chunks=tuple(max(n, 1) for n in values.shape)
-                )
-        for name, data in codes.tokenizer_files().items():
-            publish_bytes(temporary / paths.TOKENIZER / name, data)
-        publish_json(temporary / RECORD, record)
-        for path in temporary.rglob("*"):
-            fsync_path(path)
-        os.rename(temporary, out)
-        fsync_path(out.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return {"features": features, "together": together}

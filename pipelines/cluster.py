@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing import resource_tracker
@@ -15,8 +16,10 @@ CONNECT_TIMEOUT_S = 10
 
 
 @contextmanager
-def connect(scheduler: str | None, workers: int) -> Iterator[Any]:
-    """A Dask client of the scheduler at an address such as tcp://host:8786, or of `workers` local processes.
+def connect(scheduler: str | None, workers: int, *, threads: bool = False) -> Iterator[Any]:
+    """A Dask client of the scheduler at an address such as tcp://host:8786, or of `workers` local processes (or threads).
+
+    The address of its dashboard, where one is served, is said on stderr.
 
     Raises InputError when the scheduler does not answer within ten seconds, or has no worker, or when workers keep
     dying over one task.
@@ -26,7 +29,9 @@ def connect(scheduler: str | None, workers: int) -> Iterator[Any]:
     if workers < 1:
         raise InputError(f"workers {workers}: need at least 1.")
     try:
-        with _client(scheduler, workers) as client:
+        with _client(scheduler, workers, threads) as client:
+            if client.dashboard_link and client.scheduler_info(n_workers=0)["services"]:
+                print(f"dashboard: {client.dashboard_link}", file=sys.stderr)
             yield client
     except KilledWorker as error:
         raise InputError(
@@ -36,13 +41,16 @@ def connect(scheduler: str | None, workers: int) -> Iterator[Any]:
 
 
 @contextmanager
-def _client(scheduler: str | None, workers: int) -> Iterator[Any]:
+def _client(scheduler: str | None, workers: int, threads: bool) -> Iterator[Any]:
     from distributed import Client, LocalCluster
 
     if scheduler is None:
         with ExitStack() as stack:
             with _spared_interrupts():
-                cluster = stack.enter_context(LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=":0"))
+                shape = {"n_workers": 1, "threads_per_worker": workers, "processes": False}
+                if not threads:
+                    shape = {"n_workers": workers, "threads_per_worker": 1}
+                cluster = stack.enter_context(LocalCluster(**shape, dashboard_address=":0"))
             yield stack.enter_context(Client(cluster))
         return
     try:
@@ -104,20 +112,39 @@ def reduce_tasks(
     The tree depends on the number of tasks alone, so that floating-point sums do not depend on the cluster either. It
     is submitted depth first: a merge goes before the tasks after it, and few results wait in memory for another.
     """
+    (found,) = reduce_groups(client, label, function, merge, None, [tasks], [()])
+    return found
+
+
+def reduce_groups(
+    client: Any,
+    label: str,
+    function: Callable[..., Any],
+    merge: Callable[[Any, Any], Any],
+    finish: Callable[..., Any] | None,
+    groups: Sequence[Sequence[tuple[Any, ...]]],
+    last: Sequence[tuple[Any, ...]],
+) -> list[Any]:
+    """`reduce_tasks` of several groups at once; `finish(*last[i], root)`, if given, makes the root of group i its result."""
     from distributed import as_completed
 
     futures = []
 
-    def submit(first: int, last: int) -> Any:
-        if last - first == 1:
-            future = client.submit(function, *tasks[first], pure=False)
-        else:
-            middle = (first + last) // 2
-            future = client.submit(merge, submit(first, middle), submit(middle, last), pure=False)
-        futures.append(future)
-        return future
+    def submit(call: Callable[..., Any], *arguments: Any) -> Any:
+        futures.append(client.submit(call, *arguments, pure=False))
+        return futures[-1]
 
-    root = submit(0, len(tasks))
+    def tree(tasks: Sequence[tuple[Any, ...]]) -> Any:
+        if len(tasks) == 1:
+            return submit(function, *tasks[0])
+        middle = len(tasks) // 2
+        return submit(merge, tree(tasks[:middle]), tree(tasks[middle:]))
+
+    roots = []
+    for tasks, arguments in zip(groups, last, strict=True):
+        root = tree(tasks)
+        roots.append(root if finish is None else submit(finish, *arguments, root))
+    del root
     with track(label, len(futures), "tasks") as progress:
         finished = as_completed(futures)
         futures.clear()  # a result that has been merged may go
@@ -125,4 +152,4 @@ def reduce_tasks(
             if future.status != "finished":
                 future.result()
             progress.advance(1)
-    return root.result()
+    return [root.result() for root in roots]

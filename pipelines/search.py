@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
 import numpy as np
 
 from actstore.errors import InputError
-from actstore.files import read_json
 from pipelines.analysis import Analysis
 from pipelines.terminal import visible
 
@@ -67,13 +67,12 @@ def _on(analysis: Analysis, tokens: list[int], top: int) -> dict[str, Any]:
 
 def _rules(analysis: Analysis, text: str, top: int) -> list[dict[str, Any]]:
     """Findings whose rule quotes the text as a token, or has it among its words."""
-    path = analysis.path / FINDINGS
-    if not path.exists():
+    if not analysis.place.exists(FINDINGS):
         return []
     quoted, words = f"`{visible(text)}`", text.strip()
     is_word = re.fullmatch(r"[\w ]{2,}", words) and words.lower() not in COMMON_WORDS
     pattern = re.compile(rf"\b{re.escape(words)}\b", re.IGNORECASE) if is_word else None
-    found = read_json(path)["findings"]
+    found = json.loads(analysis.place.read(FINDINGS))["findings"]
     fitting = [f for f in found if quoted in f["rule"] or (pattern and pattern.search(f["rule"]))]
     return [{name: f[name] for name in ("feature", "rule", "precision", "recall", "f1")} for f in fitting[:top]]
 

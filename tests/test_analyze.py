@@ -465,12 +465,16 @@ def test_an_interrupted_analysis_leaves_nothing(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for name in ("reduce_tasks", "_contexts", "publish_json"):
+    for name in ("reduce_tasks", "run_tasks", "reduce_groups", "contexts", "write_exports"):
         with monkeypatch.context() as patch:
             patch.setattr(analyze_module, name, interrupt)
             with pytest.raises(KeyboardInterrupt):
                 analyze(config_of(codes_path, tmp_path / "out" / "analysis"), client)
-        assert not list(tmp_path.rglob("*analysis*"))
+        assert not (tmp_path / "out/analysis").exists()
+        with pytest.raises(NotAStore, match="not an analysis"):
+            Analysis(tmp_path / "out/analysis.partial/result")
+    analyze(config_of(codes_path, tmp_path / "out" / "analysis"), client)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["analysis"]
 
 
 def test_an_output_that_exists_is_not_touched(codes_path: Path, analysis_path: Path, client: Any) -> None:

@@ -19,6 +19,7 @@ STORE_LIBRARIES = frozenset({"numpy", "zarr", "numcodecs", "google_crc32c", "obs
 LEAVES = frozenset(
     {
         "analysis",
+        "association",
         "builtin",
         "capture",
         "cluster",
@@ -28,6 +29,7 @@ LEAVES = frozenset(
         "hub",
         "index_build",
         "made_store",
+        "pairs",
         "progress",
         "python_labels",
         "recipe",
@@ -37,6 +39,7 @@ LEAVES = frozenset(
         "shards",
         "statistics",
         "stdlib",
+        "surveying",
         "terminal",
         "text_metrics",
         "tokens",

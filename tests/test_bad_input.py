@@ -370,7 +370,9 @@ def test_a_feature_that_is_not_there(feature: int, refused: Refused, analysis: P
 
 
 def test_an_order_that_is_none(refused: Refused, analysis: Path) -> None:
-    assert refused("features", analysis, "--sort", "beauty").endswith("choose one of frequency, mean, peak, id.")
+    assert refused("features", analysis, "--sort", "beauty").endswith(
+        "choose one of frequency, mean, peak, documents, burstiness, id."
+    )
 
 
 def test_a_scheduler_that_does_not_answer(

@@ -33,7 +33,7 @@ from safetensors.numpy import load_file
 from storekit import TWO_SEGMENTS, StoreSpec, files_of, row_ids, row_values, write_store
 
 from actstore import bucket, lease, paths
-from actstore.errors import DamagedStore, InputError, LockedStore, NotAStore, StoreError
+from actstore.errors import DamagedStore, InputError, LockedStore, NotAStore, OutputExists, StoreError
 from actstore.integrity import find_faults
 from actstore.place import open_place
 from actstore.reader import ActivationStore
@@ -43,6 +43,8 @@ from actstore.writer import StoreWriter
 from cli import cli
 from pipelines import cluster
 from pipelines import collect as stage
+from pipelines.analysis import Analysis
+from pipelines.analyze import AnalyzeConfig, analyze
 from pipelines.collect import collect
 from pipelines.recipe import CollectConfig
 
@@ -551,7 +553,7 @@ def collected(small_store: Path, server: Server) -> str:
 @pytest.fixture
 def one_thread(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands use the tests' Dask client instead of starting processes."""
-    monkeypatch.setattr(cluster, "_client", lambda scheduler, workers: nullcontext(client))
+    monkeypatch.setattr(cluster, "_client", lambda *_: nullcontext(client))
 
 
 def test_collect_writes_the_store_it_would_write_to_a_folder_and_goes_on_where_it_was_killed(
@@ -571,6 +573,29 @@ def test_collect_writes_the_store_it_would_write_to_a_folder_and_goes_on_where_i
         assert invoke("collect", "--out", url, *arguments).exit_code == 0
     assert "PUT" not in n
     assert server.objects(url) == expected
+
+
+def test_an_analysis_in_a_bucket_says_what_one_in_a_folder_says(
+    codes: Path, client: Any, server: Server, url: str, tmp_path: Path
+) -> None:
+    asked = {"examples": 2, "before": 3, "after": 1}
+    analyze(AnalyzeConfig(codes=codes, out=tmp_path / "analysis", **asked), client)
+    in_bucket = copy_to_bucket(codes, f"{url}/codes")
+    analyze(AnalyzeConfig(codes=in_bucket, out=f"{url}/analysis", **asked), client)
+    expected = {name: data for name, data in objects_of(tmp_path / "analysis").items() if name != "analysis.json"}
+    found = server.objects(f"{url}/analysis")
+    record = json.loads(found.pop("analysis.json"))
+    assert found == expected
+    assert Analysis(f"{url}/analysis").record == record
+    assert record["n_rows"] == Analysis(tmp_path / "analysis").n_rows
+    assert not [name for name in server.objects(url) if ".partial/" in name and "/lease/" not in name]
+    shown = [invoke("feature", where, 3, "--json") for where in (f"{url}/analysis", tmp_path / "analysis")]
+    assert shown[0].exit_code == 0, shown[0].stderr
+    assert shown[0].stdout == shown[1].stdout
+    result = invoke("report", f"{url}/analysis", "--out", tmp_path / "page.html")
+    assert result.exit_code == 0, result.stderr
+    with pytest.raises(OutputExists, match="exists"):
+        analyze(AnalyzeConfig(codes=in_bucket, out=f"{url}/analysis", **asked), client)
 
 
 @pytest.mark.cluster

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.sparse as sp
-import zarr
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from actstore.errors import DamagedStore, InputError, NotAStore, OutputExists
-from pipelines.analysis import Analysis
+from pipelines.analysis import ANALYSIS_VERSION, Analysis, create_arrays
 from pipelines.report import page
 from pipelines.report.page import ReportConfig, report
 from pipelines.statistics import frequency_bands
@@ -53,25 +52,30 @@ def write_analysis(folder: Path) -> Analysis:
     tokens[:, 0, : BEFORE + 1] = -1  # the start token of a window fires
     values[:, 0, :BEFORE] = 0
     values[~live] = 0
-    together = sp.triu(sp.csr_array(np.minimum.outer(FIRES, FIRES)), k=1, format="csr")
+    together = sp.csr_array(np.minimum.outer(FIRES, FIRES) * (1 - np.eye(N_FEATURES, dtype=np.int64)))
     on_token = sp.csr_array(np.stack([FIRES // (i + 2) for i in range(len(TEXTS))], axis=1))
-    arrays: dict[str, Any] = {
-        "features/fires": FIRES,
-        "features/frequency": FIRES / N_ROWS,
-        "features/mean": np.where(live, np.arange(N_FEATURES) / 3 + 0.123456789, 0),
-        "features/peak": np.where(live, np.arange(N_FEATURES) + 1, 0).astype(np.float32),
-        "examples/value": values[:, :, BEFORE],
-        "examples/document": np.arange(N_FEATURES * N_EXAMPLES).reshape(N_FEATURES, N_EXAMPLES) % 2,
-        "examples/tokens": tokens,
-        "examples/values": values,
-        "tokens/corpus_rows": np.full(len(TEXTS), N_ROWS),
-        "documents/name": np.frombuffer(f"lib/abc.py\n{HOSTILE}".encode(), np.uint8),
+    arrays: dict[str, dict[str, Any]] = {
+        "features": {
+            "fires": FIRES,
+            "frequency": FIRES / N_ROWS,
+            "mean": np.where(live, np.arange(N_FEATURES) / 3 + 0.123456789, 0),
+            "peak": np.where(live, np.arange(N_FEATURES) + 1, 0).astype(np.float32),
+        },
+        "examples": {
+            "value": values[:, :, BEFORE],
+            "document": np.arange(N_FEATURES * N_EXAMPLES).reshape(N_FEATURES, N_EXAMPLES) % 2,
+            "tokens": tokens,
+            "values": values,
+        },
+        "rows": {"tokens": np.full(len(TEXTS), N_ROWS), "documents": np.array([N_ROWS, 0])},
+        "documents": {"name": np.frombuffer(f"lib/abc.py\n{HOSTILE}".encode(), np.uint8)},
     }
     for group, matrix in (("cooccurrence", together), ("tokens", on_token)):
-        arrays |= {f"{group}/starts": matrix.indptr, f"{group}/columns": matrix.indices, f"{group}/count": matrix.data}
-    root = zarr.open_group(folder / "data.zarr", mode="w")
-    for name, array in arrays.items():
-        root.create_array(name, data=np.ascontiguousarray(array))
+        tile = {"starts": matrix.indptr, "columns": matrix.indices, "count": matrix.data}
+        arrays[f"{group}/tiles/000000"] = tile | {"total": matrix.data / 2}
+        arrays[group] = {"tile_starts": np.array([0, N_FEATURES])}
+    for group, columns in arrays.items():
+        create_arrays(str(folder), group, columns)
 
     to_alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
     tokenizer = Tokenizer(models.WordLevel({to_alphabet(text)[0][0]: i for i, text in enumerate(TEXTS)}, unk_token="def"))
@@ -80,11 +84,12 @@ def write_analysis(folder: Path) -> Analysis:
     tokenizer.save(str(folder / "tokenizer/tokenizer.json"))
     record: dict[str, Any] = {
         "format": "actstore-analysis",
-        "version": 1,
+        "version": ANALYSIS_VERSION,
         "model": HOSTILE,
         "corpus": "https://example.org/*.py",
     }
     record |= {"site": "resid_post.2", "k": 8, "store_id": "store0123", "run_id": "run4567", "focus": BEFORE}
+    record |= {"within": "row", "example_slots": {"top": [0, N_EXAMPLES]}}
     record |= {"n_rows": N_ROWS, "n_features": N_FEATURES, "bands": frequency_bands(FIRES, N_ROWS)}
     record |= {"bos_token_id": 0, "separator_token_id": 0}
     (folder / "analysis.json").write_text(json.dumps(record))

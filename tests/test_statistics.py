@@ -11,19 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipelines.statistics import (
-    BANDS,
-    CodeBlock,
-    CoOccurrence,
-    FeatureCounts,
-    Survey,
-    TokenFirings,
-    TopExamples,
-    frequency_bands,
-)
+from pipelines.statistics import BANDS, CodeBlock, FeatureCounts, FiringTable, SampledExamples, TopExamples, frequency_bands
+from pipelines.statistics.examples import firing_hash
+from pipelines.statistics.tables import bin_edges, quantile_bins, stable_order, value_bins
+from pipelines.surveying.survey import TABLES, Extent, Survey
 
 N_VOCABULARY = 7
-N_EXAMPLES = 3
+N_DOCUMENTS, N_PARTS = 5, 2
+CONTEXT = 5
+N_EXAMPLES, N_RANDOM = 3, 2
+SEED = 11
 
 
 @dataclass(frozen=True)
@@ -46,14 +43,27 @@ class Codes:
     def positions(self) -> NDArray[np.int64]:
         return np.arange(len(self.dense)) % 5
 
+    @property
+    def documents(self) -> NDArray[np.int64]:
+        """Of unequal length, and cut inside windows."""
+        return np.minimum(np.sqrt(np.arange(len(self.dense))).astype(int), N_DOCUMENTS - 1)
+
+    @property
+    def parts(self) -> NDArray[np.int64]:
+        return self.documents % N_PARTS
+
+    @property
+    def extent(self) -> Extent:
+        return Extent(self.n_features, self.k, N_VOCABULARY, CONTEXT, N_DOCUMENTS, N_PARTS)
+
     def block(self, rows: slice | NDArray[np.int64]) -> CodeBlock:
         indices = np.sort(np.argsort(-self.dense[rows], axis=1, kind="stable")[:, : self.k], axis=1)
         values = np.take_along_axis(self.dense[rows], indices, axis=1)
-        columns = (self.tokens[rows], self.windows[rows], self.positions[rows])
-        return CodeBlock(self.n_features, N_VOCABULARY, indices, values, *columns)
+        names = ("tokens", "windows", "positions", "documents", "parts")
+        return CodeBlock(self.n_features, indices, values, **{name: getattr(self, name)[rows] for name in names})
 
     def survey(self, rows: slice | NDArray[np.int64]) -> Survey:
-        survey = Survey(self.n_features, N_VOCABULARY, N_EXAMPLES)
+        survey = Survey(self.extent, N_EXAMPLES, N_RANDOM, SEED)
         survey.update(self.block(rows))
         return survey
 
@@ -110,20 +120,42 @@ def require_equal_to_dense(survey: Survey, codes: Codes) -> None:
         counts["mean"], dense.sum(axis=0, dtype=np.float64) / np.maximum(fired.sum(axis=0), 1), rtol=1e-14
     )
     assert survey.counts.n_rows == len(dense)
-    pairs = survey.pairs.finalize()
-    assert pairs.dtype == np.int64
-    np.testing.assert_array_equal(pairs.toarray(), np.triu(fired.T @ fired, k=1))
-    on_token = (codes.tokens[:, None] == np.arange(N_VOCABULARY)).astype(np.int64)
-    token_counts, token_totals, token_rows = survey.tokens.finalize()
-    np.testing.assert_array_equal(token_counts.toarray(), fired.T @ on_token)
-    np.testing.assert_allclose(token_totals.toarray(), dense.astype(np.float64).T @ on_token, rtol=1e-14)
-    np.testing.assert_array_equal(token_rows, on_token.sum(axis=0))
-    np.testing.assert_array_equal(token_totals.indices, token_counts.indices)
-    np.testing.assert_array_equal(token_totals.indptr, token_counts.indptr)
-    found = survey.examples.finalize()
-    assert list(zip(*(found[name].tolist() for name in ("feature", "value", "window", "position")), strict=True)) == (
-        best_examples(codes, N_EXAMPLES)
-    )
+    np.testing.assert_array_equal(survey.rows.active, np.bincount(fired.sum(axis=1), minlength=codes.k + 1))
+    strength = np.where(dense > 0, value_bins(dense.ravel()).reshape(dense.shape), -1)
+    for name in TABLES:
+        counts, totals = survey.tables[name].finalize()
+        assert counts.dtype == np.int64
+        if name == "bins":
+            for column in np.unique(counts.indices):
+                np.testing.assert_array_equal(counts[:, [column]].toarray().ravel(), (strength == column).sum(axis=0))
+            assert counts.sum() == fired.sum()
+            continue
+        kind = (getattr(codes, name)[:, None] == np.arange(codes.extent.columns(name))).astype(np.int64)
+        np.testing.assert_array_equal(counts.toarray(), fired.T @ kind)
+        np.testing.assert_array_equal(getattr(survey.rows, name), kind.sum(axis=0))
+        if name == "tokens":
+            counts.data = totals
+            np.testing.assert_allclose(counts.toarray(), dense.astype(np.float64).T @ kind, rtol=1e-14)
+    require_examples(survey, codes)
+
+
+def require_examples(survey: Survey, codes: Codes) -> None:
+    names = ("feature", "value", "window", "position")
+    found = survey.top.finalize()
+    assert list(zip(*(found[name].tolist() for name in names), strict=True)) == best_examples(codes, N_EXAMPLES)
+    found = survey.random.finalize()
+    assert list(zip(*(found[name].tolist() for name in names), strict=True)) == random_examples(codes, N_RANDOM)
+
+
+def random_examples(codes: Codes, n: int) -> list[tuple[int, float, int, int]]:
+    """The firings of each feature with the smallest hash, by brute force."""
+    found = []
+    for feature in range(codes.n_features):
+        rows = np.flatnonzero(codes.dense[:, feature] > 0)
+        rank = firing_hash(SEED, np.full(len(rows), feature), rows // 5, rows % 5)
+        best = rows[np.lexsort((rows, rank))][:n].tolist()
+        found += [(feature, float(codes.dense[row, feature]), row // 5, row % 5) for row in best]
+    return found
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -159,9 +191,9 @@ def test_any_order_and_shape_of_merging_gives_the_same(seed: int, data: st.DataO
 
 def test_an_empty_value_merges_as_nothing() -> None:
     codes = random_codes(4)
-    empty = Survey(codes.n_features, N_VOCABULARY, N_EXAMPLES)
+    empty = Survey(codes.extent, N_EXAMPLES, N_RANDOM, SEED)
     require_equal_to_dense(empty.merge(codes.survey(slice(None))), codes)
-    require_equal_to_dense(codes.survey(slice(None)).merge(Survey(codes.n_features, N_VOCABULARY, N_EXAMPLES)), codes)
+    require_equal_to_dense(codes.survey(slice(None)).merge(Survey(codes.extent, N_EXAMPLES, N_RANDOM, SEED)), codes)
 
 
 def test_an_example_that_a_better_one_of_its_window_replaces_makes_room_for_no_wrong_one() -> None:
@@ -176,24 +208,93 @@ def test_an_example_that_a_better_one_of_its_window_replaces_makes_room_for_no_w
     assert (found["value"].tolist(), found["window"].tolist(), found["position"].tolist()) == ([9, 2], [0, 1], [4, 0])
 
 
-@pytest.mark.parametrize("kind", [FeatureCounts, CoOccurrence])
-def test_counts_pass_the_range_of_32_bits(kind: type[FeatureCounts] | type[CoOccurrence]) -> None:
-    value = kind(4)
-    value.update(CASES["all features on"]().block(slice(None)))
+def test_counts_pass_the_range_of_32_bits() -> None:
+    block = CASES["all features on"]().block(slice(None))
+    value, table = FeatureCounts(4), FiringTable(4, 1)
+    value.update(block)
+    table.update(block.firings[1], np.zeros(80, np.int64), block.firings[2])
     for _ in range(30):
-        other = kind(4)
-        other.merge(value)  # type: ignore[arg-type]
-        value.merge(other)  # type: ignore[arg-type]
-    counts = value.fires if isinstance(value, FeatureCounts) else value.finalize().data
-    assert counts.tolist() == [20 << 30] * len(counts)
+        for one in (value, table):
+            other = type(one)(4) if isinstance(one, FeatureCounts) else FiringTable(4, 1)
+            other.merge(one)  # type: ignore[arg-type]
+            one.merge(other)  # type: ignore[arg-type]
+    assert value.fires.tolist() == table.finalize()[0].data.tolist() == [20 << 30] * 4
 
 
-def test_token_firings_add_values_on_the_same_token() -> None:
-    firings = TokenFirings(4, N_VOCABULARY)
-    for value in (0.25, 0.5):
-        firings.update(CodeBlock(4, N_VOCABULARY, np.array([[2]]), np.array([[value]], np.float32), *[np.array([5])] * 3))
-    counts, totals, rows = firings.finalize()
-    assert (counts[2, 5], totals[2, 5], rows[5]) == (2, 0.75, 2)
+# Strength
+
+
+@given(st.lists(st.floats(2**-100, 2**100, width=32), min_size=1, max_size=40))
+def test_a_bin_holds_its_value_and_is_a_sixteenth_of_it_wide_at_most(values: list[float]) -> None:
+    array = np.array(values, np.float32)
+    low, high = bin_edges(value_bins(array))
+    assert (low <= array).all()
+    assert (array < high).all()
+    assert (high.astype(np.float64) - low <= low.astype(np.float64) / 16).all()
+
+
+@given(
+    values=st.lists(st.lists(st.floats(0.125, 100, width=32), max_size=30), min_size=1, max_size=4),
+    quantiles=st.lists(st.floats(0, 1), min_size=1, max_size=4),
+)
+def test_quantiles_lie_in_the_bin_of_the_sorted_values(values: list[list[float]], quantiles: list[float]) -> None:
+    table = FiringTable(len(values), 4096)
+    expected = np.full((len(values), len(quantiles)), -1)
+    for feature, own in enumerate(values):
+        array = np.sort(np.array(own, np.float32))
+        table.update(np.full(len(own), feature), value_bins(array), array)
+        for i, quantile in enumerate(quantiles):
+            if own:
+                expected[feature, i] = value_bins(array[[max(int(np.ceil(quantile * len(own))), 1) - 1]])[0]
+    np.testing.assert_array_equal(quantile_bins(table.finalize()[0], tuple(quantiles)), expected)
+
+
+def test_one_random_firing_of_each_stratum_is_kept_by_its_hash() -> None:
+    codes = random_codes(3)
+    counts, _ = codes.survey(slice(None)).tables["bins"].finalize()
+    edges = quantile_bins(counts, (1 / 3, 2 / 3))
+    halves = [SampledExamples(1, SEED, edges), SampledExamples(1, SEED, edges)]
+    for half, rows in zip(halves, (slice(30, 60), slice(0, 30)), strict=True):
+        half.update(codes.block(rows))
+    found = halves[0].merge(halves[1]).finalize()
+    expected = []
+    for feature in range(codes.n_features):
+        for stratum in range(3):
+            bins = value_bins(codes.dense[:, feature])
+            fits = (bins[:, None] > edges[feature]).sum(axis=1) == stratum
+            rows = np.flatnonzero((codes.dense[:, feature] > 0) & fits)
+            rank = firing_hash(SEED, np.full(len(rows), feature), rows // 5, rows % 5)
+            expected += [(feature, stratum, row // 5, row % 5) for row in rows[np.lexsort((rows, rank))][:1].tolist()]
+    names = ("feature", "stratum", "window", "position")
+    assert list(zip(*(found[name].tolist() for name in names), strict=True)) == expected
+    assert len(expected) > codes.n_features
+
+
+def test_random_firings_are_drawn_evenly() -> None:
+    """One of 40 firings for each of 2,000 features: the mean row is within four standard errors of the middle."""
+    n_rows, n_features = 40, 2000
+    feature, row = np.divmod(np.arange(n_features * n_rows), n_rows)
+    rank = firing_hash(5, feature, row // 5, row % 5).reshape(n_features, n_rows)
+    chosen = rank.argmin(axis=1)
+    assert abs(chosen.mean() - 19.5) < 4 * np.sqrt((40**2 - 1) / 12 / n_features)
+    assert (firing_hash(6, feature, row // 5, row % 5) == rank.ravel()).mean() < 0.01
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1 << 40)), max_size=30))
+def test_the_radix_order_is_the_lexicographic_one(pairs: list[tuple[int, int]]) -> None:
+    first, second = (np.array([pair[i] for pair in pairs], np.int64) for i in (0, 1))
+    np.testing.assert_array_equal(stable_order(first, second), np.lexsort((second, first)))
+
+
+def test_a_survey_comes_back_from_its_arrays() -> None:
+    codes = random_codes(8)
+    survey = codes.survey(slice(None))
+    arrays = survey.to_arrays()
+    again = Survey(codes.extent, N_EXAMPLES, N_RANDOM, SEED).load_dense(arrays.__getitem__)
+    for name, table in again.tables.items():
+        columns = [arrays[f"{name}/{column}"] for column in ("starts", "columns", "count", "total")]
+        table.add_rows(slice(0, codes.n_features), *columns)
+    require_equal_to_dense(again, codes)
 
 
 # Frequency bands

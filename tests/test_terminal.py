@@ -12,7 +12,7 @@ from tablekit import codes_manifest, dense_codes, text_table, write_table_store
 from actstore.errors import InputError
 from pipelines.analysis import Analysis
 from pipelines.analyze import AnalyzeConfig, analyze
-from pipelines.terminal import feature_card, feature_lines, feature_rows, features_lines
+from pipelines.terminal import feature_card, feature_lines, feature_rows, features_lines, joint_lines, joint_rows
 
 TEXTS = {"one.txt": " fox owl fox mole\n", "two.txt": " owl fox\n owl fox"}
 VALUES = {
@@ -38,10 +38,10 @@ def analysis(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, clien
 def test_the_table_of_features_is_this(analysis: Analysis) -> None:
     n = analysis.n_rows
     expected = [
-        "feature    fires band          mean     peak  tokens (share of firings)",
-        f"      1 {7 / n:>8.3%} common       1.857    3.000  ' fox' 57%  ' owl' 43%",
-        f"      0 {6 / n:>8.3%} common       1.500    2.000  ' fox' 67%  '⏎' 33%",
-        f"      2 {0:>8.3%} dead         0.000    0.000  ",
+        "feature    fires band          mean     peak documents  tokens (share of firings)",
+        f"      1 {7 / n:>8.3%} common       1.857    3.000         2  ' fox' 57%  ' owl' 43%",
+        f"      0 {6 / n:>8.3%} common       1.500    2.000         2  ' fox' 67%  '⏎' 33%",
+        f"      2 {0:>8.3%} dead         0.000    0.000         0  ",
     ]
     assert features_lines(feature_rows(analysis, "frequency", 10)) == expected
     assert features_lines(feature_rows(analysis, "frequency", 1)) == expected[:2]
@@ -56,8 +56,14 @@ def test_features_come_in_the_order_asked_for(analysis: Analysis, sort: str, ord
 
 def test_the_card_of_a_feature_is_this(analysis: Analysis) -> None:
     n = analysis.n_rows
+    rows = analysis.document_rows.astype(float)
+    inside = 3 * 2 + 4 * 3  # ordered pairs of firings: three in the first document, four in the second
+    bursts = inside / (rows * (rows - 1)).sum() / (7 * 6 / (n * (n - 1)))
     assert feature_lines(feature_card(analysis, 1)) == [
         f"feature 1: fires in 7 rows ({7 / n:.3%}, common), mean 1.857, peak 3.000",
+        "activations: median 1.031, 5 to 95 % 1.031 to 3.062",
+        f"in 2 documents (100.0%), {bursts:.1f}x as often again in the same one as by chance",
+        f"firings in the first, second half of a window: {7}, 0",
         "tokens (share of its firings; share of the token's rows it fires on):",
         "  ' fox'            57.1% 100.0%",
         "  ' owl'            42.9% 100.0%",
@@ -81,5 +87,21 @@ def test_a_feature_that_is_not_there_is_refused(analysis: Analysis, feature: int
 
 
 def test_an_order_that_is_not_there_is_refused(analysis: Analysis) -> None:
-    with pytest.raises(InputError, match="sort 'size': choose one of frequency, mean, peak, id"):
+    with pytest.raises(InputError, match="sort 'size': choose one of frequency, mean, peak, documents, burstiness, id"):
         feature_rows(analysis, "size", 3)
+
+
+def test_the_joint_frequencies_are_this(analysis: Analysis) -> None:
+    n = analysis.n_rows
+    assert joint_lines(joint_rows(analysis, 20)) == [
+        "share of rows in which both fire:",
+        "               1       0",
+        f"       1{7 / n:>8.3%}{4 / n:>8.3%}",
+        f"       0{4 / n:>8.3%}{6 / n:>8.3%}",
+    ]
+
+
+def test_examples_of_a_kind_that_is_not_there_are_refused(analysis: Analysis) -> None:
+    assert [example["value"] for example in feature_card(analysis, 1, "strata")["examples"]] == [1, 3]
+    with pytest.raises(InputError, match="examples 'best': choose one of top, strata, random"):
+        feature_card(analysis, 1, "best")

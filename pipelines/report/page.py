@@ -18,6 +18,7 @@ A level is a value in 99ths of the feature's peak, rounded up: 0 only where the 
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore.errors import DamagedStore, InputError, OutputExists
-from actstore.files import publish_bytes, read_json, require_free_space
+from actstore.files import publish_bytes, require_free_space
 from pipelines.analysis import Analysis, Example
 from pipelines.statistics import BANDS
 
@@ -45,7 +46,7 @@ BINS_PER_DECADE = 10
 class ReportConfig:
     """What `report` is asked for; the names are the command's options."""
 
-    analysis: Path
+    analysis: str | Path
     out: Path
     examples: int = 5
 
@@ -96,14 +97,14 @@ def read_findings(analysis: Analysis) -> list[dict[str, Any]]:
 
     Raises DamagedStore when the file is not what that stage writes.
     """
-    path = analysis.path / FINDINGS
-    if not path.exists():
+    path = f"{analysis.place}/{FINDINGS}"
+    if not analysis.place.exists(FINDINGS):
         return []
     try:
         findings = [
             {"feature": analysis.require_feature(int(found["feature"])), "rule": str(found["rule"])}
             | {name: float(found[name]) for name in ("precision", "recall", "f1", "threshold")}
-            for found in read_json(path)["findings"]
+            for found in json.loads(analysis.place.read(FINDINGS))["findings"]
         ]
     except (KeyError, TypeError, ValueError, InputError) as error:
         raise DamagedStore(f"{path}: not the findings of this analysis ({error}); write it again or move it.") from error
@@ -114,6 +115,7 @@ def page_data(analysis: Analysis, findings: list[dict[str, Any]], n_examples: in
     """The data inside the page; see the head of this file."""
     frequent = analysis.sorted_features("frequency")[:DETAILED_FEATURES].tolist()
     detailed = [feature for feature in frequent if analysis.fires[feature]]
+    analysis.preload()
     tokens = {feature: analysis.top_tokens(feature, DETAILED_TOKENS) for feature in detailed}
     examples = {feature: [_shown(example) for example in analysis.examples(feature)[:n_examples]] for feature in detailed}
     # the commonest first: their places have the fewest digits

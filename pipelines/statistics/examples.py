@@ -1,0 +1,145 @@
+"""Firings kept to be looked at: the strongest of each feature, and random ones of each stratum of its strength."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.statistics.block import CodeBlock
+from pipelines.statistics.tables import stable_order, value_bins
+
+_COLUMNS = ("feature", "stratum", "rank", "value", "window", "position")
+
+
+class _Kept:
+    """The `n` firings of the smallest rank of each (feature, stratum); ties go to the earlier window and position."""
+
+    def __init__(self, n: int):
+        self.n = n
+        self.feature, self.stratum, self.rank, self.window, self.position = (np.empty(0, np.int64) for _ in range(5))
+        self.value = np.empty(0, np.float32)
+
+    def merge(self, other: Any) -> Any:
+        self._keep(**{name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in _COLUMNS})
+        return self
+
+    def finalize(self) -> dict[str, NDArray[Any]]:
+        """Columns of equal length, by feature, stratum and rank: feature, stratum, rank, value, window, position."""
+        return {name: getattr(self, name) for name in _COLUMNS}
+
+    def _add(self, **columns: NDArray[Any]) -> None:
+        """Firings in the order of (window, position): first what of them alone is kept, then beside what was."""
+        order = stable_order(columns["feature"], columns["stratum"], columns["rank"])
+        chosen = order[_place_in_group(columns["feature"][order], columns["stratum"][order]) < self.n]
+        new = {name: column[chosen] for name, column in columns.items()}
+        self._keep(**{name: np.concatenate([getattr(self, name), new[name]]) for name in _COLUMNS})
+
+    def _keep(self, **columns: NDArray[Any]) -> None:
+        order = np.lexsort([columns[name] for name in ("position", "window", "rank", "stratum", "feature")])
+        chosen = order[_place_in_group(columns["feature"][order], columns["stratum"][order]) < self.n]
+        for name in _COLUMNS:
+            setattr(self, name, columns[name][chosen])
+
+
+class TopExamples(_Kept):
+    """Each feature's `n` strongest firings, at most one a window; ties go to the earlier window and position.
+
+    Any order of merging gives the same result: a firing among the n best of the whole is among the n best of its own
+    block.
+    """
+
+    def update(self, block: CodeBlock) -> None:
+        row, feature, value = _ordered_firings(block)
+        order = stable_order(feature)
+        window = block.windows[row[order]]
+        starts = np.flatnonzero(_is_new(feature[order], window))
+        if not len(starts):
+            return
+        strongest = np.maximum.reduceat(value[order], starts)
+        at_peak = np.flatnonzero(value[order] == np.repeat(strongest, np.diff(starts, append=len(order))))
+        first = order[at_peak[np.searchsorted(at_peak, starts)]]
+        first = first[np.argsort(row[first], kind="stable")]
+        self._add(**_columns(block, row[first], feature[first], value[first], _falling(value[first])))
+
+    def _keep(self, **columns: NDArray[Any]) -> None:
+        order = np.lexsort([columns[name] for name in ("position", "rank", "window", "feature")])
+        best = order[_is_new(columns["feature"][order], columns["window"][order])]
+        super()._keep(**{name: column[best] for name, column in columns.items()})
+
+
+class SampledExamples(_Kept):
+    """`n` random firings of each stratum of each feature: those with the smallest hash of (seed, feature, row).
+
+    `edges` (F, strata - 1) are bins of `value_bins`: stratum s holds firings in bins above edge s - 1, up to edge s. Without
+    edges there is one stratum, and the firings are a uniform sample of all. Any split of the rows gives the same ones.
+    """
+
+    def __init__(self, n: int, seed: int, edges: NDArray[np.int64] | None = None):
+        super().__init__(n)
+        self.seed, self.edges = seed, edges
+
+    def update(self, block: CodeBlock) -> None:
+        row, feature, value = _ordered_firings(block)
+        rank = firing_hash(self.seed, feature, block.windows[row], block.positions[row])
+        columns = _columns(block, row, feature, value, rank)
+        if self.edges is not None:
+            columns["stratum"] = (value_bins(value)[:, None] > self.edges[feature]).sum(axis=1)
+        self._add(**columns)
+
+
+def firing_hash(
+    seed: int, feature: NDArray[np.int64], window: NDArray[np.int64], position: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """32 mixed bits of each (seed, feature, window, position): the finaliser of splitmix64 (Steele et al. 2014), in turn."""
+    state = np.full(len(feature), seed & 0xFFFFFFFFFFFFFFFF, np.uint64)
+    for part in (feature, window, position):
+        state = (state ^ part.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    return (state >> np.uint64(32)).astype(np.int64)
+
+
+def _ordered_firings(block: CodeBlock) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    row, feature, value = block.firings
+    if block.rows_are_sorted:
+        return row, feature, value
+    place = np.empty(len(block.indices), np.int64)
+    place[np.lexsort((block.positions, block.windows))] = np.arange(len(place))
+    order = np.argsort(place[row], kind="stable")
+    return row[order], feature[order], value[order]
+
+
+def _columns(
+    block: CodeBlock, row: NDArray[np.int64], feature: NDArray[np.int64], value: NDArray[np.float32], rank: NDArray[np.int64]
+) -> dict[str, NDArray[Any]]:
+    return {
+        "feature": feature,
+        "stratum": np.zeros(len(row), np.int64),
+        "rank": rank,
+        "value": value,
+        "window": block.windows[row],
+        "position": block.positions[row],
+    }
+
+
+def _falling(value: NDArray[np.float32]) -> NDArray[np.int64]:
+    """A rank that is smaller for a larger value: positive floats sort as their bits do."""
+    return 0x7FFFFFFF - value.view(np.uint32).astype(np.int64)
+
+
+def _is_new(*keys: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Where any of some sorted columns changes; True at the first place."""
+    found = np.zeros(len(keys[0]), bool)
+    found[:1] = True
+    for key in keys:
+        found[1:] |= key[1:] != key[:-1]
+    return found
+
+
+def _place_in_group(*keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """0, 1, 2, ... inside each run of equal keys."""
+    starts = np.flatnonzero(_is_new(*keys))
+    return np.arange(len(keys[0])) - np.repeat(starts, np.diff(starts, append=len(keys[0])))

@@ -1,0 +1,187 @@
+"""Co-occurrence at scale: a tile of features against all, over a group of shards; tiles of groups add up.
+
+What counts as together is `within`: "row" (both fire in the row), a number of tokens w (b fires in a row of the same window
+and document at most w places away: in how many rows of a), or "document" (in how many documents both fire).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from actstore.place import open_place
+from actstore.reader import Shard
+from pipelines.analysis import create_arrays
+from pipelines.association import npmi
+from pipelines.pairs import PairTile, count_type
+from pipelines.surveying.job import Job, row_columns, shard_name
+from pipelines.surveying.partials import Bundle, publish_bundle
+
+TILE_BYTES = 128 << 20
+"""Of a tile's dense counts, at most; two that are added are 256 MiB."""
+LEAST_TASKS = 16
+BLOCK_ROWS = 262_144
+STRONGEST, LEAST_TOGETHER = 10, 5
+"""Partners of each feature in the table of pairs, and how often they must be together to be in it."""
+
+
+def pair_tiles(fires: NDArray[np.int64], tile_bytes: int = TILE_BYTES) -> list[tuple[int, int]]:
+    """Features [start, stop) of each tile. A count needs no wider type than the most frequent feature of the tile.
+
+    >>> pair_tiles(np.array([300, 2, 2, 2]), 8)
+    [(0, 1), (1, 3), (3, 4)]
+    """
+    tiles, start, most = [], 0, 0
+    for feature, n in enumerate(fires.tolist()):
+        wider = max(most, n)
+        if feature > start and (feature + 1 - start) * len(fires) * count_type(wider).itemsize > tile_bytes:
+            tiles.append((start, feature))
+            start, wider = feature, n
+        most = wider
+    return [*tiles, (start, len(fires))]
+
+
+def shard_groups(n_shards: int, n_tiles: int, least_tasks: int = LEAST_TASKS) -> list[range]:
+    """Shards counted together, so that there are tasks for many workers where tiles are few; no matter how many work.
+
+    >>> [len(group) for group in shard_groups(5, 8)]
+    [3, 2]
+    """
+    n_groups = min(n_shards, -(-least_tasks // n_tiles))
+    edges = [-(-n_shards * i // n_groups) for i in range(n_groups + 1)]
+    return [range(edges[i], edges[i + 1]) for i in range(n_groups)]
+
+
+def count_pairs(job: Job, tile: int, start: int, stop: int, largest: int, shards: list[Shard]) -> NDArray[Any] | None:
+    """(stop - start, F) counts of a group of shards; None when the tile has been written already."""
+    if open_place(job.work_url).exists(done(tile)):
+        return None
+    if job.within == "document":
+        return _count_documents(job, start, stop, largest)
+    found = PairTile(start, stop, job.extent.n_features, count_type(largest))
+    codes = job.open()
+    for shard in shards:
+        if job.within != "row":
+            indices, fired, near, near_fired = widened(job, shard, int(job.within))
+            found.add(indices, fired, (near, near_fired))
+            continue
+        for row in range(0, shard.n_rows, BLOCK_ROWS):
+            indices, values = (codes.read(shard, f"codes/{name}", row, row + BLOCK_ROWS) for name in ("index", "value"))
+            found.add(indices, values > 0)
+    return found.counts
+
+
+def add_pairs(left: NDArray[Any] | None, right: NDArray[Any] | None) -> NDArray[Any] | None:
+    """The counts of two groups; in their type, which holds those of all rows."""
+    return None if left is None or right is None else left + right
+
+
+def write_pairs(
+    job: Job, tile: int, start: int, stop: int, each: NDArray[np.int64], n_total: int, counts: NDArray[Any] | None
+) -> dict[str, int]:
+    """Write a tile's pairs that are together at least `min_together` times, without a feature's pair with itself.
+
+    `each` (F,) are the firings of every feature (or its documents) and `n_total` all rows (or documents): by them the
+    strongest partners of each feature are chosen, for the table of pairs.
+    """
+    work = open_place(job.work_url)
+    if counts is not None:
+        rows = np.arange(stop - start)
+        counts[rows, rows + start] = 0
+        columns, values, best = [], [], []
+        for row in rows:  # a mask of the whole tile would be as large again
+            kept = np.flatnonzero(counts[row] >= job.min_together)
+            columns.append(kept.astype(np.min_scalar_type(job.extent.n_features - 1)))
+            values.append(counts[row, kept])
+            best.append(_strongest(job, start + int(row), kept, values[-1], each, n_total))
+        lengths = [len(kept) for kept in columns]
+        arrays = {
+            "starts": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            "columns": np.concatenate(columns),
+            "count": np.concatenate(values),
+        }
+        create_arrays(job.result_url, f"cooccurrence/tiles/{tile:06d}", arrays)
+        strongest = np.concatenate(best)
+        facts = {"pairs": np.array([np.count_nonzero(counts)]), "kept": arrays["starts"][-1:]}
+        names = ("feature", "partner", "together")
+        publish_bundle(work, done(tile), facts | {name: strongest[:, i] for i, name in enumerate(names)})
+    bundle = Bundle(work, done(tile))
+    return {name: int(bundle.read(name)[0]) for name in ("pairs", "kept")}
+
+
+def _strongest(
+    job: Job, feature: int, partners: NDArray[Any], together: NDArray[Any], each: NDArray[np.int64], n_total: int
+) -> NDArray[np.int64]:
+    """(n, 3) feature, partner and count of its pairs with the largest NPMI (by count for `within` N)."""
+    enough = together >= LEAST_TOGETHER
+    partners, together = partners[enough], together[enough].astype(np.int64)
+    if job.within in ("row", "document"):
+        strength = npmi(together, each[feature], each[partners], n_total)
+    else:
+        strength = together.astype(np.float64)
+    order = np.lexsort((partners, -strength))[:STRONGEST] if len(partners) else np.empty(0, np.int64)
+    return np.stack([np.full(len(order), feature), partners[order].astype(np.int64), together[order]], axis=1)
+
+
+def widened(job: Job, shard: Shard, reach: int) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[Any], NDArray[np.bool_]]:
+    """A shard's (indices, fired) (n, k), and (n, K) of all features in the rows up to `reach` places away, each once.
+
+    Rows of one window may lie in several shards: those that hold rows of this shard's windows are read too.
+    """
+    codes = job.open()
+    record = codes.segments[shard.segment].parts[shard.part]
+    first_row = codes.table(shard.segment, f"{shard.part}/windows/first_row").astype(np.int64)
+    bounds = np.append(np.sort(first_row), record.n_rows)
+    begin = bounds[np.searchsorted(bounds, shard.start, side="right") - 1]
+    end = bounds[np.searchsorted(bounds, shard.stop - 1, side="right")]
+    others = [
+        other
+        for other in codes.shards(shard.part)
+        if other.segment == shard.segment and other.start < end and other.stop > begin
+    ]
+    columns = [row_columns(job, other) for other in others]
+    window, position, document = (
+        np.concatenate([column[name] for column in columns]) for name in ("windows", "positions", "documents")
+    )
+    indices, values = (np.concatenate([codes.read(o, f"codes/{name}") for o in others]) for name in ("index", "value"))
+    fired = values > 0
+    stride = codes.manifest.policy.context + 2 * reach  # so that a place outside a window is in no other
+    key = window * stride + position + reach
+    order = np.argsort(key, kind="stable")
+    own = np.concatenate([np.full(o.n_rows, o == shard) for o in others])
+    mine = np.flatnonzero(own)
+    near, near_fired = [], []
+    for step in range(-reach, reach + 1):
+        place = np.minimum(np.searchsorted(key[order], key[mine] + step), len(order) - 1)
+        row = order[place]
+        is_there = (key[row] == key[mine] + step) & (document[row] == document[mine])
+        near.append(indices[row])
+        near_fired.append(fired[row] & is_there[:, None])
+    wide = np.where(np.concatenate(near_fired, axis=1), np.concatenate(near, axis=1).astype(np.int64), job.extent.n_features)
+    wide.sort(axis=1)
+    once = wide < job.extent.n_features
+    once[:, 1:] &= wide[:, 1:] != wide[:, :-1]
+    return indices[mine], fired[mine], np.where(once, wide, 0).astype(indices.dtype), once
+
+
+def _count_documents(job: Job, start: int, stop: int, largest: int) -> NDArray[Any]:
+    """(stop - start, F) documents in which both fire. Holds every (feature, document) pair of the corpus."""
+    work = open_place(job.work_url)
+    features, documents = [], []
+    for shard in [s for part in ("train", "heldout") for s in job.open().shards(part)]:
+        bundle = Bundle(work, shard_name(shard))
+        features.append(np.repeat(np.arange(job.extent.n_features), np.diff(bundle.read("documents/starts"))))
+        documents.append(bundle.read("documents/columns"))
+    place = (np.concatenate(documents).astype(np.int64), np.concatenate(features))
+    fired = sp.csr_array((np.ones(len(place[0]), np.int32), place), shape=(job.extent.n_documents, job.extent.n_features))
+    fired.data[:] = 1  # fires there, however often and in however many shards
+    tile = sp.csr_array(fired[:, start:stop])
+    return np.asarray((tile.T @ fired).toarray()).astype(count_type(largest))
+
+
+def done(tile: int) -> str:
+    """What the facts of a written tile are called."""
+    return f"pairs/{tile:06d}"

@@ -1,0 +1,39 @@
+"""What a worker does with one shard: survey it once, and sample its firings by strength."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actstore.place import open_place
+from actstore.reader import Shard
+from pipelines.statistics import SampledExamples
+from pipelines.surveying.job import Job, blocks, shard_name
+from pipelines.surveying.partials import Bundle, publish_bundle
+from pipelines.surveying.survey import Survey
+
+BLOCK_ROWS = 32_768
+
+
+def survey_shard(job: Job, shard: Shard) -> Survey:
+    """All statistics of one shard, its tables left in the work folder; read from there when they are there already."""
+    work = open_place(job.work_url)
+    name = shard_name(shard)
+    survey = Survey(job.extent, job.n_examples, job.n_random, job.seed)
+    if not work.exists(name):
+        for block in blocks(job, shard, BLOCK_ROWS):
+            survey.update(block)
+        publish_bundle(work, name, survey.to_arrays())
+        for table in survey.tables.values():
+            table.clear()
+        return survey
+    return survey.load_dense(Bundle(work, name).read)
+
+
+def sample_shard(job: Job, shard: Shard, edges: NDArray[np.int64]) -> SampledExamples:
+    """One random firing of each stratum of each feature's strength, of one shard."""
+    sample = SampledExamples(1, job.seed + 1, edges)
+    for block in blocks(job, shard, BLOCK_ROWS):
+        sample.update(block)
+    sample.edges = None  # known to the client, and as large as the sample
+    return sample
