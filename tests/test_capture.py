@@ -206,7 +206,7 @@ def test_a_layer_the_model_has_not_is_refused(layer: int, model: nn.Module) -> N
 
 def test_an_unknown_site_is_refused_with_the_known_ones(model: nn.Module) -> None:
     message = refused(lambda: site_module(model, Site("resid_mid", 0)))
-    assert message == "site 'resid_mid': known sites are resid_pre, resid_post, attn_out, mlp_out."
+    assert message == "site 'resid_mid': known sites are resid_pre, resid_post, attn_out, mlp_out, mlp_hidden."
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones(tmp_path: Path) -> None:
