@@ -50,7 +50,7 @@ class SegmentLabels:
         place = np.maximum(index, 0)
         found = self.holds[place]
         if (index < 0).any():
-            found = (sp.diags_array((index >= 0).astype(np.int64)) @ found).tocsr()
+            found = found.multiply((index >= 0)[:, None].astype(np.int64)).tocsr()
             found.eliminate_zeros()
         return found, (index >= 0) & self.half[place]
 
