@@ -507,13 +507,18 @@ def analyze(sources: tuple[str, ...], as_json: bool, **options: Any) -> None:
 
 @cli.command()
 @click.argument("codes")
-@click.option("--labels", help="A file of labelled ranges (.jsonl, .parquet), or `python`, the default where the text is that.")
+@click.option(
+    "--labels", help="A file of labelled ranges (.jsonl, .parquet), or `python`, the default where the text is that."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the result. Default: CODES.concepts.")
 @click.option("--store", help="The store the codes were made from, if it was moved.")
 @click.option("--run", type=click.Path(path_type=Path), help="The run they were made with, if it was moved.")
 @click.option("--beside", multiple=True, help="Codes or a store of the same text to compare with; repeatable.")
 @click.option(
-    "--probe/--no-probe", default=True, show_default=True, help="Linear probes, absorption and raw dimensions: reads the store."
+    "--probe/--no-probe",
+    default=True,
+    show_default=True,
+    help="Linear probes, absorption and raw dimensions: reads the store.",
 )
 @WORKERS_OPTION
 @SCHEDULER_OPTION
@@ -535,7 +540,9 @@ def concepts(as_json: bool, **options: Any) -> None:
 
 @cli.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN RUN [RUN...]")
-@click.option("--store", multiple=True, help="Rows to encode by each run: one store for all, or one for each, in their order.")
+@click.option(
+    "--store", multiple=True, help="Rows to encode by each run: one store for all, or one for each, in their order."
+)
 @click.option("--codes", multiple=True, help="Instead: the codes of each run, in their order.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write figures and a table of all features there.")
 @click.option("--rows", default=100_000, show_default=True, help="Rows that co-activation is measured on.")
@@ -548,8 +555,9 @@ def compare(as_json: bool, **options: Any) -> None:
     Example:
       actstore compare run-seed0 run-seed1 run-seed2 --store gpt2.store --out compared
     """
-    from pipelines.compare import CompareConfig, compare_lines
+    from pipelines.compare import CompareConfig
     from pipelines.compare import compare as stage
+    from pipelines.compare_table import compare_lines
 
     _print(stage(_shown("compare", CompareConfig(**options))), as_json, compare_lines)
 

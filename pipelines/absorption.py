@@ -125,7 +125,8 @@ class Moments:
         directions = np.linalg.solve(covariance + ridge * np.eye(len(mean)), difference.T).T
         apart = np.einsum("ld,ld->l", directions, difference)
         known = (self.n_present > 0) & (n_absent > 0) & (apart > 0)
-        directions = np.where(known[:, None], directions / np.where(apart > 0, apart, 1)[:, None], 0.0)
+        scale = np.where(known, 1 / np.where(known, apart, 1), 0.0)
+        directions = np.asarray(directions * scale[:, None], np.float64)
         return Probes(directions, np.einsum("ld,ld->l", directions, absent))
 
 
@@ -146,7 +147,6 @@ class Probes:
         norms = np.linalg.norm(self.directions, axis=1)[:, None] * np.linalg.norm(decoder, axis=1)
         found: NDArray[np.float64] = self.directions @ decoder.T.astype(np.float64) / np.maximum(norms, 1e-30)
         return found
-
 
     def along(self, decoder: NDArray[np.floating]) -> NDArray[np.float64]:
         """(L, F) what a code of 1 adds to each score; 0 for directions that point along the probe by chance.
@@ -226,7 +226,9 @@ class Absorption:
             columns.append(carrier)
         if rows:
             row, column = np.concatenate(rows), np.concatenate(columns)
-            self.carriers = self.carriers + sp.csr_array((np.ones(len(row), np.int64), (row, column)), shape=self.carriers.shape)
+            self.carriers = self.carriers + sp.csr_array(
+                (np.ones(len(row), np.int64), (row, column)), shape=self.carriers.shape
+            )
 
     def merge(self, other: Absorption) -> Absorption:
         for name in ("present", "seen", "silent", "absorbed", "carriers"):

@@ -8,7 +8,6 @@ with their rows shuffled. With three runs or more, a feature's stability is its 
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -20,14 +19,15 @@ from numpy.typing import NDArray
 
 from actstore.errors import InputError, OutputExists
 from actstore.files import publish_bytes, publish_json
+from pipelines.coactivation import best_correlations, correlations
+from pipelines.compare_table import CLOSE
 from pipelines.cosines import MOST_MATCHED, best_cosines, match_one_to_one, random_directions, unit_rows
-from pipelines.same_rows import Source, code_source, encoded_source, shared_codes
 from pipelines.sae.base import Sae
 from pipelines.sae.checkpoint import RunRecord, load_run
+from pipelines.same_rows import Source, code_source, encoded_source, shared_codes
+from pipelines.tables import parquet_bytes
 
 SUMMARY, TABLE = "compare.json", "features.parquet"
-CLOSE = (0.7, 0.9)
-BLOCK_FEATURES = 1024
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,15 @@ class CompareConfig:
             raise InputError(f"runs: {len(self.runs)} given; pass at least 2 to compare.")
         if self.store and self.codes:
             raise InputError("store, codes: both given; pass --store for rows to encode, or --codes that are there.")
-        for name, given, allowed in (("store", self.store, (0, 1, len(self.runs))), ("codes", self.codes, (0, len(self.runs)))):
+        for name, given, allowed in (
+            ("store", self.store, (0, 1, len(self.runs))),
+            ("codes", self.codes, (0, len(self.runs))),
+        ):
             if len(given) not in allowed:
                 one = "one for all, or " if name == "store" else ""
-                raise InputError(f"{name}: {len(given)} given for {len(self.runs)} runs; pass {one}one for each, in their order.")
+                raise InputError(
+                    f"{name}: {len(given)} given for {len(self.runs)} runs; pass {one}one for each, in their order."
+                )
         if self.rows < 1:
             raise InputError(f"rows {self.rows}: need at least 1.")
 
@@ -83,7 +88,10 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     if config.out is not None and config.out.exists():
         raise OutputExists(f"{config.out}: exists; choose another --out, or move it away.")
     loaded = [load_run(path) for path in config.runs]
-    runs = [Compared(name, record, unit_rows(sae.W_dec.numpy())) for name, (sae, record) in zip(_names(config), loaded, strict=True)]
+    runs = [
+        Compared(name, record, unit_rows(sae.W_dec.numpy()))
+        for name, (sae, record) in zip(_names(config), loaded, strict=True)
+    ]
     n_rows = 0
     if sources := _sources(config, loaded):
         for run, codes in zip(runs, shared_codes(sources, config.rows), strict=True):
@@ -91,7 +99,9 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         n_rows = runs[0].codes.shape[0] if runs[0].codes is not None else 0
     if not sources and len({run.record.d_model for run in runs}) > 1:
         widths = ", ".join(f"{run.name} {run.record.d_model}" for run in runs)
-        raise InputError(f"d_model: {widths}: directions of different widths have no cosine; pass --store or --codes, to compare by rows.")
+        raise InputError(
+            f"d_model: {widths}: directions of different widths have no cosine; pass --store or --codes, to compare by rows."
+        )
     pairs = [compare_pair(one, other, config.seed) for one, other in combinations(runs, 2)]
     features = _feature_table(runs)
     found: dict[str, Any] = {
@@ -101,7 +111,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         "stability": _stability(runs, features),
     }
     if config.out is not None:
-        publish_bytes(config.out / TABLE, _parquet(features))
+        publish_bytes(config.out / TABLE, parquet_bytes(features))
         publish_json(config.out / SUMMARY, {"format": "actstore-compare", "version": 1, **found})
     return {"out": None if config.out is None else str(config.out), **found}
 
@@ -150,45 +160,6 @@ def _coactivation(one: Compared, other: Compared, seed: int) -> dict[str, Any]:
     }
 
 
-def correlations(a: sp.csc_array, b: sp.csc_array) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """(Pearson correlation of activations, Jaccard index of firings), each (F, G), of the columns of (n, F) and (n, G).
-
-    A column that does not vary has correlation 0 with everything.
-    """
-    n = a.shape[0]
-    means, norms, fires = [], [], []
-    for x in (a, b):
-        exact = x.astype(np.float64)
-        mean = np.asarray(exact.sum(axis=0)).ravel() / n
-        square = np.asarray(exact.multiply(exact).sum(axis=0)).ravel()
-        variance = np.maximum(square - n * np.square(mean), 0)
-        means.append(mean)
-        norms.append(np.sqrt(np.where(variance > 1e-12 * square, variance, 0)))
-        fires.append(np.diff(exact.indptr))
-    products = (a.astype(np.float64).T @ b.astype(np.float64)).toarray() - n * np.outer(*means)
-    scale = np.outer(*norms)
-    both = ((a > 0).astype(np.float64).T @ (b > 0).astype(np.float64)).toarray()
-    either = np.maximum(np.add.outer(*fires) - both, 1)
-    correlation = np.where(scale > 0, products / np.where(scale > 0, scale, 1), 0)
-    return np.minimum(correlation, 1.0).astype(np.float32), (both / either).astype(np.float32)
-
-
-def best_correlations(
-    a: sp.csc_array, b: sp.csc_array
-) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
-    """For each column of `a` (n, F): its largest correlation with one of `b` (n, G), its largest Jaccard index, and the
-    column of the former."""
-    best, jaccard = np.zeros(a.shape[1], np.float32), np.zeros(a.shape[1], np.float32)
-    which = np.full(a.shape[1], -1, np.int64)
-    if not b.shape[1]:
-        return best, jaccard, which
-    for start in range(0, a.shape[1], BLOCK_FEATURES):
-        mine = slice(start, start + BLOCK_FEATURES)
-        correlation, overlap = correlations(a[:, mine], b)
-        best[mine], which[mine], jaccard[mine] = correlation.max(axis=1), correlation.argmax(axis=1), overlap.max(axis=1)
-    return best, jaccard, which
-
-
 def _one_to_one(a: Any, b: Any, similarity: Any) -> dict[str, Any]:
     """The matching of two sets of features, as long as they are few enough."""
     sizes = [x.shape[1] if sp.issparse(x) else len(x) for x in (a, b)]
@@ -228,14 +199,17 @@ def _feature_table(runs: list[Compared]) -> list[dict[str, Any]]:
             cosine, partner, correlation, coactive = _partners(run, other)
             if cosine is not None:
                 cosines.append(cosine)
-            for kind, values in (("cosine", cosine), ("partner", partner), ("correlation", correlation), ("coactive partner", coactive)):
+            for kind, values in (
+                ("cosine", cosine),
+                ("partner", partner),
+                ("correlation", correlation),
+                ("coactive partner", coactive),
+            ):
                 columns[f"{kind} {other.name}"] = [None] * n if values is None else values.tolist()
         is_alive = np.isin(np.arange(n), run.live)
         enough = len(cosines) >= 2 and len(cosines) == len(runs) - 1
         stability = np.mean(cosines, axis=0) if enough else None
-        columns["stability"] = [
-            float(stability[i]) if stability is not None and is_alive[i] else None for i in range(n)
-        ]
+        columns["stability"] = [float(stability[i]) if stability is not None and is_alive[i] else None for i in range(n)]
         rows += [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     return rows
 
@@ -266,7 +240,9 @@ def _stability(runs: list[Compared], features: list[dict[str, Any]]) -> dict[str
 
 def _sources(config: CompareConfig, loaded: list[tuple[Sae, RunRecord]]) -> list[Source]:
     if config.codes:
-        return [code_source(url, record, path) for url, (_, record), path in zip(config.codes, loaded, config.runs, strict=True)]
+        return [
+            code_source(url, record, path) for url, (_, record), path in zip(config.codes, loaded, config.runs, strict=True)
+        ]
     if not config.store:
         return []
     stores = config.store * len(loaded) if len(config.store) == 1 else config.store
@@ -299,38 +275,3 @@ def _run_record(run: Compared, config: CompareConfig, i: int) -> dict[str, Any]:
 
 def _mean(values: NDArray[Any]) -> float:
     return float(values.mean(dtype=np.float64)) if len(values) else 0.0
-
-
-def _parquet(rows: list[dict[str, Any]]) -> bytes:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), sink)
-    return sink.getvalue()
-
-
-def compare_lines(found: dict[str, Any]) -> list[str]:
-    """What `compare` prints."""
-    lines = [f"{run['name']}: {run['site']}, {run['architecture']}, {run['live']:,} of {run['n_features']:,} features live" for run in found["runs"]]
-    lines.append(f"{found['rows']:,} rows encoded by each" if found["rows"] else "no rows read (--store, --codes): every feature counts as live, and all alike")
-    head = f"  {'':<16}{'mean best':>10}{'chance':>8}{'one to one':>12}{'>= 0.7':>9}{'of firings':>12}{'>= 0.9':>9}{'of firings':>12}"
-    for pair in found["pairs"]:
-        lines += ["", f"{pair['one']} -> {pair['other']}", head]
-        for kind, name in (("decoder", "decoder cosine"), ("coactivation", "co-activation")):
-            if kind in pair:
-                lines.append(_pair_line(name, pair[kind]))
-        lines += [f"  left out: {reason}" for reason in pair.get("left_out", [])]
-    if found["stability"]:
-        lines += ["", "stability (mean best cosine over the other runs): mean, quartiles"]
-        lines += [
-            f"  {name:<24}{own['mean']:.3f}   {own['q25']:.3f} {own['median']:.3f} {own['q75']:.3f}" for name, own in found["stability"].items()
-        ]
-    return [*lines, *([f"saved: {found['out']}"] if found["out"] else [])]
-
-
-def _pair_line(name: str, own: dict[str, Any]) -> str:
-    shared = own["shared"][0]
-    matched = own["one_to_one"].get("mean")
-    cells = f"  {name:<16}{own['mean_best'][0]:>10.3f}{own['random']:>8.3f}{'–' if matched is None else f'{matched:.3f}':>12}"
-    return cells + "".join(f"{shared[f'features_{bound}']:>9.1%}{shared[f'firings_{bound}']:>12.1%}" for bound in CLOSE)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 from statistics import fmean
 from typing import Any
 
 from pipelines.rules import RuleScores
 from pipelines.subjects import Subject
+from pipelines.tables import parquet_bytes
 from pipelines.unions import SHOWN_K, Union
 
 MIN_ROWS = 20
@@ -21,10 +21,14 @@ def concept_record(label: str, scores: RuleScores, rule: int, union: Union) -> d
     n_chosen, n_scored = int(scores.holds[0, rule]), int(scores.holds[1, rule])
     record: dict[str, Any] = {"label": label, "rows": n_chosen + n_scored, "rows_scored": n_scored, "beside": {}}
     if min(n_chosen, n_scored) < MIN_ROWS or not union.units:
-        return record | dict.fromkeys(("feature", "threshold", "precision", "recall", "f1", "f1_chosen", "f1_2", "f1_5")) | {
-            "main_features": [],
-            "union": [],
-        }
+        return (
+            record
+            | dict.fromkeys(("feature", "threshold", "precision", "recall", "f1", "f1_chosen", "f1_2", "f1_5"))
+            | {
+                "main_features": [],
+                "union": [],
+            }
+        )
     return record | {
         "feature": union.units[0],
         "threshold": union.thresholds[0],
@@ -53,8 +57,6 @@ def beside_record(subject: Subject, scores: RuleScores, rule: int, union: Union)
 
 def table_bytes(rows: list[dict[str, Any]]) -> bytes:
     """The records as a Parquet file, a column each; what holds several values is JSON text."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
     def flat(row: dict[str, Any]) -> dict[str, Any]:
         found = {key: value for key, value in row.items() if key != "beside"}
@@ -63,9 +65,7 @@ def table_bytes(rows: list[dict[str, Any]]) -> bytes:
                 found[f"{name}: {figure}"] = (own or {}).get(figure)
         return {key: json.dumps(value) if isinstance(value, list) else value for key, value in found.items()}
 
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([flat(row) for row in rows]), sink)
-    return sink.getvalue()
+    return parquet_bytes([flat(row) for row in rows])
 
 
 def measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -102,7 +102,11 @@ def concept_lines(found: dict[str, Any]) -> list[str]:
         *lines,
         *(f"[{i}] F1 of the best of: {name}" for i, name in enumerate(others, start=1)),
         *([f"{few} labels have fewer than {MIN_ROWS} rows on one half, or no feature, and are left out."] if few else []),
-        *([f"{found['documents_left_out']:,} labelled documents are not in the store."] if found["documents_left_out"] else []),
+        *(
+            [f"{found['documents_left_out']:,} labelled documents are not in the store."]
+            if found["documents_left_out"]
+            else []
+        ),
         "",
         found["findings"],
         "",
@@ -119,8 +123,8 @@ def findings_text(rows: list[dict[str, Any]]) -> str:
     best = max(rows, key=lambda row: row["f1"])
     split = [row for row in rows if len(row["main_features"]) > 1]
     said = [
-        f"Of {len(rows)} concepts {len(good)} have a feature with F1 of at least {GOOD_F1} on the documents it was not chosen "
-        f"on, the best {best['label']!r} (feature {best['feature']}, {best['f1']:.2f}); the mean is "
+        f"Of {len(rows)} concepts {len(good)} have a feature with F1 of at least {GOOD_F1} on the documents it was not "
+        f"chosen on, the best {best['label']!r} (feature {best['feature']}, {best['f1']:.2f}); the mean is "
         f"{fmean(row['f1'] for row in rows):.2f} with one feature, {fmean(row['f1_2'] for row in rows):.2f} with two, "
         f"{fmean(row['f1_5'] for row in rows):.2f} with up to five.",
         f"{len(split)} are split: another feature raises F1 by more than 0.03.",
@@ -139,9 +143,9 @@ def findings_text(rows: list[dict[str, Any]]) -> str:
             most = max(known, key=lambda row: row["absorption_rate"])
             said.append(
                 f"Absorption could be measured for {len(known)} concepts, whose main features have F1 of at least 0.5: in "
-                f"{fmean(row['absorption_rate'] for row in known):.1%} of the rows in which the probe sees the concept (mean) "
-                f"all main features are silent and one other feature carries it, at most {most['absorption_rate']:.1%} "
-                f"({most['label']!r}{_absorbers(most)})."
+                f"{fmean(row['absorption_rate'] for row in known):.1%} of the rows in which the probe sees the concept "
+                f"(mean) all main features are silent and one other feature carries it, at most "
+                f"{most['absorption_rate']:.1%} ({most['label']!r}{_absorbers(most)})."
             )
     said += [
         f"The best of {name} has a mean F1 of {_mean_beside(rows, name, 'f1'):.2f} alone and "

@@ -70,7 +70,9 @@ def concepts(config: ConceptsConfig, client: Any = None) -> dict[str, Any]:
     codec = store_tokenizer(codes)
     labels = read_labels(codes, codec, config.labels)
     source = _source(config, codes) if config.probe else None
-    subjects = [] if source is None else [(source, Subject.of(source, codes.manifest.source["site"], "raw dimensions"))]
+    subjects: list[tuple[Store, Subject]] = []
+    if source is not None:
+        subjects.append((source, Subject.of(source, codes.manifest.source["site"], "raw dimensions")))
     subjects += [(store, subject) for url in config.beside for store, subject in _subjects_at(url)]
     if len({subject.name for _, subject in subjects}) < len(subjects):
         raise InputError(f"beside: {', '.join(subject.name for _, subject in subjects)}: each must be another one.")
@@ -78,7 +80,9 @@ def concepts(config: ConceptsConfig, client: Any = None) -> dict[str, Any]:
     with where as connected:
         own = Subject.of(codes)
         held, scores, thresholds, unions = _follow(own, labels, codec, connected, with_tokens=True)
-        rows = [concept_record(name, scores, i, union) for i, (name, union) in enumerate(zip(labels.names, unions, strict=True))]
+        rows = [
+            concept_record(name, scores, i, union) for i, (name, union) in enumerate(zip(labels.names, unions, strict=True))
+        ]
         if source is not None:
             mains = [union.units[: union.n_main] if _is_followed(union) else [] for union in unions]
             for row, found in zip(rows, _probed(config, own, subjects[0][1], held, mains, connected), strict=True):
@@ -175,7 +179,9 @@ def _source(config: ConceptsConfig, codes: CodeStore) -> ActivationStore:
 def _run_path(config: ConceptsConfig, codes: Store) -> Path:
     path = config.run or Path(codes.manifest.provenance["run"])
     if not path.exists():
-        raise InputError(f"{path}: the codes were made with this run, which is not there; name it with --run, or pass --no-probe.")
+        raise InputError(
+            f"{path}: the codes were made with this run, which is not there; name it with --run, or pass --no-probe."
+        )
     return path
 
 

@@ -98,8 +98,8 @@ def read_labels(store: Store, codec: TextCodec, source: str | Path | None) -> La
         n_python = sum(bool(PYTHON_NAME.search(document.name)) for document in documents)
         if 2 * n_python < len(documents):
             raise InputError(
-                f"{store.url}: {n_python:,} of {len(documents):,} documents are Python by their name; pass --labels FILE, or "
-                f"--labels {PYTHON} to read them as Python all the same."
+                f"{store.url}: {n_python:,} of {len(documents):,} documents are Python by their name; pass --labels FILE, "
+                f"or --labels {PYTHON} to read them as Python all the same."
             )
     if source is None or str(source) == PYTHON:
         return _table(store, documents, LABELS, python_places(store, documents, codec))
@@ -164,11 +164,15 @@ def file_places(
     count = Counter(document.name for document in documents)
     for name in ranges:
         if count[name] > 1:
-            raise InputError(f"{ranges[name][0].where}: {count[name]} documents of the store are called {name!r}; labels need one.")
+            raise InputError(
+                f"{ranges[name][0].where}: {count[name]} documents of the store are called {name!r}; labels need one."
+            )
     held = [document for document in documents if document.name in ranges]
     if not held:
         theirs = f"the file labels such as {next(iter(ranges))!r}" if ranges else "the file labels none"
-        raise InputError(f"{path}: labels no document of {store.url}; the store's are such as {documents[0].name!r}, {theirs}.")
+        raise InputError(
+            f"{path}: labels no document of {store.url}; the store's are such as {documents[0].name!r}, {theirs}."
+        )
     names = tuple(sorted({own.label for document in held for own in ranges[document.name]}))
     number = {name: i for i, name in enumerate(names)}
 
@@ -179,9 +183,10 @@ def file_places(
             n_of_unit = {"characters": len(text), "tokens": len(token_bytes)}
             tokens, labels = [], []
             for own in ranges[document.name]:
-                if own.stop > n_of_unit[own.unit] and not document.is_cut:
+                n = n_of_unit[own.unit]
+                if own.stop > n and not document.is_cut:
                     raise InputError(
-                        f"{own.where}: {document.name!r} has {n_of_unit[own.unit]:,} {own.unit}, the range is {own.start}:{own.stop}; "
+                        f"{own.where}: {document.name!r} has {n:,} {own.unit}, the range is {own.start}:{own.stop}; "
                         f"count {own.unit} of this document from 0."
                     )
                 first, stop = np.searchsorted(by_unit[own.unit], [own.start, own.stop])
@@ -195,7 +200,9 @@ def file_places(
 def read_ranges(path: Path) -> Iterator[LabelRange]:
     """Every range of a file of labels. Raises InputError, naming the line, for what is no range."""
     if not path.exists() or path.suffix not in (".jsonl", ".parquet"):
-        raise InputError(f"{path}: {'no file of labels (.jsonl or .parquet)' if path.exists() else 'no such file'}; pass one.")
+        raise InputError(
+            f"{path}: {'no file of labels (.jsonl or .parquet)' if path.exists() else 'no such file'}; pass one."
+        )
     records = _jsonl_records(path) if path.suffix == ".jsonl" else _parquet_records(path)
     for where, record in records:
         if not isinstance(record, dict) or (missing := [name for name in FIELDS if record.get(name) is None]):

@@ -115,7 +115,9 @@ def label_tokens(source: str, token_bytes: list[bytes]) -> NDArray[np.uint64]:
     by_character = label_characters(source)
     place = first_characters(source, token_bytes)
     inside = place < len(source)
-    return np.where(inside, by_character[np.where(inside, place, 0)], NONE) if len(source) else np.zeros(len(place), np.uint64)
+    return (
+        np.where(inside, by_character[np.where(inside, place, 0)], NONE) if len(source) else np.zeros(len(place), np.uint64)
+    )
 
 
 def first_characters(source: str, token_bytes: list[bytes]) -> NDArray[np.int64]:

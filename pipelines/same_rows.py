@@ -1,4 +1,4 @@
-"""The same rows of text as several SAEs see them: codes that are read, or made from rows, joined by where their tokens stand.
+"""The same rows of text as several SAEs see them: codes that are read, or made from rows, joined by their place.
 
 A row is known by its segment, part, window and position. Stores of the same token tables and windows agree on these,
 however their rows are shuffled, cut into shards or encoded.
@@ -60,7 +60,8 @@ def code_source(url: str, record: RunRecord, path: Path) -> Source:
     store = CodeStore(url)
     if store.manifest.source["run_id"] != record.run_id:
         raise IdentityMismatch(
-            f"{url}: holds codes of run {store.manifest.source['run_id']}, {path} is {record.run_id}; pass codes in the order of the runs."
+            f"{url}: holds codes of run {store.manifest.source['run_id']}, {path} is {record.run_id}; "
+            "pass codes in the order of the runs."
         )
 
     def codes_of(shard: Shard, rows: NDArray[np.int64]) -> sp.csr_array:
@@ -90,7 +91,9 @@ def shared_codes(sources: list[Source], n_rows: int) -> list[sp.csr_array]:
     for keys, _ in found[1:]:
         common = np.intersect1d(common, keys, assume_unique=True)
     if not len(common):
-        raise InputError(f"{sources[0].store.url} and {sources[-1].store.url}: have no row in common; pass stores of the same windows.")
+        raise InputError(
+            f"{sources[0].store.url} and {sources[-1].store.url}: have no row in common; pass stores of the same windows."
+        )
     return [codes[np.searchsorted(keys, common)] for keys, codes in found]
 
 
@@ -130,8 +133,8 @@ def _require_same_text(one: Store, other: Store) -> None:
         for name in ("tokens/ids", *(f"{part}/windows/token_start" for part in PARTS)):
             if not np.array_equal(one.table(mine.index, name), other.table(theirs.index, name)):
                 raise IdentityMismatch(
-                    f"{one.url} and {other.url}: hold other text, or other windows of it ({name} of segment {mine.index} differs); "
-                    "compare runs on stores of one corpus, context and packing."
+                    f"{one.url} and {other.url}: hold other text, or other windows of it ({name} of segment {mine.index} "
+                    "differs); compare runs on stores of one corpus, context and packing."
                 )
 
 

@@ -1,4 +1,4 @@
-"""In: nothing, or a run. Out: superposition to be seen: a toy model's features over sparsity, an SAE's directions and chance.
+"""In: nothing, or a run. Out: superposition to be seen: a toy model over sparsity, an SAE's directions beside chance.
 
 The toy (Elhage et al. 2022, "Toy Models of Superposition"): 20 features in 5 dimensions, x̂ = ReLU(WᵀW x + b), trained on
 Σ importance · (x − x̂)² where each feature is 0 with probability S and else uniform in [0, 1]. Dense features get a
@@ -45,11 +45,13 @@ class SuperpositionConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.dimensions <= self.features or not 0 < self.importance <= 1:
             raise InputError(
-                f"features {self.features}, dimensions {self.dimensions}, importance {self.importance}: need 1 <= dimensions "
-                "<= features, and an importance in (0, 1] that each feature has of the one before it."
+                f"features {self.features}, dimensions {self.dimensions}, importance {self.importance}: need 1 <= "
+                "dimensions <= features, and an importance in (0, 1] that each feature has of the one before it."
             )
         if min(self.steps, self.batch) < 1 or self.sparsities < 2:
-            raise InputError(f"steps {self.steps}, batch {self.batch}, sparsities {self.sparsities}: need 1, 1 and 2 at least.")
+            raise InputError(
+                f"steps {self.steps}, batch {self.batch}, sparsities {self.sparsities}: need 1, 1 and 2 at least."
+            )
 
     @property
     def densities(self) -> NDArray[np.float64]:
@@ -116,7 +118,10 @@ def train_toy(config: SuperpositionConfig) -> Toy:
         if step >= config.steps * 9 // 10:
             last.append(loss.detach())
     return Toy(
-        config.densities, w.detach().double().numpy(), b.detach()[:, 0].double().numpy(), torch.stack(last).mean(dim=0).double().numpy()
+        config.densities,
+        w.detach().double().numpy(),
+        b.detach()[:, 0].double().numpy(),
+        torch.stack(last).mean(dim=0).double().numpy(),
     )
 
 
@@ -151,7 +156,7 @@ def decoder_cosines(decoder: NDArray[np.floating], seed: int) -> dict[str, Any]:
     """Absolute cosines of all pairs of an SAE's directions (F, d), and of each with its nearest, beside those of as many
     random ones. For random directions the mean square is 1 / d."""
     found: dict[str, Any] = {"n_features": len(decoder), "d_model": decoder.shape[1], "bins": COSINE_BINS.tolist()}
-    for name, own in (("decoder", unit_rows(decoder)), ("random", random_directions(*decoder.shape, seed))):
+    for name, own in (("decoder", unit_rows(decoder)), ("random", random_directions(len(decoder), decoder.shape[1], seed))):
         pairs, nearest = all_pairs(own, COSINE_BINS)
         gram = own.T.astype(np.float64) @ own.astype(np.float64)
         n = len(own)
@@ -205,7 +210,9 @@ def draw_cosines(found: dict[str, Any]) -> bytes:
     """Histograms of absolute cosines: all pairs, and each direction with its nearest."""
     figure = _figure(9, 3.5)
     middles = (COSINE_BINS[1:] + COSINE_BINS[:-1]) / 2
-    for axes, key, title in zip(figure.subplots(1, 2), ("pairs", "nearest"), ("all pairs", "each with its nearest"), strict=True):
+    for axes, key, title in zip(
+        figure.subplots(1, 2), ("pairs", "nearest"), ("all pairs", "each with its nearest"), strict=True
+    ):
         for name in ("decoder", "random"):
             counts = np.array(found[name][key])
             axes.step(middles, counts / max(counts.sum(), 1), where="mid", label=f"{name} directions")
@@ -217,10 +224,19 @@ def draw_cosines(found: dict[str, Any]) -> bytes:
 
 def superposition_lines(found: dict[str, Any]) -> list[str]:
     """What `superposition` prints."""
-    lines = [f"{found['features']} features in {found['dimensions']} dimensions", f"{'1 - S':>8}{'kept':>6}{'interference':>14}{'loss':>10}"]
-    lines += [f"{own['density']:>8.3f}{own['kept']:>6}{own['interference']:>14.3f}{own['loss']:>10.5f}" for own in found["toy"]]
+    lines = [
+        f"{found['features']} features in {found['dimensions']} dimensions",
+        f"{'1 - S':>8}{'kept':>6}{'interference':>14}{'loss':>10}",
+    ]
+    lines += [
+        f"{own['density']:>8.3f}{own['kept']:>6}{own['interference']:>14.3f}{own['loss']:>10.5f}" for own in found["toy"]
+    ]
     if run := found.get("run"):
-        lines += ["", f"{run['path']}: {run['n_features']:,} directions in {run['d_model']} dimensions", f"{'|cosine|':<10}{'rms':>8}{'nearest':>9}{'largest':>9}"]
+        lines += [
+            "",
+            f"{run['path']}: {run['n_features']:,} directions in {run['d_model']} dimensions",
+            f"{'|cosine|':<10}{'rms':>8}{'nearest':>9}{'largest':>9}",
+        ]
         lines += [
             f"{name:<10}{math.sqrt(run[name]['mean_square']):>8.3f}{run[name]['mean_nearest']:>9.3f}{run[name]['largest']:>9.3f}"
             for name in ("decoder", "random")

@@ -1,13 +1,14 @@
 """For each label, the units that follow it best, alone and several together.
 
-Everything is chosen on one half of the documents: up to 16 candidates a label, half of them by their own F1, half by how many
-of the label's rows they cover while at least every second firing is one of them (parts of a split concept cover little
-each); then the union of candidates that raises F1 most at each step. The other half gives the figures.
+Everything is chosen on one half of the documents: up to 16 candidates a label, half of them by their own F1, half by how
+many of the label's rows they cover while at least every second firing is one of them (parts of a split concept cover
+little each); then the union of candidates that raises F1 most at each step. The other half gives the figures.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ def choose_candidates(scores: RuleScores, n_labels: int) -> list[Candidates]:
         t = np.repeat(np.arange(len(parts)), [len(part.unit) for part in parts])
         by_rule = np.argsort(rule, kind="stable")
         cuts = np.searchsorted(rule[by_rule], np.arange(stop - start + 1))
-        for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+        for first, last in pairwise(cuts.tolist()):
             mine = by_rule[first:last]
             mine = mine[f1[mine] >= 0]
             best = _top(mine, f1, unit)

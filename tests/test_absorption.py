@@ -135,7 +135,10 @@ def test_a_planted_split_takes_its_parts_and_no_more() -> None:
     generator = np.random.default_rng(1)
     label = generator.random(N) < 0.3
     which = generator.choice(4, N, p=[0.33, 0.33, 0.33, 0.01])
-    fired = np.stack([label & (which == 0), label & (which == 1), generator.random(N) < 0.1, label & (which == 2), label & (which == 3)], axis=1)
+    fired = np.stack(
+        [label & (which == 0), label & (which == 1), generator.random(N) < 0.1, label & (which == 2), label & (which == 3)],
+        axis=1,
+    )
     patterns = Patterns.of(fired, label, generator.random(N) < 0.5)
     order, f1 = greedy_union(patterns, 5, 10)
     assert sorted(order[: n_main(f1)]) == [0, 1, 3]
@@ -164,7 +167,9 @@ def test_unions_are_those_of_a_dense_table_however_the_rows_are_cut(seed: int, n
     generator = np.random.default_rng(seed)
     label, half = generator.random(n) < 0.4, generator.random(n) < 0.5
     fired = (generator.random((n, 4)) < 0.3) | (label[:, None] & (generator.random((n, 4)) < 0.4))
-    parts = [Patterns.of(fired[own], label[own], half[own]) for own in (slice(None, cut), slice(cut, None)) if len(fired[own])]
+    parts = [
+        Patterns.of(fired[own], label[own], half[own]) for own in (slice(None, cut), slice(cut, None)) if len(fired[own])
+    ]
     patterns = parts[0] if len(parts) == 1 else parts[1].merge(parts[0])
     order, f1 = greedy_union(patterns, 4, 10)
     chosen: list[int] = []
@@ -200,7 +205,9 @@ def test_a_probe_is_fishers_discriminant() -> None:
     for i in range(2):
         present, absent = rows[labels[:, i]].mean(axis=0), rows[~labels[:, i]].mean(axis=0)
         expected = np.linalg.inv(covariance) @ (present - absent)
-        np.testing.assert_allclose(probes.directions[i] / np.linalg.norm(probes.directions[i]), expected / np.linalg.norm(expected), rtol=1e-6)
+        np.testing.assert_allclose(
+            probes.directions[i] / np.linalg.norm(probes.directions[i]), expected / np.linalg.norm(expected), rtol=1e-6
+        )
         scores = probes.scores(rows)[:, i]
         assert scores[labels[:, i]].mean() == pytest.approx(1)
         assert scores[~labels[:, i]].mean() == pytest.approx(0, abs=1e-9)

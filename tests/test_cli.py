@@ -36,6 +36,9 @@ CONFIGS = {
     "analyze": "pipelines.analyze.AnalyzeConfig",
     "inspect": "pipelines.inspect.InspectConfig",
     "report": "pipelines.report.page.ReportConfig",
+    "concepts": "pipelines.concepts.ConceptsConfig",
+    "compare": "pipelines.compare.CompareConfig",
+    "superposition": "pipelines.superposition.SuperpositionConfig",
 }
 """The frozen configuration that each stage's command builds."""
 

@@ -16,7 +16,9 @@ from modelkit import run_cli
 from numpy.typing import NDArray
 
 from actstore.errors import IdentityMismatch, InputError, OutputExists
-from pipelines.compare import CompareConfig, best_correlations, compare, compare_lines, correlations
+from pipelines.coactivation import best_correlations, correlations
+from pipelines.compare import CompareConfig, compare
+from pipelines.compare_table import compare_lines
 from pipelines.cosines import all_pairs, best_cosines, match_one_to_one, random_directions, unit_rows
 from pipelines.sae.checkpoint import load_run, save_run
 from pipelines.sae.topk import TopKSae
@@ -58,7 +60,9 @@ def test_a_run_compared_with_itself_shares_everything(run: Path, store: Path) ->
     assert found["rows"] == ROWS
     for means in both(found):
         assert means["mean_best"] == pytest.approx([1, 1], abs=1e-5)
-        assert means["shared"][0] == pytest.approx({"features_0.7": 1, "firings_0.7": 1, "features_0.9": 1, "firings_0.9": 1})
+        assert means["shared"][0] == pytest.approx(
+            {"features_0.7": 1, "firings_0.7": 1, "features_0.9": 1, "firings_0.9": 1}
+        )
         assert means["one_to_one"]["mean"] == pytest.approx(1, abs=1e-5)
         assert means["random"] < 0.8
     assert found["stability"] is None
@@ -113,7 +117,9 @@ def test_three_runs_give_each_feature_its_stability(copies: dict[str, Path], sto
         compare(CompareConfig(runs=runs, out=tmp_path / "out"))
 
 
-def test_codes_give_the_same_as_the_rows_they_were_made_from(run: Path, copies: dict[str, Path], store: Path, codes: Path) -> None:
+def test_codes_give_the_same_as_the_rows_they_were_made_from(
+    run: Path, copies: dict[str, Path], store: Path, codes: Path
+) -> None:
     """All rows of both splits, the rows of one in (window, position) order and of the other shuffled."""
     from_rows = compare(CompareConfig(runs=(run, run), store=(str(store),), rows=10**6))
     from_codes = compare(CompareConfig(runs=(run, run), codes=(str(codes), str(codes)), rows=10**6))
@@ -131,9 +137,8 @@ def test_other_widths_are_compared_by_rows_alone_and_refused_without_any(copies:
 
 
 def test_other_text_is_refused(run: Path, store: Path, small_store: Path, tmp_path: Path) -> None:
-    from pipelines.same_rows import Source, shared_codes
-
     from actstore.reader import ActivationStore
+    from pipelines.same_rows import Source, shared_codes
 
     def never(*_: object) -> Any:
         raise AssertionError

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from modelkit import run_cli
-from numpy.typing import NDArray
 from tablekit import SITE, activations, activations_manifest, codes_manifest, dense_codes, text_table, write_table_store
 
 from actstore.errors import IdentityMismatch, InputError, OutputExists
@@ -62,7 +61,11 @@ def planted(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, labels
     generator = np.random.default_rng(0)
     n = len(table.ids)
     bare = write_table_store(
-        folder / "bare", activations_manifest(1, codec), table, lambda i: activations(np.ones((len(i), 1), np.float32)), files
+        folder / "bare",
+        activations_manifest(1, codec),
+        table,
+        lambda i: activations(np.ones((len(i), 1), np.float32)),
+        files,
     )
     labels = read_labels(ActivationStore(bare), codec, labels_file)
     holds = labels.segments[0].holds.toarray() > 0
@@ -100,7 +103,9 @@ def planted(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, labels
 
 @pytest.fixture(scope="module")
 def found(planted: Path, labels_file: Path, client: Any) -> dict[str, Any]:
-    config = ConceptsConfig(codes=planted / "codes", labels=str(labels_file), out=planted / "found", beside=(str(planted / "codes"),))
+    config = ConceptsConfig(
+        codes=planted / "codes", labels=str(labels_file), out=planted / "found", beside=(str(planted / "codes"),)
+    )
     return concepts(config, client)
 
 
@@ -155,7 +160,9 @@ def test_the_result_is_published_and_read_back(planted: Path, found: dict[str, A
     assert table[0]["raw dimensions: f1"] == found["concepts"][0]["beside"]["raw dimensions"]["f1"]
     features = {row["feature"]: row for row in pq.read_table(planted / "found" / "features.parquet").to_pylist()}
     assert features[0]["rule"] == ANIMAL
-    assert (planted / "found" / "findings.md").read_text().startswith("Of 2 concepts 2 have a feature with F1 of at least 0.7")
+    assert (
+        (planted / "found" / "findings.md").read_text().startswith("Of 2 concepts 2 have a feature with F1 of at least 0.7")
+    )
     assert found["findings"] in concept_lines(found)
 
 
@@ -203,5 +210,3 @@ def test_the_command_with_two_workers_gives_the_same_figures(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert values_of(json.loads(done.stdout)) == json.loads(json.dumps(values_of(found)))
-
-

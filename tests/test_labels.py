@@ -21,7 +21,8 @@ from pipelines.recipe import CollectConfig
 from pipelines.tokens import TextCodec, store_tokenizer
 
 TEXTS = {
-    f"story{i}.txt": f"The {animal} number {i * 31} went to the déjà vu wood, and the {animal} slept — “well”.\n" * (1 + i % 3)
+    f"story{i}.txt": f"The {animal} number {i * 31} went to the déjà vu wood, and the {animal} slept — “well”.\n"
+    * (1 + i % 3)
     for i, animal in enumerate(("fox", "hare", "owl", "newt", "mole") * 3)
 }
 ANIMALS = ("fox", "hare", "owl", "newt", "mole")
@@ -47,7 +48,9 @@ def jsonl(path: Path, records: list[Any]) -> Path:
 def opened(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> tuple[CodeStore, TextCodec]:
     table, codec, files = text_table(TEXTS, model_folder)
     path = tmp_path_factory.mktemp("codes") / "codes"
-    write_table_store(path, codes_manifest(2, 2, codec), table, lambda i: dense_codes(np.ones((len(i), 2), np.float32)), files)
+    write_table_store(
+        path, codes_manifest(2, 2, codec), table, lambda i: dense_codes(np.ones((len(i), 2), np.float32)), files
+    )
     return CodeStore(path), codec
 
 
@@ -106,11 +109,17 @@ GOOD = {"document": "story0.txt", "start": 0, "stop": 3, "label": "a"}
         ({**GOOD, "stop": 0}, "line 2: start 0, stop 0: need whole numbers with 0 <= start < stop."),
         ({**GOOD, "start": -1}, "line 2: start -1, stop 3: need whole"),
         ({**GOOD, "start": 0.5}, "line 2: start 0.5, stop 3: need whole"),
-        ({"document": "story0.txt", "label": "a"}, "line 2: lacks start, stop; each label needs document, start, stop, label."),
+        (
+            {"document": "story0.txt", "label": "a"},
+            "line 2: lacks start, stop; each label needs document, start, stop, label.",
+        ),
         ([1, 2], "line 2: lacks an object; each label needs"),
         ({**GOOD, "unit": "words"}, "line 2: unit 'words': choose characters or tokens."),
         ({**GOOD, "label": "two\nlines"}, "line 2: document 'story0.txt', label 'two\\nlines': need text"),
-        ({**GOOD, "stop": 9999}, f"line 2: 'story0.txt' has {len(TEXTS['story0.txt'])} characters, the range is 0:9999; count"),
+        (
+            {**GOOD, "stop": 9999},
+            f"line 2: 'story0.txt' has {len(TEXTS['story0.txt'])} characters, the range is 0:9999; count",
+        ),
     ],
 )
 def test_what_is_no_range_is_named_in_one_line(
