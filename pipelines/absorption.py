@@ -127,7 +127,7 @@ class Moments:
         known = (self.n_present > 0) & (n_absent > 0) & (apart > 0)
         scale = np.where(known, 1 / np.where(known, apart, 1), 0.0)
         directions = np.asarray(directions * scale[:, None], np.float64)
-        return Probes(directions, np.einsum("ld,ld->l", directions, absent))
+        return Probes(directions, np.asarray(np.einsum("ld,ld->l", directions, absent), np.float64))
 
 
 @dataclass(frozen=True)
