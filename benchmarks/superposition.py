@@ -43,7 +43,8 @@ def main(runs: tuple[Path, ...], seeds: int, as_json: bool) -> None:
     for path, found in cosines.items():
         for name in ("decoder", "random"):
             rms, nearest = math.sqrt(found[name]["mean_square"]), found[name]["mean_nearest"]
-            click.echo(f"{path}: {name:<8} rms cosine {rms:.3f}, nearest {nearest:.3f}, largest {found[name]['largest']:.3f}")
+            largest = found[name]["largest"]
+            click.echo(f"{path}: {name:<8} rms cosine {rms:.3f}, nearest {nearest:.3f}, largest {largest:.3f}")
 
 
 if __name__ == "__main__":

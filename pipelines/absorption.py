@@ -122,11 +122,11 @@ class Moments:
         mean = self.total / max(self.n, 1)
         covariance = self.products / max(self.n, 1) - np.outer(mean, mean)
         ridge = RIDGE * max(float(np.trace(covariance)) / len(mean), 1e-30)
-        directions = np.linalg.solve(covariance + ridge * np.eye(len(mean)), difference.T).T
-        apart = np.einsum("ld,ld->l", directions, difference)
+        solved = np.linalg.solve(covariance + ridge * np.eye(len(mean)), difference.T).T
+        apart = np.einsum("ld,ld->l", solved, difference)
         known = (self.n_present > 0) & (n_absent > 0) & (apart > 0)
         scale = np.where(known, 1 / np.where(known, apart, 1), 0.0)
-        directions = np.asarray(directions * scale[:, None], np.float64)
+        directions: NDArray[np.float64] = np.asarray(solved * scale[:, None], np.float64)
         return Probes(directions, np.asarray(np.einsum("ld,ld->l", directions, absent), np.float64))
 
 
