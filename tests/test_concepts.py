@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from tablekit import activations, activations_manifest, codes_manifest, dense_codes, text_table, write_table_store
 
 from actstore.reader import ActivationStore
+from benchmarks import baselines
 from pipelines.code_store import CodeStore
 from pipelines.concepts import find_rules
 from pipelines.labels import read_labels
 from pipelines.python_labels import BIT, LABELS, label_characters
 from pipelines.rules import MIN_FIRINGS, Finding, RuleScores, rule_matrix, rule_name
-from pipelines.subjects import FIRING_SHARES, Subject, choose_thresholds, score_rules
+from pipelines.subjects import FIRING_SHARES, Subject, choose_thresholds
 from pipelines.tokens import TextCodec, TokenTable
 
 PLACE, TOKEN, AFTER = "the name after `def`", "the token `=`", "the token after `(`"
@@ -273,10 +274,8 @@ def test_a_rule_planted_in_a_raw_dimension_is_found_in_its_sign(
     manifest = activations_manifest(4, codec)
     write_table_store(tmp_path / "store", manifest, table, lambda index: activations(rows[index]), files)
     store = ActivationStore(tmp_path / "store")
-    subject, labels = Subject.of(store, store.site()), read_labels(store, codec, None)
-    thresholds = choose_thresholds(subject, list(labels.segments), client)
-    scores = score_rules(subject, list(labels.segments), thresholds, codec.backend.get_vocab_size(), client)
-    found = {finding.feature: finding for finding in scores.finalize(thresholds, LABELS, codec.token_texts())}
+    subject = Subject.of(store, store.site())
+    found = {finding.feature: finding for finding in baselines.raw_dimension_findings(tmp_path / "store", client)}
     assert (found[1].rule, found[4 + 2].rule) == (PLACE, TOKEN)
     assert (subject.unit_name(1), subject.unit_name(4 + 2)) == ("+1", "-2")
     assert min(found[1].f1, found[4 + 2].f1) > 0.7

@@ -11,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from tablekit import codes_manifest, dense_codes, text_table, write_table_store
 
 from actstore.errors import InputError
+from cli import cli
 from pipelines.code_store import CodeStore
 from pipelines.collect import collect
 from pipelines.labels import SegmentLabels, read_labels, stored_documents
@@ -190,3 +192,12 @@ def test_a_start_of_text_has_no_label_and_is_of_the_choosing_half() -> None:
     holds, half = segment.at(np.array([-1, 0, 1, 2]))
     assert holds.toarray()[:, 0].tolist() == [0, 1, 0, 1]
     assert half.tolist() == [False, True, True, False]
+
+
+def test_the_command_says_in_one_line_that_text_needs_labels(codes: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["concepts", str(codes), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    (line,) = [line for line in result.output.splitlines() if not line.startswith("concepts: ")]
+    assert line.startswith("error: ")
+    assert "0 of 24 documents are Python by their name; pass --labels FILE" in line
+    assert not (tmp_path / "out").exists()
