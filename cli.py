@@ -54,7 +54,7 @@ COLLECT_OPTIONS = (
         multiple=True,
         default=["resid_post"],
         show_default=True,
-        help="resid_pre, resid_post, attn_out or mlp_out; repeatable.",
+        help="resid_pre, resid_post, attn_out, mlp_out or mlp_hidden (the MLP's neurons); repeatable.",
     ),
     click.option("--tokens", default=1_000_000, show_default=True, help="Tokens of text the store shall hold."),
     click.option(
@@ -533,6 +533,87 @@ def analyze(sources: tuple[str, ...], as_json: bool, **options: Any) -> None:
         where = {name: options[name] for name in ("workers", "scheduler")}
         encode_stage(_shown("encode", EncodeConfig(store=sources[0], run=Path(sources[1]), out=codes, **where)))
     _print(stage(_shown("analyze", AnalyzeConfig(codes=codes, **options))), as_json, _key_lines)
+
+
+@cli.command()
+@click.argument("codes")
+@click.option(
+    "--labels", help="A file of labelled ranges (.jsonl, .parquet), or `python`, the default where the text is that."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the result. Default: CODES.concepts.")
+@click.option("--store", help="The store the codes were made from, if it was moved.")
+@click.option("--run", type=click.Path(path_type=Path), help="The run they were made with, if it was moved.")
+@click.option("--beside", multiple=True, help="Codes or a store of the same text to compare with; repeatable.")
+@click.option(
+    "--probe/--no-probe",
+    default=True,
+    show_default=True,
+    help="Linear probes, absorption and raw dimensions: reads the store.",
+)
+@WORKERS_OPTION
+@SCHEDULER_OPTION
+@JSON_OPTION
+def concepts(as_json: bool, **options: Any) -> None:
+    """How well features follow labelled concepts: the best one's F1, splitting, absorption, and what else does.
+
+    \b
+    Example:
+      actstore concepts codes
+      actstore concepts codes --labels animals.jsonl --beside neurons.store --beside random.codes
+    """
+    from pipelines.concept_table import concept_lines
+    from pipelines.concepts import ConceptsConfig
+    from pipelines.concepts import concepts as stage
+
+    _print(stage(_shown("concepts", ConceptsConfig(**options))), as_json, concept_lines)
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN RUN [RUN...]")
+@click.option(
+    "--store", multiple=True, help="Rows to encode by each run: one store for all, or one for each, in their order."
+)
+@click.option("--codes", multiple=True, help="Instead: the codes of each run, in their order.")
+@click.option("--out", type=click.Path(path_type=Path), help="Also write figures and a table of all features there.")
+@click.option("--rows", default=100_000, show_default=True, help="Rows that co-activation is measured on.")
+@SEED_OPTION
+@JSON_OPTION
+def compare(as_json: bool, **options: Any) -> None:
+    """Which features runs share, by decoder cosine and by what they fire on; stability over three seeds or more.
+
+    \b
+    Example:
+      actstore compare run-seed0 run-seed1 run-seed2 --store gpt2.store --out compared
+    """
+    from pipelines.compare import CompareConfig
+    from pipelines.compare import compare as stage
+    from pipelines.compare_table import compare_lines
+
+    _print(stage(_shown("compare", CompareConfig(**options))), as_json, compare_lines)
+
+
+@cli.command()
+@OUT_OPTION
+@click.option("--run", type=click.Path(path_type=Path), help="Also: this run's decoder directions beside random ones.")
+@click.option("--features", default=20, show_default=True, help="Features of the toy model.")
+@click.option("--dimensions", default=5, show_default=True, help="Dimensions it has for them.")
+@click.option("--importance", default=0.9, show_default=True, help="Of each feature over the one before it.")
+@click.option("--sparsities", default=9, show_default=True, help="Instances, from 1 - S = 1 down to 0.01.")
+@click.option("--steps", default=3000, show_default=True, help="Training steps.")
+@click.option("--batch", default=512, show_default=True, help="Rows in a step of each instance.")
+@SEED_OPTION
+@JSON_OPTION
+def superposition(as_json: bool, **options: Any) -> None:
+    """The toy model of superposition over sparsity, and an SAE's directions against chance; figures and plots.
+
+    \b
+    Example:
+      actstore superposition --out superposition --run run
+    """
+    from pipelines.superposition import SuperpositionConfig, superposition_lines
+    from pipelines.superposition import superposition as stage
+
+    _print(stage(_shown("superposition", SuperpositionConfig(**options))), as_json, superposition_lines)
 
 
 @cli.command()

@@ -71,9 +71,8 @@ def recode_store(
 
 
 def _manifest(store: ActivationStore, encoding: str) -> Manifest:
-    d_model = store.manifest.model.d_model
     plain = [array for array in store.manifest.arrays if array.name.startswith("rows/")]
-    sites = [array for site in store.sites for array in site_arrays(site, d_model, encoding)]
+    sites = [array for site in store.sites for array in site_arrays(site, store.d_model(site), encoding)]
     is_exact = not store.manifest.source and all(
         store.manifest.array(f"acts/{site}").encoding == "fp32" for site in store.sites
     )

@@ -1,10 +1,11 @@
-"""What training the model adds, and what the SAE adds to raw dimensions.
+"""What training the model adds, and what the SAE adds to raw dimensions and neurons.
 
     python -m benchmarks.baselines demo-out
 
 takes a finished demo and prints, side by side: the demo's SAE; the same SAE on the same model with random weights
-(a demo of its own, in demo-out/random-weights); and the raw dimensions of the activations, each taken in both signs
-as if it were a feature. A rule's threshold is chosen on one half of the documents and scored on the other for all.
+(a demo of its own, in demo-out/random-weights); the raw dimensions of the activations, each taken in both signs as if it
+were a feature; and, concept by concept, also the neurons of the layer's MLP (a store of its own, in demo-out/neurons).
+Whatever is chosen is chosen on one half of the documents and scored on the other for all.
 """
 
 from __future__ import annotations
@@ -14,72 +15,59 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-import scipy.sparse as sp
-from numpy.typing import NDArray
 
 from cli import set_environment
 
 set_environment()  # before torch is loaded, as the commands do
 
-from actstore.reader import ActivationStore, Shard  # noqa: E402
-from actstore.schema import PARTS  # noqa: E402
-from pipelines.cluster import connect, reduce_tasks  # noqa: E402
-from pipelines.concepts import HALF_BIT, Finding, RuleScores, label_store, row_labels, shard_rules  # noqa: E402
+from actstore.files import read_json  # noqa: E402
+from actstore.reader import ActivationStore  # noqa: E402
+from pipelines.capture import MLP_HIDDEN  # noqa: E402
+from pipelines.cluster import connect  # noqa: E402
+from pipelines.collect import collect  # noqa: E402
+from pipelines.concept_table import concept_lines  # noqa: E402
+from pipelines.concepts import SUMMARY, ConceptsConfig, concepts  # noqa: E402
 from pipelines.demo import DemoConfig, read_demo, rule_counts, run_demo  # noqa: E402
+from pipelines.labels import read_labels  # noqa: E402
+from pipelines.recipe import CollectConfig  # noqa: E402
+from pipelines.rules import Finding  # noqa: E402
 from pipelines.sae.checkpoint import load_run  # noqa: E402
+from pipelines.subjects import Subject, choose_thresholds, score_rules  # noqa: E402
 from pipelines.tokens import store_tokenizer  # noqa: E402
 
-FIRING_SHARES = (0.3, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002)
-"""A dimension's candidate thresholds: the values above which it lies in these shares of the choosing half's rows."""
-SAMPLE_ROWS = 100_000
+NEURON_TOKENS = 300_000
+"""Of the demo's text: neurons take four times the room of the residual stream."""
 
 
-def raw_dimension_findings(store_path: Path, workers: int) -> list[Finding]:
+def raw_dimension_findings(store_path: Path, client: Any) -> list[Finding]:
     """The best rule of each of the 2 d signed dimensions of a store's only site."""
     store = ActivationStore(store_path)
-    site = store.site()
-    codec = store_tokenizer(store)
-    labels = label_store(store, codec)
-    thresholds = _thresholds(store, site, labels)
-    shards = [shard for part in PARTS for shard in store.shards(part)]
-    with connect(None, workers) as client:
-        shared = [client.scatter(bits, broadcast=True) for bits in labels]
-        tasks = [
-            (store_path, site, shard, shared[shard.segment], thresholds, codec.backend.get_vocab_size()) for shard in shards
-        ]
-        scores = reduce_tasks(client, "raw", score_raw_shard, RuleScores.merge, tasks)
-    findings: list[Finding] = scores.finalize(thresholds, codec.token_texts())
-    return findings
+    codec, subject = store_tokenizer(store), Subject.of(store, store.site())
+    labels = read_labels(store, codec, None)
+    held = [client.scatter(segment, broadcast=True) for segment in labels.segments]
+    thresholds = choose_thresholds(subject, held, client)
+    scores = score_rules(subject, held, thresholds, codec.backend.get_vocab_size(), client)
+    return list(scores.finalize(thresholds, labels.names, codec.token_texts()))
 
 
-def score_raw_shard(
-    store_path: Path, site: str, shard: Shard, labels: NDArray[np.uint64], thresholds: NDArray[np.float64], n_vocabulary: int
-) -> RuleScores:
-    """The rule scores of one shard's signed dimensions. Runs on a worker."""
-    store = ActivationStore(store_path)
-    rules, half = shard_rules(store, shard, labels, n_vocabulary)
-    signed = _signed(store, shard, site)
-    fired = [sp.csr_array((signed > bounds).astype(np.int64)) for bounds in thresholds]
-    scores = RuleScores(signed.shape[1], rules.shape[1], len(thresholds))
-    scores.update(fired, rules, half)
-    return scores
-
-
-def _signed(store: ActivationStore, shard: Shard, site: str) -> NDArray[np.float32]:
-    rows = store.read(shard, f"acts/{site}")
-    return np.concatenate([rows, -rows], axis=1)
-
-
-def _thresholds(store: ActivationStore, site: str, labels: list[NDArray[np.uint64]]) -> NDArray[np.float64]:
-    """(T, 2 d) quantiles over a sample of the choosing half's rows."""
-    sample: list[NDArray[np.float32]] = []
-    for shard in store.shards():
-        if sum(map(len, sample)) >= SAMPLE_ROWS:
-            break
-        mine = (row_labels(store, shard, labels[shard.segment]) & HALF_BIT) == 0
-        sample.append(_signed(store, shard, site)[mine])
-    return np.quantile(np.concatenate(sample), [1 - share for share in FIRING_SHARES], axis=0)
+def concept_table(demo_out: Path, random_out: Path, layer: int, client: Any) -> dict[str, Any]:
+    """The table of concepts of a demo's SAE, beside neurons and the SAE on random weights; kept beside its codes."""
+    config = ConceptsConfig(
+        codes=demo_out / "codes",
+        store=str(demo_out / "store"),
+        run=demo_out / "run",
+        beside=(str(demo_out / "neurons"), str(random_out / "codes")),
+    )
+    if (config.folder / SUMMARY).exists():
+        return {"out": str(config.folder), **read_json(config.folder / SUMMARY)}
+    tokens = min(NEURON_TOKENS, read_demo(demo_out)["tokens"])
+    seed = ActivationStore(demo_out / "store").manifest.seed
+    collect(
+        CollectConfig(
+            out=demo_out / "neurons", model="builtin", layer=(layer,), site=(MLP_HIDDEN,), tokens=tokens, seed=seed
+        )
+    )
+    return concepts(config, client)
 
 
 @click.command()
@@ -87,7 +75,7 @@ def _thresholds(store: ActivationStore, site: str, labels: list[NDArray[np.uint6
 @click.option("--workers", default=2, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 def main(demo_out: Path, workers: int, as_json: bool) -> None:
-    """Compare a finished demo with random weights and with raw dimensions."""
+    """Compare a finished demo with random weights, with raw dimensions and with neurons."""
     trained = read_demo(demo_out)
     random_out = demo_out / "random-weights"
     if not (random_out / "demo.json").exists():
@@ -104,13 +92,16 @@ def main(demo_out: Path, workers: int, as_json: bool) -> None:
             )
         )
     random = read_demo(random_out)
-    raw = rule_counts(raw_dimension_findings(demo_out / "store", workers))
-    raw_random = rule_counts(raw_dimension_findings(random_out / "store", workers))
+    with connect(None, workers) as client:
+        table = concept_table(demo_out, random_out, trained["layer"], client)
+        raw = rule_counts(raw_dimension_findings(demo_out / "store", client))
+        raw_random = rule_counts(raw_dimension_findings(random_out / "store", client))
     result = {
         "trained": trained,
         "random_weights": random,
         "raw_dimensions": raw,
         "raw_dimensions_random_weights": raw_random,
+        "concepts": table,
     }
     if as_json:
         click.echo(json.dumps(result, indent=1))
@@ -134,6 +125,9 @@ def main(demo_out: Path, workers: int, as_json: bool) -> None:
             click.echo(
                 f"{'  different rules about ' + meaning:<46}{left['rules_' + kind]:>12,}{right['rules_' + kind]:>16,}"
             )
+    click.echo()
+    for line in concept_lines(table):
+        click.echo(line)
 
 
 if __name__ == "__main__":

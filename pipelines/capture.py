@@ -41,6 +41,8 @@ class Family:
     head_outputs: str
     mlp_norm: str
     mlp: str
+    mlp_down: str
+    """The matrix that brings the MLP's neurons back to d_model."""
 
 
 FAMILIES = {
@@ -54,17 +56,21 @@ FAMILIES = {
         head_outputs="attn.c_proj",
         mlp_norm="ln_2",
         mlp="mlp",
+        mlp_down="mlp.c_proj",
     )
 }
 """By `config.model_type`; another decoder is another line here."""
 
+MLP_HIDDEN = "mlp_hidden"
 SITES: dict[str, tuple[Callable[[nn.Module, Family], nn.Module], bool]] = {
     "resid_pre": (lambda block, family: block, True),
     "resid_post": (lambda block, family: block, False),
     "attn_out": (lambda block, family: attrgetter(family.attention)(block), False),
     "mlp_out": (lambda block, family: attrgetter(family.mlp)(block), False),
+    MLP_HIDDEN: (lambda block, family: attrgetter(family.mlp_down)(block), True),
 }
-"""Site name -> (which module of a block, whether its input is read and not its output)."""
+"""Site name -> (which module of a block, whether its input is read and not its output). `mlp_hidden` are the MLP's neurons
+after their non-linearity."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +182,13 @@ def site_module(model: nn.Module, site: Site) -> tuple[nn.Module, bool]:
         raise InputError(f"layer {site.layer}: the model has {len(blocks)} blocks; choose 0 to {len(blocks) - 1}.")
     choose, reads_input = SITES[site.name]
     return choose(blocks[site.layer], family_of(model)), reads_input
+
+
+def site_width(model: nn.Module, site: Site) -> int:
+    """How many numbers a row of a site has: d_model, or the MLP's neurons."""
+    config: Any = model.config
+    d_model: int = config.hidden_size
+    return d_model if site.name != MLP_HIDDEN else int(getattr(config, "n_inner", None) or 4 * d_model)
 
 
 @contextmanager

@@ -113,13 +113,26 @@ def label_characters(source: str) -> NDArray[np.uint64]:
 def label_tokens(source: str, token_bytes: list[bytes]) -> NDArray[np.uint64]:
     """(n_tokens,) labels of a document's tokens, given the bytes each stands for, in order."""
     by_character = label_characters(source)
+    place = first_characters(source, token_bytes)
+    inside = place < len(source)
+    return (
+        np.where(inside, by_character[np.where(inside, place, 0)], NONE) if len(source) else np.zeros(len(place), np.uint64)
+    )
+
+
+def first_characters(source: str, token_bytes: list[bytes]) -> NDArray[np.int64]:
+    """(n_tokens,) rising: the character at which each token is labelled, len(source) for one that has no bytes left in it.
+
+    It is the token's first character that is not white space; its first, if all are.
+
+    >>> first_characters("é = 1", ["é".encode(), b" =", b" ", b"1"]).tolist()
+    [0, 2, 3, 4]
+    """
     begins_character = np.frombuffer(source.encode(), np.uint8) & 0xC0 != 0x80
-    by_byte = by_character[np.cumsum(begins_character) - 1]
-    starts = np.concatenate([[0], np.cumsum([len(piece) for piece in token_bytes])])
+    character = np.append(np.cumsum(begins_character) - 1, len(source))
+    starts = np.concatenate([[0], np.cumsum([len(piece) for piece in token_bytes])]).astype(np.int64)
     lead = np.array([len(piece) - len(piece.lstrip()) if piece.strip() else 0 for piece in token_bytes], np.int64)
-    place = starts[:-1] + lead
-    inside = place < len(by_byte)
-    return np.where(inside, by_byte[np.where(inside, place, 0)], NONE) if len(by_byte) else np.zeros(len(place), np.uint64)
+    return np.asarray(character[np.minimum(starts[:-1] + lead, len(character) - 1)], np.int64)
 
 
 def _label_lines(source: str, line_starts: NDArray[np.int64], labels: NDArray[np.uint64]) -> None:

@@ -33,6 +33,7 @@ from pipelines.capture import (
     model_identity,
     resolve_model,
     site_module,
+    site_width,
 )
 from pipelines.corpus import Corpus, open_corpus
 from pipelines.shards import SegmentText, ShardMaker
@@ -94,7 +95,7 @@ class Recipe:
         return choose_layout(
             n_rows,
             self.manifest.row_bytes,
-            self.manifest.model.d_model * np.dtype(np.float32).itemsize,
+            max(self.manifest.array(f"acts/{site}").width for site in self.manifest.sites) * np.dtype(np.float32).itemsize,
             shard_bytes=shard_mib << 20,
             min_shards=MIN_SHARDS if part == PARTS[0] else 1,
         )
@@ -176,7 +177,7 @@ def _manifest(config: CollectConfig, model: nn.Module, sites: list[Site], codec:
         arrays=(
             RowArray("rows/window", 0, "uint32", "raw"),
             RowArray("rows/position", 0, "uint16", "raw"),
-            *(array for site in sites for array in site_arrays(site.label, identity.d_model, config.encoding)),
+            *(array for site in sites for array in site_arrays(site.label, site_width(model, site), config.encoding)),
         ),
         compute_dtype=config.compute_dtype,
         seed=config.seed,

@@ -102,7 +102,7 @@ class ShardMaker:
         chosen, mine = plan.shard_windows(shard)
         place = np.argsort(plan.row_order(shard))
         arrays = {array.name: np.empty((len(place), *array.tail), array.dtype) for array in self.manifest.arrays}
-        moments = {site.label: Moments(self.manifest.model.d_model) for site in self.sites}
+        moments = {site.label: Moments(self.manifest.array(f"acts/{site.label}").width) for site in self.sites}
 
         def keep(site: Site, here: Ints, rows: Rows, token: Ints, position: Ints) -> None:
             name = f"acts/{site.label}"
@@ -142,7 +142,7 @@ class ShardMaker:
         labels = int8_sites(self.manifest)
         if not labels:
             return {}
-        moments = {label: Moments(self.manifest.model.d_model) for label in labels}
+        moments = {label: Moments(self.manifest.array(f"acts/{label}").width) for label in labels}
         part = PARTS[0] if len(text.windows[PARTS[0]]) else PARTS[1]
         for _, _, rows in self._activations(text.windows[part], text.plans[part].window_order[:CHANNEL_WINDOWS]):
             for label in labels:

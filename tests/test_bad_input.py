@@ -115,7 +115,7 @@ def test_a_device_that_is_not_there(refused: Refused, asked: dict[str, object]) 
         ),
         ("--compute-dtype", "int8", "encoding 'fp16', compute dtype 'int8', packing 'packed': choose from "),
         ("--packing", "loose", "encoding 'fp16', compute dtype 'fp32', packing 'loose': choose from "),
-        ("--site", "nonsense", "site 'nonsense': known sites are resid_pre, resid_post, attn_out, mlp_out."),
+        ("--site", "nonsense", "site 'nonsense': known sites are resid_pre, resid_post, attn_out, mlp_out, mlp_hidden."),
         ("--tokens", 0, "tokens 0, context 32, batch windows 32, shard MiB 128, workers 0: at least 1, 2, 1, 1 and 0."),
         ("--workers", -1, "tokens 200, context 32, batch windows 32, shard MiB 128, workers -1: at least 1, 2, 1, 1 and 0."),
         ("--shard-mib", 0, "tokens 200, context 32, batch windows 32, shard MiB 0, workers 0: at least 1, 2, 1, 1 and 0."),

@@ -26,6 +26,7 @@ from pipelines.capture import (
     load_model,
     model_identity,
     site_module,
+    site_width,
 )
 
 ALL_SITES = [Site(name, layer) for layer in range(N_LAYER) for name in SITES]
@@ -99,7 +100,8 @@ def test_all_sites_in_one_pass_equal_each_site_alone(model: nn.Module, ids: Tens
     together = capture(model, ALL_SITES, ids)
     assert set(together) == {site.label for site in ALL_SITES}
     for site in ALL_SITES:
-        assert together[site.label].shape == (*ids.shape, D_MODEL)
+        assert together[site.label].shape == (*ids.shape, site_width(model, site))
+        assert site_width(model, site) == (4 * D_MODEL if site.name == "mlp_hidden" else D_MODEL)
         assert torch.equal(together[site.label], capture(model, [site], ids)[site.label])
 
 
@@ -147,7 +149,8 @@ def test_no_hook_is_left_behind(model: nn.Module, ids: Tensor) -> None:
 
 @pytest.mark.parametrize("name", SITES)
 def test_what_an_edit_returns_replaces_the_activation(name: str, model: nn.Module, ids: Tensor) -> None:
-    replacement = torch.linspace(-1, 1, D_MODEL).expand(*ids.shape, D_MODEL)
+    width = site_width(model, Site(name, 1))
+    replacement = torch.linspace(-1, 1, width).expand(*ids.shape, width)
     block = [Site(site, 1) for site in SITES]
     with torch.inference_mode(), hooked(model, Site(name, 1), lambda activation: replacement):
         found = capture(model, [*block, Site("resid_pre", 2)], ids)
@@ -166,6 +169,21 @@ def test_an_edit_that_returns_nothing_changes_nothing(model: nn.Module, ids: Ten
         for site in ALL_SITES:
             with hooked(model, site, lambda activation: None):
                 assert torch.equal(model(ids).logits, clean)
+
+
+def test_mlp_hidden_are_the_neurons_after_their_nonlinearity(
+    model: nn.Module, reference: GPT2LMHeadModel, ids: Tensor
+) -> None:
+    """What the block's MLP makes of its input, computed with transformers' own modules: GELU(x W + b)."""
+    found = capture(model, [Site("mlp_hidden", 1)], ids)["mlp_hidden.1"]
+    seen: list[Tensor] = []
+    handle = reference.transformer.h[1].mlp.act.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        reference(ids)
+    handle.remove()
+    torch.testing.assert_close(found, seen[0], rtol=1e-5, atol=1e-5)
+    assert found.min() > -0.2
+    assert found.shape[-1] == 4 * D_MODEL
 
 
 def test_the_composed_gelu_is_replaced_and_the_logits_agree(
@@ -206,7 +224,7 @@ def test_a_layer_the_model_has_not_is_refused(layer: int, model: nn.Module) -> N
 
 def test_an_unknown_site_is_refused_with_the_known_ones(model: nn.Module) -> None:
     message = refused(lambda: site_module(model, Site("resid_mid", 0)))
-    assert message == "site 'resid_mid': known sites are resid_pre, resid_post, attn_out, mlp_out."
+    assert message == "site 'resid_mid': known sites are resid_pre, resid_post, attn_out, mlp_out, mlp_hidden."
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones(tmp_path: Path) -> None:

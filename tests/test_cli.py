@@ -40,6 +40,9 @@ CONFIGS = {
     "steer": "pipelines.causal.steering.SteerConfig",
     "effects": "pipelines.causal.effects.EffectsConfig",
     "lens": "pipelines.causal.lens.LensConfig",
+    "concepts": "pipelines.concepts.ConceptsConfig",
+    "compare": "pipelines.compare.CompareConfig",
+    "superposition": "pipelines.superposition.SuperpositionConfig",
 }
 """The frozen configuration that each stage's command builds."""
 

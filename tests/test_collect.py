@@ -20,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from actstore.codecs import INT8_STEPS
 from actstore.errors import EncodingError, InputError
 from actstore.reader import ActivationStore
+from actstore.recode import recode_store
 from actstore.schema import PARTS
 from pipelines.collect import collect
 from pipelines.recipe import CollectConfig
@@ -223,6 +224,29 @@ def test_a_start_of_text_that_does_not_fit_is_named_with_the_document_it_begins(
     document = np.searchsorted(store.table(0, "documents/offsets"), int(found[2]), side="right") - 1
     assert store.document_names(0)[document] == found[1]
     assert int(found[2]) in np.concatenate([store.table(0, f"{part}/windows/token_start") for part in PARTS])
+
+
+@pytest.mark.parametrize("encoding", ["fp32", "int8"])
+def test_neurons_are_kept_at_their_own_width_beside_the_residual_stream(
+    small_config: CollectConfig, small_store: Path, tmp_path: Path, encoding: str
+) -> None:
+    """4 d_model neurons and d_model channels of the same rows, in a copy too; the residual stream is as without them."""
+    out = tmp_path / "store"
+    collect(replace(small_config, out=out, site=("mlp_hidden", "resid_post"), encoding=encoding))
+    recode_store(out, tmp_path / "copy", "bf16")
+    alone = ActivationStore(small_store)
+    for path in (out, tmp_path / "copy"):
+        store = ActivationStore(path)
+        assert (store.d_model("mlp_hidden.0"), store.d_model("resid_post.0")) == (128, 32)
+        assert faults_in(path) == []
+        window, position, rows = (
+            np.concatenate([store.read(shard, name) for shard in store.shards()])
+            for name in ("rows/window", "rows/position", "acts/mlp_hidden.0")
+        )
+        assert rows.shape == (alone.n_rows(), 128)
+        assert rows.min() > -0.25  # a GELU's least value is -0.17
+        assert len(store.statistics("mlp_hidden.0").mean) == 128
+        assert len(np.unique(np.stack([window, position]), axis=1).T) == len(rows)
 
 
 def test_a_segment_in_which_no_token_is_kept_has_no_rows(small_config: CollectConfig, tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,11 @@ from tablekit import activations, activations_manifest, codes_manifest, dense_co
 from actstore.reader import ActivationStore
 from benchmarks import baselines
 from pipelines.code_store import CodeStore
-from pipelines.concepts import HALF_BIT, MIN_FIRINGS, Finding, RuleScores, find_rules, label_store, rule_matrix, rule_name
+from pipelines.concepts import find_rules
+from pipelines.labels import read_labels
 from pipelines.python_labels import BIT, LABELS, label_characters
+from pipelines.rules import MIN_FIRINGS, Finding, RuleScores, rule_matrix, rule_name
+from pipelines.subjects import FIRING_SHARES, Subject, choose_thresholds
 from pipelines.tokens import TextCodec, TokenTable
 
 PLACE, TOKEN, AFTER = "the name after `def`", "the token `=`", "the token after `(`"
@@ -141,19 +142,22 @@ def test_each_document_is_of_one_half_and_each_token_has_its_labels(
     codes_path: Path, text: Text, features: NDArray[np.float32]
 ) -> None:
     table, codec, _ = text
-    (bits,) = label_store(CodeStore(codes_path), codec)
+    labels = read_labels(CodeStore(codes_path), codec, None)
+    (segment,) = labels.segments
     halves = np.array([is_scoring_half(name) for name in table.names])
     assert 5 < halves.sum() < N_DOCUMENTS - 5
-    np.testing.assert_array_equal((bits & HALF_BIT) != 0, np.repeat(halves, np.diff(table.offsets)))
-    np.testing.assert_array_equal((bits & BIT[PLACE]) != 0, features[:, 0] > 0)
-    assert not (bits[table.offsets[1:] - 1] & ~HALF_BIT).any()
+    np.testing.assert_array_equal(segment.half, np.repeat(halves, np.diff(table.offsets)))
+    holds = segment.holds.toarray()
+    np.testing.assert_array_equal(holds[:, labels.names.index(PLACE)] > 0, features[:, 0] > 0)
+    assert not holds[table.offsets[1:] - 1].any()
 
 
 def test_a_row_has_the_rules_of_its_labels_its_token_and_the_token_before() -> None:
     names = ["a", "b", "\n"]
-    bits = np.array([BIT[LABELS[0]] | BIT[LABELS[-1]], 0, BIT[LABELS[3]]], np.uint64)
-    rules = rule_matrix(bits, np.array([0, 1, 2]), np.array([2, 0, 1]), 3).tocoo()
-    found = sorted((int(row), rule_name(int(rule), names)) for row, rule in zip(*rules.coords, strict=True))
+    holds = np.zeros((3, len(LABELS)), np.int64)
+    holds[0, [0, -1]] = holds[2, 3] = 1
+    rules = rule_matrix(sp.csr_array(holds), np.array([0, 1, 2]), np.array([2, 0, 1]), 3).tocoo()
+    found = sorted((int(row), rule_name(int(rule), LABELS, names)) for row, rule in zip(*rules.coords, strict=True))
     assert set(rules.data.tolist()) == {1}
     assert found == sorted(
         [
@@ -231,9 +235,9 @@ def require_equal_to_dense(scores: RuleScores, seed: int) -> None:
             finding.f1,
             finding.firings,
         )
-        for finding in scores.finalize(thresholds, names)
+        for finding in scores.finalize(thresholds, LABELS, names)
     }
-    assert found == {feature: (rule_name(rule, names)[0], *rest) for feature, (rule, *rest) in expected.items()}
+    assert found == {feature: (rule_name(rule, LABELS, names)[0], *rest) for feature, (rule, *rest) in expected.items()}
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -259,11 +263,7 @@ def test_any_order_of_merging_gives_the_same_findings(seed: int, data: st.DataOb
 
 
 def test_a_rule_planted_in_a_raw_dimension_is_found_in_its_sign(
-    text: Text,
-    features: NDArray[np.float32],
-    tmp_path: Path,
-    client: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    text: Text, features: NDArray[np.float32], tmp_path: Path, client: Any
 ) -> None:
     """Dimension 1 is high on a rule, dimension 2 low on another, dimensions 0 and 3 are noise."""
     table, codec, files = text
@@ -273,28 +273,25 @@ def test_a_rule_planted_in_a_raw_dimension_is_found_in_its_sign(
     rows[:, 2] -= 20 * features[:, 1]
     manifest = activations_manifest(4, codec)
     write_table_store(tmp_path / "store", manifest, table, lambda index: activations(rows[index]), files)
-
-    @contextmanager
-    def connected(*_: object) -> Iterator[Any]:
-        yield client
-
-    monkeypatch.setattr(baselines, "connect", connected)
-    found = {finding.feature: finding for finding in baselines.raw_dimension_findings(tmp_path / "store", 1)}
+    store = ActivationStore(tmp_path / "store")
+    subject = Subject.of(store, store.site())
+    found = {finding.feature: finding for finding in baselines.raw_dimension_findings(tmp_path / "store", client)}
     assert (found[1].rule, found[4 + 2].rule) == (PLACE, TOKEN)
+    assert (subject.unit_name(1), subject.unit_name(4 + 2)) == ("+1", "-2")
     assert min(found[1].f1, found[4 + 2].f1) > 0.7
     assert max(found[feature].f1 for feature in (0, 3, 4, 7, 4 + 1, 2)) < 0.5
 
 
-def test_raw_thresholds_leave_the_shares_they_name_of_the_choosing_half(text: Text, tmp_path: Path) -> None:
+def test_raw_thresholds_leave_the_shares_they_name_of_the_choosing_half(text: Text, tmp_path: Path, client: Any) -> None:
     table, codec, files = text
     rows = np.random.default_rng(2).normal(size=(len(table.ids), 3)).astype(np.float32)
     manifest = activations_manifest(3, codec)
     write_table_store(tmp_path / "store", manifest, table, lambda index: activations(rows[index]), files)
     store = ActivationStore(tmp_path / "store")
-    labels = label_store(store, codec)
-    thresholds = baselines._thresholds(store, "resid_post.0", labels)
+    labels = read_labels(store, codec, None)
+    thresholds = choose_thresholds(Subject.of(store, store.site()), list(labels.segments), client)
     n_train = table.n_train_tokens
-    chooses = ((labels[0][:n_train] & HALF_BIT) == 0) & (table.ids[:n_train] != codec.separator_token_id)
+    chooses = ~labels.segments[0].half[:n_train] & (table.ids[:n_train] != codec.separator_token_id)
     signed = np.concatenate([rows, -rows], axis=1)[:n_train][chooses]
-    for share, bounds in zip(baselines.FIRING_SHARES, thresholds, strict=True):
+    for share, bounds in zip(FIRING_SHARES, thresholds, strict=True):
         np.testing.assert_allclose((signed > bounds).mean(axis=0), share, atol=1 / len(signed))

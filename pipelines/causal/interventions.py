@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from actstore.errors import InputError
-from pipelines.capture import SITES, Site, blocks_of, hooked
+from pipelines.capture import MLP_HIDDEN, SITES, Site, blocks_of, hooked
 from pipelines.causal.forward import Keys, embed, heads_together, logits, run_blocks, run_mlp
 
 HEADS = "head_out"
 """The site of attention heads: z before W_O, one head beside the other (n_heads · d_head values)."""
-PATCH_SITES = (*SITES, HEADS)
+PATCH_SITES = (*(name for name in SITES if name != MLP_HIDDEN), HEADS)
 BATCH_POSITIONS = 2048
 """At most in one forward pass: the MLPs of GPT-2 small take 25 MB for them, and larger batches gain nothing."""
 

@@ -1,0 +1,96 @@
+"""Linear probes of labelled concepts over a store's rows, and absorption: which features stand in for the main ones.
+
+The passes over shards; what is counted in them is `pipelines/absorption.py`. Probes are fitted and their thresholds chosen
+on one half of the documents, everything else is of the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actstore.reader import Shard
+from pipelines.absorption import Absorption, Moments, Probes, ScoreHistogram
+from pipelines.cluster import reduce_tasks
+from pipelines.labels import SegmentLabels, shard_labels
+from pipelines.subjects import Subject, shard_tasks
+
+
+@dataclass(frozen=True)
+class FittedProbes:
+    """A probe of each concept, the score above which it sees the concept, and its F1 on the scoring half."""
+
+    probes: Probes
+    thresholds: NDArray[np.float64]
+    f1: NDArray[np.float64]
+
+
+def fit_probes(rows: Subject, labels: list[Any], client: Any) -> FittedProbes:
+    """Probes of the rows of a site, in two passes over it."""
+    tasks = shard_tasks(rows, labels)
+    moments: Moments = reduce_tasks(client, "probes", shard_moments, Moments.merge, tasks)
+    probes = moments.probes()
+    scored = [(*task, probes) for task in tasks]
+    histogram: ScoreHistogram = reduce_tasks(client, "scores", shard_scores, ScoreHistogram.merge, scored)
+    return FittedProbes(probes, *histogram.finalize())
+
+
+def find_absorption(
+    codes: Subject,
+    rows: Subject,
+    labels: list[Any],
+    fitted: FittedProbes,
+    mains: list[list[int]],
+    along: NDArray[np.float64],
+    client: Any,
+) -> Absorption:
+    """Absorption of each concept on the scoring half. `codes` are of the same shards as `rows`; see `Absorption.update`."""
+    shared = client.scatter((fitted.probes, fitted.thresholds, mains, along), broadcast=True)
+    tasks = [(codes, rows, *task[1:], shared) for task in shard_tasks(codes, labels)]
+    found: Absorption = reduce_tasks(client, "absorption", shard_absorption, Absorption.merge, tasks)
+    return found
+
+
+def shard_moments(rows: Subject, shard: Shard, labels: SegmentLabels) -> Moments:
+    """What probes are made of, over a shard's rows of half 0. Runs on a worker."""
+    store = rows.open()
+    holds, half = shard_labels(store, shard, labels)
+    mine = np.flatnonzero(~half)
+    values = store.read(shard, f"acts/{rows.site}")
+    moments = Moments(holds.shape[1], values.shape[1])
+    moments.update(values[mine], holds[mine])
+    return moments
+
+
+def shard_scores(rows: Subject, shard: Shard, labels: SegmentLabels, probes: Probes) -> ScoreHistogram:
+    """How probes score a shard's rows. Runs on a worker."""
+    store = rows.open()
+    holds, half = shard_labels(store, shard, labels)
+    histogram = ScoreHistogram(holds.shape[1])
+    histogram.update(probes.scores(store.read(shard, f"acts/{rows.site}")), holds.toarray() > 0, half)
+    return histogram
+
+
+def shard_absorption(
+    codes: Subject,
+    rows: Subject,
+    shard: Shard,
+    labels: SegmentLabels,
+    shared: tuple[Probes, NDArray[np.float64], list[list[int]], NDArray[np.float64]],
+) -> Absorption:
+    """Absorption over a shard's rows of half 1. Runs on a worker."""
+    probes, thresholds, mains, along = shared
+    coded, store = codes.open(), rows.open()
+    source = next(s for s in store.shards(shard.part) if (s.segment, s.index) == (shard.segment, shard.index))
+    window, position = store.read(source, "rows/window"), store.read(source, "rows/position")
+    order = np.lexsort((position, window))  # as the codes of a shard are
+    assert np.array_equal(coded.read(shard, "rows/window"), window[order])
+    holds, half = shard_labels(coded, shard, labels)
+    mine = np.flatnonzero(half)
+    scores = probes.scores(store.read(source, f"acts/{rows.site}")[order[mine]])
+    found = Absorption(len(mains), codes.n_units)
+    found.update(codes.sparse(shard)[mine], holds[mine].toarray() > 0, scores, thresholds, mains, along)
+    return found
