@@ -52,3 +52,11 @@ def test_every_link_of_a_tutorial_leads_somewhere(path: Path) -> None:
     assert links
     for link in links:
         assert (path.parent / link).exists(), link
+
+
+@pytest.mark.slow
+def test_the_first_hour_runs(tmp_path: Path) -> None:
+    """Which features there are depends on the Python whose sources are read; that every command works does not."""
+    blocks = blocks_of((ROOT / "docs" / "tutorials" / "first-hour.md").read_text(encoding="utf-8"))
+    outputs = run_blocks(blocks, tmp_path)
+    assert all(bool(output) == (block.shown is not None) for block, output in zip(blocks, outputs, strict=True))
