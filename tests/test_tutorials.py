@@ -23,7 +23,9 @@ def forms(output: str) -> list[str]:
     return list(dict.fromkeys(re.sub(r"[\d.,\-+]+", "#", line.split()[0]) for line in output.splitlines() if line.strip()))
 
 
-def test_the_lesson_runs_and_prints_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_lesson_runs_and_prints_what_it_shows(whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default without its last block: `analyze` starts a cluster, and other tests run it."""
     text = (ROOT / "docs" / "tutorials" / "lesson.md").read_text(encoding="utf-8")
     for theirs, ours in SMALLER.items():
         assert theirs in text
@@ -32,6 +34,8 @@ def test_the_lesson_runs_and_prints_what_it_shows(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     blocks = blocks_of(text)
     assert len(blocks) > 12
+    assert "actstore analyze" in blocks[-1].code
+    blocks = blocks if whole else blocks[:-1]
     for block, output in zip(blocks, run_blocks(blocks, tmp_path), strict=True):
         if block.shown is not None:
             assert forms(output) == forms(block.shown), block.code
