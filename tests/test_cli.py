@@ -35,6 +35,8 @@ CONFIGS = {
     "encode": "pipelines.codes.EncodeConfig",
     "analyze": "pipelines.analyze.AnalyzeConfig",
     "inspect": "pipelines.inspect.InspectConfig",
+    "attribute": "pipelines.causal.attribute.AttributeConfig",
+    "patch": "pipelines.causal.patch.PatchConfig",
     "report": "pipelines.report.page.ReportConfig",
 }
 """The frozen configuration that each stage's command builds."""

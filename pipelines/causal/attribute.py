@@ -58,10 +58,8 @@ def attribute(config: AttributeConfig) -> dict[str, Any]:
     """
     subject, spliced = open_either(config.run, config.store, config.model, config.device)
     prompt = subject.prompt(config.text)
-    with torch.no_grad():
-        run = trace(subject.model, prompt.ids)
-        position = require_position(run, config.position)
-        return _attributed(config, subject, spliced, prompt, run, position)
+    run = trace(subject.model, prompt.ids)
+    return _attributed(config, subject, spliced, prompt, run, require_position(run, config.position))
 
 
 def _attributed(

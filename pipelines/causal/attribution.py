@@ -65,6 +65,7 @@ def direct_logit_attribution(
     return attribute_logit(model, run, parts, target, against, position, centred=centred, final_norm=final_norm)
 
 
+@torch.no_grad()
 def stream_parts(model: nn.Module, run: Trace, position: int = -1, *, by_head: bool = True) -> Parts:
     """Token and position embedding, every head and attention bias (or every attention whole), every MLP."""
     tokens, places = token_and_position(model, run.ids[None])
@@ -82,6 +83,7 @@ def stream_parts(model: nn.Module, run: Trace, position: int = -1, *, by_head: b
     return _parts(found)
 
 
+@torch.no_grad()
 def feature_parts(model: nn.Module, run: Trace, site: Site, sae: Sae, position: int = -1, *, by_head: bool = True) -> Parts:
     """The same, with what the SAE reads in place of the parts that it is the sum of.
 
@@ -114,6 +116,7 @@ def logit_direction(model: nn.Module, target: int, against: int | None = None, *
     return direction - weight.double().mean(dim=0) if centred else direction
 
 
+@torch.no_grad()
 def normed(model: nn.Module, run: Trace, parts: Parts, position: int = -1) -> Parts:
     """The parts as the final norm passes them on, γ ⊙ (p − mean p) / σ with this run's σ, and its bias β as the last one."""
     norm = final_norm(model)
@@ -124,6 +127,7 @@ def normed(model: nn.Module, run: Trace, parts: Parts, position: int = -1) -> Pa
     return Parts((*parts.names, BIAS), (*parts.layers, n_layers), torch.cat([vectors, norm.bias.double()[None]]))
 
 
+@torch.no_grad()
 def attribute_logit(
     model: nn.Module,
     run: Trace,
@@ -148,6 +152,7 @@ def attribute_logit(
     return Attribution(own.names, shares, logit, deviation)
 
 
+@torch.no_grad()
 def top_movers(
     model: nn.Module, run: Trace, parts: Parts, k: int, position: int = -1
 ) -> list[tuple[str, list[tuple[int, float]], list[tuple[int, float]]]]:

@@ -28,11 +28,46 @@ def token_and_position(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
     return attrgetter(family.tokens)(model)(ids), attrgetter(family.positions)(model)(place)
 
 
-def run_blocks(model: nn.Module, hidden: Tensor, first: int = 0, stop: int | None = None) -> Tensor:
-    """Blocks first, first + 1, … before `stop` (by default all the rest) on `hidden` (batch, position, d_model)."""
-    mask, place = _causal_mask(model, hidden), torch.arange(hidden.shape[1], device=hidden.device)[None]
+class Keys:
+    """Attention's keys and values by block, each (n_heads, position, d_head): noted in one run, given to the next.
+
+    Stands where transformers has a cache: with none to begin with it notes those of a run of one text; else it puts them
+    before a run's own, whose positions then follow.
+    """
+
+    def __init__(self, earlier: list[tuple[Tensor, Tensor]] | None = None):
+        self.noted: list[tuple[Tensor, Tensor]] = []
+        self.earlier = earlier
+
+    def __len__(self) -> int:
+        """Positions that come before a run's own."""
+        return self.earlier[0][0].shape[1] if self.earlier else 0
+
+    def until(self, position: int) -> Keys:
+        """Those noted of the positions before one, to be given."""
+        return Keys([(keys[:, :position], values[:, :position]) for keys, values in self.noted])
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
+        """What attention reads, from its own (batch, n_heads, position, d_head); called by the block."""
+        if self.earlier is None:
+            self.noted.append((keys[0], values[0]))
+            return keys, values
+        before = (found.expand(len(keys), -1, -1, -1) for found in self.earlier[layer])
+        joined = [torch.cat([first, own], dim=2) for first, own in zip(before, (keys, values), strict=True)]
+        return joined[0], joined[1]
+
+
+def run_blocks(
+    model: nn.Module, hidden: Tensor, first: int = 0, stop: int | None = None, keys: Keys | None = None
+) -> Tensor:
+    """Blocks first, first + 1, … before `stop` (by default all the rest) on `hidden` (batch, position, d_model).
+
+    With `keys`, `hidden` is of the positions after those that the keys are of.
+    """
+    mask = _mask_after(hidden, len(keys)) if keys else _causal_mask(model, hidden)
+    place = torch.arange(hidden.shape[1], device=hidden.device)[None]
     for block in list(blocks_of(model))[first:stop]:
-        found: Any = block(hidden, attention_mask=mask, use_cache=False, position_ids=place)
+        found: Any = block(hidden, attention_mask=mask, use_cache=False, position_ids=place, past_key_values=keys)
         hidden = found[0] if isinstance(found, tuple) else found
     return hidden
 
@@ -72,6 +107,12 @@ def unembedding(model: nn.Module) -> Tensor:
 def logits(model: nn.Module, hidden: Tensor) -> Tensor:
     """(…, d_model) after the last block -> (…, vocabulary). Pass only the positions that are wanted: this is costly."""
     return final_norm(model)(hidden) @ unembedding(model).T
+
+
+def _mask_after(hidden: Tensor, n_before: int) -> Tensor:
+    """(1, 1, position, n_before + position) what is added to attention's scores: -inf for what comes later."""
+    n = hidden.shape[1]
+    return hidden.new_full((n, n_before + n), -torch.inf).triu(n_before + 1)[None, None]
 
 
 def _causal_mask(model: nn.Module, hidden: Tensor) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from actstore.errors import InputError
 from pipelines.capture import SITES, Site, blocks_of, hooked
-from pipelines.causal.forward import embed, heads_together, logits, run_blocks, run_mlp
+from pipelines.causal.forward import Keys, embed, heads_together, logits, run_blocks, run_mlp
 
 HEADS = "head_out"
 """The site of attention heads: z before W_O, one head beside the other (n_heads · d_head values)."""
@@ -29,7 +29,8 @@ class Trace:
     """What one run of a text left at every site.
 
     `streams` (n_layers + 1, position, d_model) is what enters each block and what leaves the last; the others are
-    (n_layers, position, width of the site).
+    (n_layers, position, width of the site). `keys`: what attention read, so that an edited run need not begin at the
+    first position.
     """
 
     ids: Tensor
@@ -37,6 +38,7 @@ class Trace:
     attn_out: Tensor
     mlp_out: Tensor
     head_out: Tensor
+    keys: Keys
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -75,25 +77,28 @@ def trace(model: nn.Module, ids: Tensor) -> Trace:
         for name, parts in found.items():
             for layer in range(len(blocks_of(model))):
                 hooks.enter_context(reading(model, Site(name, layer), keep(parts)))
-        start = embed(model, ids[None])
-        run_blocks(model, start)
+        start, keys = embed(model, ids[None]), Keys()
+        run_blocks(model, start, keys=keys)
     streams = torch.stack([start[0], *found.pop("resid_post")])
-    return Trace(ids, streams, **{name: torch.stack(parts) for name, parts in found.items()})
+    return Trace(ids, streams, **{name: torch.stack(parts) for name, parts in found.items()}, keys=keys)
 
 
-def logits_after(model: nn.Module, run: Trace, site: Site, edited: Tensor, at: int | Tensor | None = -1) -> Tensor:
+def logits_after(
+    model: nn.Module, run: Trace, site: Site, edited: Tensor, at: int | Tensor | None = -1, start: int = 0
+) -> Tensor:
     """Logits of a traced text once a site's activation is `edited` (n, position, width), with gradients of `edited`.
 
-    `at` is the position whose logits are wanted, one for all or one for each (n,): gives (n, vocabulary). With None,
-    those of all positions: (n, position, vocabulary).
+    With a `start`, `edited` is of the positions from there on, where alone anything can change. `at` is the position whose
+    logits are wanted, one for all or one for each (n,): gives (n, vocabulary). With None, those of all positions from
+    `start` on: (n, position, vocabulary).
     """
-    hidden, first = _stream_after(model, run, site, edited)
-    last = run_blocks(model, hidden, first)
+    hidden, first = _stream_after(model, run, site, edited, start)
+    last = run_blocks(model, hidden, first, keys=run.keys.until(start) if start else None)
     if at is None:
         return logits(model, last)
     if isinstance(at, int):
-        return logits(model, last[:, at])
-    return logits(model, last[torch.arange(len(last), device=last.device), at])
+        return logits(model, last[:, at % len(run) - start])
+    return logits(model, last[torch.arange(len(last), device=last.device), at % len(run) - start])
 
 
 @torch.no_grad()
@@ -123,31 +128,52 @@ def after_edits(model: nn.Module, run: Trace, site: Site, edited: Tensor, at: in
     return torch.cat([batch for _, _, batch in found])
 
 
-def after_row_edits(
-    model: nn.Module, run: Trace, site: Site, positions: Tensor, rows: Tensor, at: int | Tensor | None = -1
-) -> Tensor:
-    """The same of n edits that each replace the activation at one position: `positions` (n,), `rows` (n, width)."""
-    base = run.at(site)
+@torch.no_grad()
+def row_edited_logits(
+    model: nn.Module,
+    run: Trace,
+    site: Site,
+    positions: Tensor,
+    rows: Callable[[Tensor], Tensor],
+    at: int = -1,
+    batch_positions: int = BATCH_POSITIONS,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`logits_after` of n edits at one position each, `positions` (n,): (numbers of the edits, logits) of each batch.
 
-    def build(first: int, stop: int) -> Tensor:
-        edited = base.expand(stop - first, *base.shape).clone()
-        edited[torch.arange(stop - first, device=base.device), positions[first:stop]] = rows[first:stop]
-        return edited
+    `rows(numbers)` gives the activations (m, width) that they put there. Edits are taken by position, and a batch begins at
+    its first one: what comes before has the keys and values of the traced run.
+    """
+    base, at = run.at(site), at % len(run)
+    order = positions.argsort(stable=True)
+    first = 0
+    while first < len(order):
+        start = min(int(positions[order[first]]), at)
+        numbers = order[first : first + max(1, batch_positions // (len(run) - start))]
+        edited = base[start:].repeat(len(numbers), 1, 1)
+        edited[torch.arange(len(numbers), device=base.device), positions[numbers] - start] = rows(numbers)
+        yield numbers, logits_after(model, run, site, edited, at, start)
+        first += len(numbers)
 
-    return torch.cat([batch for _, _, batch in edited_logits(model, run, site, len(rows), build, at)])
+
+def after_row_edits(model: nn.Module, run: Trace, site: Site, positions: Tensor, rows: Tensor, at: int = -1) -> Tensor:
+    """(n, vocabulary) of n edits that each replace the activation at one position: `positions` (n,), `rows` (n, width)."""
+    found = list(row_edited_logits(model, run, site, positions, lambda numbers: rows[numbers], at))
+    back = torch.cat([numbers for numbers, _ in found]).argsort()
+    return torch.cat([batch for _, batch in found])[back]
 
 
-def _stream_after(model: nn.Module, run: Trace, site: Site, edited: Tensor) -> tuple[Tensor, int]:
+def _stream_after(model: nn.Module, run: Trace, site: Site, edited: Tensor, start: int) -> tuple[Tensor, int]:
     """The residual stream (n, position, d_model) with an edit in it, and the first block that it enters."""
     layer = site.layer
+    before = run.streams[layer][start:]
     if site.name == "resid_pre":
         return edited, layer
     if site.name == "resid_post":
         return edited, layer + 1
     if site.name == "mlp_out":
-        return run.streams[layer] + run.attn_out[layer] + edited, layer + 1
+        return before + run.attn_out[layer][start:] + edited, layer + 1
     written = heads_together(model, layer)(edited) if site.name == HEADS else edited
-    return run_mlp(model, layer, written + run.streams[layer]), layer + 1
+    return run_mlp(model, layer, written + before), layer + 1
 
 
 @contextmanager

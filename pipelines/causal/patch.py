@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from actstore.errors import InputError
 from pipelines.capture import Site, blocks_of
+from pipelines.causal.agreement import agreement
 from pipelines.causal.attribution import require_position
 from pipelines.causal.attribution_patching import activation_effects, feature_effects, gradients, integrated_gradients
 from pipelines.causal.heatmap import heat_lines, require_picture_path, save_heatmap
@@ -124,7 +124,6 @@ def patch(config: PatchConfig) -> dict[str, Any]:
         )
     else:
         grid = _features(config, task, steps)
-    agreement = _agreement(config, task, grid) if config.check else None
     columns = [*task.prompt.texts, "all"]
     values = [[float(v) if math.isfinite(v) else None for v in row] for row in grid.values.tolist()]
     found = {
@@ -143,7 +142,7 @@ def patch(config: PatchConfig) -> dict[str, Any]:
         "columns": columns,
         "values": values,
         "notes": notes,
-        "agreement": agreement,
+        "agreement": _agreement(config, task, grid) if config.check else None,
         "picture": None if config.out is None else str(config.out),
     }
     if config.out is not None:
@@ -254,45 +253,29 @@ def _before(task: Task) -> float:
 
 
 def _agreement(config: PatchConfig, task: Task, grid: Grid) -> dict[str, Any]:
-    """Exact interventions in `check` cells drawn from the grid, against the estimates."""
-    from scipy.stats import spearmanr
-
-    cells = torch.isfinite(grid.values[:, :-1]).nonzero()
+    """The estimates against exact interventions in `check` cells: of the grid, or of all features whose codes change."""
+    model, metric, n_positions = task.subject.model, task.metric, len(task.pair.into)
     if task.spliced is not None:
-        assert task.change is not None
-        moved = task.change[:, [int(name.split()[1]) for name in grid.rows]].T.cpu() != 0
-        cells = cells[moved[cells[:, 0], cells[:, 1]]]
-    drawn = np.random.default_rng(config.seed).permutation(len(cells))[: config.check]
-    cells = cells[torch.from_numpy(np.sort(drawn))]
-    exact = torch.zeros(len(cells), dtype=torch.float64)
-    for place, own in _by_site(config, task, grid, cells):
-        row, column = cells[own].T
-        if task.spliced is None:
-            n_heads = len(grid.rows) // len(blocks_of(task.subject.model))
-            exact[own] = patch_cells(task.subject.model, task.pair, place, row % n_heads, column, task.metric.of)
-        else:
-            feature = torch.tensor([int(name.split()[1]) for name in grid.rows])[row]
-            exact[own] = feature_cells(
-                task.subject.model, task.pair.into, place, task.spliced.sae, task.change, feature, column,  # type: ignore[arg-type]
-                task.metric.of, task.pair.at,
-            )  # fmt: skip
-    guess = grid.values[cells[:, 0], cells[:, 1]]
-    spread = len(cells) > 2 and float(exact.std()) > 0 and float(guess.std()) > 0
-    return {
-        "cells": len(cells),
-        "rank_correlation": float(spearmanr(guess.numpy(), exact.numpy()).statistic) if spread else None,
-        "largest_exact": float((exact - _before(task)).abs().max()) if len(cells) else None,
-        "largest_difference": float((exact - guess).abs().max()) if len(cells) else None,
-    }
+        site, sae, change = task.spliced.site, task.spliced.sae, task.change
+        assert change is not None
+        estimates = _before(task) + feature_estimates(task, _steps(config, task, [])).double().T
 
+        def exact(row: Tensor, column: Tensor) -> Tensor:
+            return feature_cells(model, task.pair.into, site, sae, change, row, column, metric.of, task.pair.at)
 
-def _by_site(config: PatchConfig, task: Task, grid: Grid, cells: Tensor) -> list[tuple[Site, Tensor]]:
-    """(site, numbers of the cells that lie in it)."""
-    if task.spliced is not None:
-        return [(task.spliced.site, torch.arange(len(cells)))]
-    n_layers = len(blocks_of(task.subject.model))
-    layer = cells[:, 0] // (len(grid.rows) // n_layers)
-    return [(Site(config.site, i), (layer == i).nonzero()[:, 0]) for i in range(n_layers) if bool((layer == i).any())]
+        return agreement(estimates, change.T != 0, exact, _before(task), config.check, config.seed)
+    n_heads = len(grid.rows) // len(blocks_of(model))
+
+    def exact_of_grid(row: Tensor, column: Tensor) -> Tensor:
+        found = torch.zeros(len(row), dtype=torch.float64)
+        for layer in (row // n_heads).unique().tolist():
+            own = row // n_heads == layer
+            place = Site(config.site, layer)
+            found[own] = patch_cells(model, task.pair, place, row[own] % n_heads, column[own], metric.of)
+        return found
+
+    estimates = grid.values[:, :n_positions]
+    return agreement(estimates, torch.ones_like(estimates), exact_of_grid, _before(task), config.check, config.seed)
 
 
 def patch_lines(found: dict[str, Any]) -> list[str]:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from actstore.errors import InputError
 from pipelines.capture import Site, blocks_of
 from pipelines.causal.forward import logits
-from pipelines.causal.interventions import HEADS, Trace, after_edits, edited_logits, require_patch_site
+from pipelines.causal.interventions import HEADS, Trace, after_edits, edited_logits, require_patch_site, row_edited_logits
 from pipelines.causal.metrics import Figure
 from pipelines.causal.subject import Prompt
 from pipelines.sae.base import Sae
 
+Build = Callable[[Tensor], Tensor]
 DIRECTIONS = ("denoising", "noising")
 
 
@@ -74,6 +75,7 @@ def require_equal_length(clean: Prompt, corrupt: Prompt) -> None:
         )
 
 
+@torch.no_grad()
 def run_logits(model: nn.Module, run: Trace, at: int = -1) -> Tensor:
     """(vocabulary,) logits of a traced text as it is."""
     return logits(model, run.streams[-1, at])
@@ -111,15 +113,18 @@ def patch_cells(model: nn.Module, pair: Pair, site: Site, head: Tensor, column: 
     """(n,) the figure after each of n patches: of `head[i]` (0 where the site has none) at position `column[i]`, where the
     number of positions means all of them."""
     base, source = pair.into.at(site), pair.source.at(site)
-    n_positions, width = base.shape
+    width = base.shape[1]
     head_of = torch.arange(width, device=base.device) * _n_heads(model, site) // width
     head, column = head.to(base.device), column.to(base.device)
 
-    def build(first: int, stop: int) -> Tensor:
-        place = _at_columns(column[first:stop], n_positions)
-        return torch.where(place[:, :, None] & (head_of == head[first:stop, None])[:, None], source, base)
+    def row(number: Tensor) -> Tensor:
+        own = head_of == head[number, None]
+        return torch.where(own, source[column[number]], base[column[number]])
 
-    return _measured(model, pair.into, site, len(head), build, figure, pair.at)
+    def whole(number: Tensor) -> Tensor:
+        return torch.where((head_of == head[number, None])[:, None], source, base)
+
+    return _measured(model, pair.into, site, column, row, whole, figure, pair.at)
 
 
 def feature_grid(
@@ -149,13 +154,20 @@ def feature_cells(
     base = run.at(site)
     feature, column = feature.to(base.device), column.to(base.device)
 
-    def build(first: int, stop: int) -> Tensor:
-        own = change[:, feature[first:stop]].T * _at_columns(column[first:stop], len(run))
-        return base + own[:, :, None] * sae.W_dec[feature[first:stop]].to(base.dtype)[:, None]
+    directions = sae.W_dec.to(base.dtype)
 
-    return _measured(model, run, site, len(feature), build, figure, at)
+    def row(number: Tensor) -> Tensor:
+        place, own = column[number], feature[number]
+        return base[place] + change[place, own][:, None] * directions[own]
+
+    def whole(number: Tensor) -> Tensor:
+        own = feature[number]
+        return base + change[:, own].T[:, :, None] * directions[own][:, None]
+
+    return _measured(model, run, site, column, row, whole, figure, at)
 
 
+@torch.no_grad()
 def dense_codes(sae: Sae, x: Tensor, kept: Tensor) -> Tensor:
     """(position, n_features) codes of a site's activation (position, d_model), zero at positions the SAE does not read."""
     codes = x.new_zeros(len(x), sae.n_features)
@@ -176,15 +188,19 @@ def _all_cells(n_rows: int, n_columns: int) -> tuple[Tensor, Tensor]:
     return number // n_columns, number % n_columns
 
 
-def _at_columns(column: Tensor, n_positions: int) -> Tensor:
-    """(n, position): whether a cell of a column patches there."""
-    place = torch.arange(n_positions, device=column.device)
-    return (column[:, None] == place) | (column[:, None] == n_positions)
-
-
+@torch.no_grad()
 def _measured(
-    model: nn.Module, into: Trace, site: Site, n: int, build: Callable[[int, int], Tensor], figure: Figure, at: int
+    model: nn.Module, into: Trace, site: Site, column: Tensor, row: Build, whole: Build, figure: Figure, at: int
 ) -> Tensor:
-    """(n,) the figure after each of n edits, float64, on the CPU."""
-    found = [figure(batch).cpu() for _, _, batch in edited_logits(model, into, site, n, build, at)]
-    return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
+    """(n,) the figure after each of n edits, float64, on the CPU: at one position `column`, or at all for their number.
+
+    `row` gives the edited activations (m, width) of some edits by number, `whole` those of all positions.
+    """
+    found = torch.zeros(len(column), dtype=torch.float64)
+    is_single = column < len(into)
+    ones, alls = is_single.nonzero()[:, 0], (~is_single).nonzero()[:, 0]
+    for number, batch in row_edited_logits(model, into, site, column[ones], lambda n: row(ones[n]), at):
+        found[ones[number].cpu()] = figure(batch).cpu()
+    for first, stop, batch in edited_logits(model, into, site, len(alls), lambda a, b: whole(alls[a:b]), at):
+        found[alls[first:stop].cpu()] = figure(batch).cpu()
+    return found
