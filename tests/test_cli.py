@@ -35,6 +35,8 @@ CONFIGS = {
     "encode": "pipelines.codes.EncodeConfig",
     "analyze": "pipelines.analyze.AnalyzeConfig",
     "inspect": "pipelines.inspect.InspectConfig",
+    "attribute": "pipelines.causal.attribute.AttributeConfig",
+    "patch": "pipelines.causal.patch.PatchConfig",
     "report": "pipelines.report.page.ReportConfig",
     "ablate": "pipelines.causal.ablate.AblateConfig",
     "steer": "pipelines.causal.steering.SteerConfig",

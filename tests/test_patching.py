@@ -20,7 +20,7 @@ from pipelines.causal.attribution_patching import (
     integrated_gradients,
 )
 from pipelines.causal.interventions import HEADS, PATCH_SITES, trace
-from pipelines.causal.metrics import change_metric, divergence_from, log_probability_of, pair_metric
+from pipelines.causal.metrics import Divergence, change_metric, log_probability_of, pair_metric
 from pipelines.causal.patching import (
     Pair,
     dense_codes,
@@ -226,8 +226,8 @@ def test_gradients_are_the_derivatives_of_the_exact_intervention(random: nn.Modu
 
 def test_the_gradient_of_kl_is_refused_at_the_clean_run_and_integrated_gradients_add_up(random: nn.Module) -> None:
     pair, site = pair_of(random, "noising"), Site("resid_pre", 1)
-    figure = divergence_from(run_logits(random, pair.clean))
-    with pytest.raises(InputError, match=r"gradient is zero at this run.*integrated gradients"):
+    figure = Divergence(run_logits(random, pair.clean))
+    with pytest.raises(InputError, match=r"gradient of KL is zero at the clean run.*integrated gradients"):
         gradients(random, pair.clean, [site], figure)
     other = pair.corrupt.at(site)
     whole = float(figure(run_logits(random, pair.corrupt)))
@@ -256,7 +256,7 @@ def test_kl_is_never_below_zero_and_finite_however_large_the_logits() -> None:
     generator = torch.Generator().manual_seed(0)
     reference = torch.randn(50, generator=generator) * 100
     others = torch.cat([reference[None] + 1e-7, torch.randn(20, 50, generator=generator) * 100])
-    found = divergence_from(reference)(others)
+    found = Divergence(reference)(others)
     assert bool((found >= 0).all())
     assert all(math.isfinite(value) for value in found.tolist())
 

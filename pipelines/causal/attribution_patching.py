@@ -21,18 +21,17 @@ from actstore.errors import InputError
 from pipelines.capture import Site
 from pipelines.causal.forward import embed, logits, run_blocks
 from pipelines.causal.interventions import Trace, logits_after, reading
-from pipelines.causal.metrics import Figure
+from pipelines.causal.metrics import Divergence, Figure
+from pipelines.causal.patching import run_logits
 from pipelines.sae.base import Sae
-
-ZERO = 1e-6
-"""A gradient below it everywhere is rounding: KL's at the clean run is 1e-8 in fp32, a log-probability's 1e-3 and more."""
 
 
 def gradients(model: nn.Module, run: Trace, sites: list[Site], figure: Figure, at: int = -1) -> dict[str, Tensor]:
     """∂figure/∂activation (position, width) at each site's label, all by one forward and one backward pass.
 
-    Raises InputError when that is zero everywhere, as KL's is at the clean run. No hook is left behind.
+    Raises InputError for KL at the clean run, where it is zero everywhere. No hook is left behind.
     """
+    require_slope(model, run, figure, at)
     held: dict[str, Tensor] = {}
 
     def keep(label: str) -> Callable[[Tensor], None]:
@@ -48,7 +47,6 @@ def gradients(model: nn.Module, run: Trace, sites: list[Site], figure: Figure, a
         total = figure(logits(model, run_blocks(model, start)[:, at])).sum()
         slopes = torch.autograd.grad(total, list(held.values()))  # not backward(): weights keep no gradients
     found = {label: slope[0] for label, slope in zip(held, slopes, strict=True)}
-    require_gradient(found)
     return found
 
 
@@ -89,10 +87,10 @@ def feature_effects(change: Tensor, sae: Sae, gradient: Tensor) -> Tensor:
     return change * (gradient @ sae.W_dec.T.to(gradient.dtype))
 
 
-def require_gradient(found: dict[str, Tensor]) -> None:
-    """Raises InputError when a metric's gradient is zero (up to rounding) at all sites."""
-    if max(float(gradient.abs().max()) for gradient in found.values()) < ZERO:
+def require_slope(model: nn.Module, run: Trace, figure: Figure, at: int = -1) -> None:
+    """Raises InputError for KL at its own reference, where it has its least value and no slope."""
+    if isinstance(figure, Divergence) and float(figure(run_logits(model, run, at))) == 0:
         raise InputError(
-            "the metric's gradient is zero at this run, as that of KL is at the clean one: a linear estimate would call "
-            "every part inert; take integrated gradients (--steps 16), or another metric."
+            "the gradient of KL is zero at the clean run, where KL has its minimum: a linear estimate would call every part "
+            "inert; take integrated gradients (--steps 16), or another metric."
         )

@@ -49,14 +49,17 @@ def probability_of(target: int) -> Figure:
     return lambda found: torch.softmax(found.double(), dim=-1)[..., target]
 
 
-def divergence_from(reference: Tensor) -> Figure:
-    """KL(reference ‖ ·) in nats, from the logits (vocabulary,) of the reference; never below 0 by rounding."""
-    fixed = torch.log_softmax(reference.double(), dim=-1)
+class Divergence:
+    """KL(reference ‖ ·) in nats, from the logits (vocabulary,) of the reference; never below 0 by rounding.
 
-    def of(found: Tensor) -> Tensor:
-        return (fixed.exp() * (fixed - torch.log_softmax(found.double(), dim=-1))).sum(dim=-1).clamp_min(0)
+    At the reference it is exactly 0, its least, and its gradient there is zero.
+    """
 
-    return of
+    def __init__(self, reference: Tensor):
+        self.fixed = torch.log_softmax(reference.detach().double(), dim=-1)
+
+    def __call__(self, found: Tensor) -> Tensor:
+        return (self.fixed.exp() * (self.fixed - torch.log_softmax(found.double(), dim=-1))).sum(dim=-1).clamp_min(0)
 
 
 def pair_metric(name: str, clean: Tensor, corrupt: Tensor, target: int, against: int) -> Metric:
@@ -105,7 +108,7 @@ def require_metric(name: str) -> None:
 
 def _figure(name: str, clean: Tensor, target: int) -> tuple[Figure, str]:
     if name == "kl":
-        return divergence_from(clean), "KL(clean || patched) in nats"
+        return Divergence(clean), "KL(clean || patched) in nats"
     if name == "probability":
         return probability_of(target), "probability of the target"
     return log_probability_of(target), "log-probability of the target in nats"
