@@ -167,8 +167,9 @@ def ablate_lines(found: dict[str, Any]) -> list[str]:
     ]
     if "kl_normal_reconstruction" in found:
         lines.append(f"KL(normal ‖ reconstruction) {found['kl_normal_reconstruction']:.4f}")
+    lines.append(_candidates("normal", found["normal"]))
+    if "reconstruction" in found:
         lines.append(_candidates("reconstruction", found["reconstruction"]))
-    lines += [_candidates("normal", found["normal"])]
     peak = max((value for effect in found["features"] for value in effect["kl_at"]), default=0.0)
     for effect in found["features"]:
         bar = "".join(BAR[0 if not v else max(1, round(8 * v / peak))] if peak else BAR[0] for v in effect["kl_at"])
