@@ -89,14 +89,13 @@ def write_pairs(
     """
     work = open_place(job.work_url)
     if counts is not None:
-        rows = np.arange(stop - start)
-        counts[rows, rows + start] = 0
         columns, values, best = [], [], []
-        for row in rows:  # a mask of the whole tile would be as large again
+        for row in range(stop - start):  # a mask of the whole tile would be as large again
             kept = np.flatnonzero(counts[row] >= job.min_together)
+            kept = kept[kept != start + row]
             columns.append(kept.astype(np.min_scalar_type(job.extent.n_features - 1)))
             values.append(counts[row, kept])
-            best.append(_strongest(job, start + int(row), kept, values[-1], each, n_total))
+            best.append(_strongest(job, start + row, kept, values[-1], each, n_total))
         lengths = [len(kept) for kept in columns]
         arrays = {
             "starts": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
@@ -105,7 +104,8 @@ def write_pairs(
         }
         create_arrays(job.result_url, f"cooccurrence/tiles/{tile:06d}", arrays)
         strongest = np.concatenate(best)
-        facts = {"pairs": np.array([np.count_nonzero(counts)]), "kept": arrays["starts"][-1:]}
+        n_pairs = np.count_nonzero(counts) - np.count_nonzero(np.diagonal(counts, offset=start))
+        facts = {"pairs": np.array([n_pairs]), "kept": arrays["starts"][-1:]}
         names = ("feature", "partner", "together")
         publish_bundle(work, done(tile), facts | {name: strongest[:, i] for i, name in enumerate(names)})
     bundle = Bundle(work, done(tile))
