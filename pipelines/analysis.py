@@ -32,6 +32,8 @@ SORTS = ("frequency", "mean", "peak", "documents", "burstiness", "id")
 EXAMPLE_KINDS = ("top", "strata", "random")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 CHUNK_ENTRIES = 1 << 16
+LOADED_ENTRIES = 1 << 25
+"""Of a table that is read whole when most of its rows will be looked at: at most about 400 MB."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def create_arrays(url: str, group: str, arrays: dict[str, NDArray[Any]], chunk_b
     chunk when given.
     """
     root = open_arrays(open_place(url), "a")
-    compressor = zarr.codecs.BloscCodec(cname="lz4", shuffle="shuffle")
+    compressors = [zarr.codecs.BloscCodec(cname="lz4", shuffle="shuffle"), zarr.codecs.Crc32cCodec()]
     for name, array in arrays.items():
         array = np.ascontiguousarray(array)
         rows = max(1, chunk_bytes // max(array.nbytes // max(len(array), 1), 1)) if chunk_bytes else CHUNK_ENTRIES
@@ -93,7 +95,7 @@ def create_arrays(url: str, group: str, arrays: dict[str, NDArray[Any]], chunk_b
             dtype=array.dtype,
             chunks=chunk,
             shards=(chunk[0] * min(256, n_chunks), *chunk[1:]) if n_chunks > 1 else None,
-            compressors=[compressor],
+            compressors=compressors,
             overwrite=True,
         )
         if array.size:
@@ -107,6 +109,14 @@ class SparseRows:
         self._root, self._group, self.n_columns = root, group, n_columns
         self._first: NDArray[np.int64] = np.asarray(root[f"{group}/tile_starts"][:])  # type: ignore[index]
         self._tile = lru_cache(maxsize=64)(self._open_tile)
+        self._in_memory = False
+
+    def load(self) -> None:
+        """Read a tile whole when it is first looked at, unless the table is larger than `LOADED_ENTRIES`."""
+        shapes = [self._root[f"{self._group}/tiles/{tile:06d}/columns"].shape[0] for tile in range(self.n_tiles)]  # type: ignore[union-attr]
+        if sum(shapes) <= LOADED_ENTRIES and not self._in_memory:
+            self._in_memory = True
+            self._tile.cache_clear()
 
     @property
     def n_tiles(self) -> int:
@@ -114,7 +124,10 @@ class SparseRows:
 
     def _open_tile(self, tile: int) -> tuple[NDArray[np.int64], dict[str, Any]]:
         group: Any = self._root[f"{self._group}/tiles/{tile:06d}"]
-        return np.asarray(group["starts"][:]), {name: group[name] for name in group.array_keys() if name != "starts"}
+        arrays = {name: group[name] for name in group.array_keys() if name != "starts"}
+        if self._in_memory:
+            arrays = {name: np.asarray(array[:]) for name, array in arrays.items()}
+        return np.asarray(group["starts"][:]), arrays
 
     def row(self, row: int, name: str = "count") -> tuple[NDArray[Any], NDArray[Any]]:
         """(columns, values) of one row, columns rising."""
@@ -170,7 +183,9 @@ class Analysis:
         self._loaded: dict[str, NDArray[Any]] = {}
 
     def preload(self) -> dict[str, NDArray[Any]]:
-        """Read the examples of all features at once: for one who will look at most of them. The arrays of `examples`."""
+        """Read at once what most features' cards show; gives the arrays of `examples`."""
+        for table in (self.pairs, self.tokens):
+            table.load()
         self._loaded = {name: self._get(f"examples/{name}") for name in ("value", "document", "tokens", "values")}
         return self._loaded
 

@@ -96,7 +96,7 @@ def analyze(config: AnalyzeConfig, client: Any = None) -> dict[str, Any]:
     codes = CodeStore(config.codes)
     work = open_place(f"{str(config.out).rstrip('/')}.partial")
     slots = config.examples + config.random_examples + config.strata
-    work.require_space(codes.n_features * slots * (config.before + config.after + 1) * 8, "the examples")
+    open_place(config.out).require_space(codes.n_features * slots * (config.before + config.after + 1) * 8, "the examples")
     if client is not None:
         return _analyze(config, codes, work, client)
     with connect(config.scheduler, config.workers, threads=config.threads) as own_client:

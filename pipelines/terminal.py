@@ -113,7 +113,7 @@ def feature_lines(card: dict[str, Any]) -> list[str]:
     if card["rows"]:
         low, middle, high = (card["quantiles"][name] for name in ("0.05", "0.5", "0.95"))
         bursts = (
-            "" if card["burstiness"] is None else f", {card['burstiness']:.1f}x as often again in the same one as by chance"
+            "" if card["burstiness"] is None else f"; two firings share one {card['burstiness']:.1f}x as often as two rows"
         )
         lines.append(f"activations: median {middle:.3f}, 5 to 95 % {low:.3f} to {high:.3f}")
         lines.append(f"in {card['documents']:,} documents ({card['document_share']:.1%}){bursts}")

@@ -480,7 +480,7 @@ def test_other_readers_open_the_tables(library: str, plain: Path) -> None:
     if library == "polars":
         assert module.read_parquet(path)["fires"].to_list() == Analysis(plain).fires.tolist()
     else:
-        assert module.sql(f"select sum(fires) from '{path}'").fetchone() == (Analysis(plain).fires.sum(),)
+        assert module.sql(f"select sum(fires) from '{path}'").fetchall() == [(Analysis(plain).fires.sum(),)]
 
 
 @pytest.mark.parametrize(

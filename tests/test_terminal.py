@@ -62,7 +62,7 @@ def test_the_card_of_a_feature_is_this(analysis: Analysis) -> None:
     assert feature_lines(feature_card(analysis, 1)) == [
         f"feature 1: fires in 7 rows ({7 / n:.3%}, common), mean 1.857, peak 3.000",
         "activations: median 1.031, 5 to 95 % 1.031 to 3.062",
-        f"in 2 documents (100.0%), {bursts:.1f}x as often again in the same one as by chance",
+        f"in 2 documents (100.0%); two firings share one {bursts:.1f}x as often as two rows",
         f"firings in the first, second half of a window: {7}, 0",
         "tokens (share of its firings; share of the token's rows it fires on):",
         "  ' fox'            57.1% 100.0%",

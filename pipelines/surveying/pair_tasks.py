@@ -24,6 +24,8 @@ TILE_BYTES = 128 << 20
 """Of a tile's dense counts, at most; two that are added are 256 MiB."""
 LEAST_TASKS = 16
 BLOCK_ROWS = 262_144
+WRITTEN_ROWS = 128
+"""Features of a tile that are compared with the threshold at a time: a mask of the whole tile would be as large again."""
 STRONGEST, LEAST_TOGETHER = 10, 5
 """Partners of each feature in the table of pairs, and how often they must be together to be in it."""
 
@@ -89,23 +91,25 @@ def write_pairs(
     """
     work = open_place(job.work_url)
     if counts is not None:
-        rows = np.arange(stop - start)
-        counts[rows, rows + start] = 0
-        columns, values, best = [], [], []
-        for row in rows:  # a mask of the whole tile would be as large again
-            kept = np.flatnonzero(counts[row] >= job.min_together)
-            columns.append(kept.astype(np.min_scalar_type(job.extent.n_features - 1)))
-            values.append(counts[row, kept])
-            best.append(_strongest(job, start + int(row), kept, values[-1], each, n_total))
-        lengths = [len(kept) for kept in columns]
+        columns, values, lengths, best = [], [], [], []
+        for first in range(0, stop - start, WRITTEN_ROWS):
+            piece = counts[first : first + WRITTEN_ROWS]
+            row, column = np.nonzero(piece >= job.min_together)
+            is_pair = column != row + start + first
+            row, column = row[is_pair], column[is_pair]
+            columns.append(column.astype(np.min_scalar_type(job.extent.n_features - 1)))
+            values.append(piece[row, column])
+            lengths.append(np.bincount(row, minlength=len(piece)))
+            best.append(_strongest(job, row + start + first, column, values[-1], each, n_total))
         arrays = {
-            "starts": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            "starts": np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64),
             "columns": np.concatenate(columns),
             "count": np.concatenate(values),
         }
         create_arrays(job.result_url, f"cooccurrence/tiles/{tile:06d}", arrays)
         strongest = np.concatenate(best)
-        facts = {"pairs": np.array([np.count_nonzero(counts)]), "kept": arrays["starts"][-1:]}
+        n_pairs = np.count_nonzero(counts) - np.count_nonzero(np.diagonal(counts, offset=start))
+        facts = {"pairs": np.array([n_pairs]), "kept": arrays["starts"][-1:]}
         names = ("feature", "partner", "together")
         publish_bundle(work, done(tile), facts | {name: strongest[:, i] for i, name in enumerate(names)})
     bundle = Bundle(work, done(tile))
@@ -113,17 +117,18 @@ def write_pairs(
 
 
 def _strongest(
-    job: Job, feature: int, partners: NDArray[Any], together: NDArray[Any], each: NDArray[np.int64], n_total: int
+    job: Job, feature: NDArray[Any], partner: NDArray[Any], together: NDArray[Any], each: NDArray[np.int64], n_total: int
 ) -> NDArray[np.int64]:
-    """(n, 3) feature, partner and count of its pairs with the largest NPMI (by count for `within` N)."""
+    """(n, 3) feature, partner and count of each feature's pairs with the largest NPMI (by count for `within` N)."""
     enough = together >= LEAST_TOGETHER
-    partners, together = partners[enough], together[enough].astype(np.int64)
+    feature, partner, together = feature[enough], partner[enough], together[enough].astype(np.int64)
+    strength = together.astype(np.float64)
     if job.within in ("row", "document"):
-        strength = npmi(together, each[feature], each[partners], n_total)
-    else:
-        strength = together.astype(np.float64)
-    order = np.lexsort((partners, -strength))[:STRONGEST] if len(partners) else np.empty(0, np.int64)
-    return np.stack([np.full(len(order), feature), partners[order].astype(np.int64), together[order]], axis=1)
+        strength = npmi(together, each[feature], each[partner], n_total)
+    order = np.lexsort((partner, -strength, feature))
+    place = np.arange(len(order)) - np.searchsorted(feature[order], feature[order])
+    chosen = order[place < STRONGEST]
+    return np.stack([feature[chosen], partner[chosen], together[chosen]], axis=1)
 
 
 def widened(job: Job, shard: Shard, reach: int) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[Any], NDArray[np.bool_]]:
