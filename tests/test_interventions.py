@@ -77,14 +77,22 @@ def test_an_edit_that_changes_nothing_gives_the_models_logits(subject: Subject, 
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
-def test_row_edits_are_edits_at_one_position_each(subject: Subject) -> None:
-    run, site = trace(subject.model, ids()), Site("resid_post", 1)
-    positions, rows = torch.tensor([2, 10, 2]), torch.randn(3, run.at(site).shape[1], dtype=torch.float64)
-    edited = run.at(site).repeat(3, 1, 1)
+@pytest.mark.parametrize("at", [-1, 4, 0])
+@pytest.mark.parametrize("name", PATCH_SITES)
+def test_row_edits_begin_at_their_position_and_give_what_edits_of_the_whole_text_give(
+    subject: Subject, name: str, at: int
+) -> None:
+    run, site = trace(subject.model, ids()), Site(name, 1)
+    positions = torch.tensor([2, 10, 2, 0, 7])
+    rows = 1000 * torch.randn(5, run.at(site).shape[1], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    edited = run.at(site).repeat(5, 1, 1)
     for i, (position, row) in enumerate(zip(positions.tolist(), rows, strict=True)):
         edited[i, position] = row
-    expected = after_edits(subject.model, run, site, edited)
-    torch.testing.assert_close(after_row_edits(subject.model, run, site, positions, rows), expected, rtol=0, atol=1e-9)
+    expected = after_edits(subject.model, run, site, edited, at)
+    found = after_row_edits(subject.model, run, site, positions, rows, at)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    clean = after_edits(subject.model, run, site, run.at(site)[None], at)
+    assert (expected - clean).abs().max() > 1e-6, "the first of them matters at every position"
 
 
 def test_how_edits_are_cut_into_batches_changes_nothing(subject: Subject) -> None:
