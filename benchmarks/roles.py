@@ -40,9 +40,9 @@ import torch  # noqa: E402
 
 from actstore.files import read_json  # noqa: E402
 from actstore.plan import permutation  # noqa: E402
-from pipelines.causal.effects import branch_layout, firing_texts, predicted, window_passes  # noqa: E402
 from pipelines.causal.firings import PART, Firings, draw_firings, next_tokens  # noqa: E402
 from pipelines.causal.forward import logits  # noqa: E402
+from pipelines.causal.measuring import branch_layout, firing_texts, predicted, window_passes  # noqa: E402
 from pipelines.causal.splice import read_site  # noqa: E402
 from pipelines.causal.subject import Spliced, open_spliced  # noqa: E402
 from pipelines.code_store import CodeStore, read_codes  # noqa: E402

@@ -401,3 +401,34 @@ def test_a_scheduler_whose_address_is_none(
 def test_workers_that_are_none(refused: Refused, codes: Path, tmp_path: Path) -> None:
     line = refused("analyze", codes, "--out", tmp_path / "new", "--workers", 0)
     assert line == "error: workers 0: need at least 1."
+
+
+# Interventions
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "line"),
+    [
+        ("ablate", ["TEXT", "--feature", 64], "feature 64: the SAE has 64 features; choose 0 to 63."),
+        ("ablate", [""], "has no token; give some text."),
+        ("ablate", ["fox " * 99], "the model has 64 positions; shorten it."),
+        ("steer", [64, "fox"], "feature 64: the SAE has 64 features; choose 0 to 63."),
+        ("steer", [1, ""], "has no token; give some text."),
+        ("steer", [1, "fox", "--tokens", 64], "more than the model's 64 positions; ask for fewer."),
+        ("lens", [64], "feature 64: the SAE has 64 features; choose 0 to 63."),
+    ],
+)
+def test_a_feature_or_text_that_does_not_fit_is_refused(
+    refused: Refused, run: Path, command: str, arguments: list[object], line: str
+) -> None:
+    assert refused(command, run, *arguments, "--device", "cpu").endswith(line)
+
+
+@pytest.mark.parametrize("command", ["ablate", "steer", "lens", "effects"])
+def test_a_store_without_the_layer_of_the_sae_is_refused(
+    refused: Refused, run: Path, small_store: Path, codes: Path, tmp_path: Path, command: str
+) -> None:
+    needed = {"ablate": ["fox"], "steer": [1, "fox"], "lens": [], "effects": [codes, "--out", tmp_path / "effects"]}
+    line = refused(command, run, *needed[command], "--store", small_store, "--device", "cpu")
+    assert "the SAE reads resid_post.2" in line
+    assert "holds resid_post.0" in line

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from actstore.errors import IdentityMismatch, InputError, OutputExists
 from actstore.files import read_json
 from benchmarks.roles import benjamini_hochberg, wilson
-from pipelines.causal import effects as stage
+from pipelines.causal import measuring as stage
 from pipelines.causal.ablation import Edit, ablate, read_prompt
 from pipelines.causal.effects import EffectsConfig, effects
 from pipelines.causal.effects_table import document_interval, effects_lines, read_table, summary
