@@ -30,8 +30,8 @@ def the_line(command: str, exit_code: int, stdout: str, stderr: str) -> str:
     """The one line of an error, after the line that shows the configuration, and the address of a dashboard."""
     assert exit_code == 1, (stdout, stderr)
     assert stdout == ""
-    *before, line = stderr.splitlines()
-    assert len([shown for shown in before if not shown.startswith("dashboard: ")]) <= 1, stderr
+    *before, line = (shown for shown in stderr.splitlines() if not shown.startswith("dashboard: "))
+    assert len(before) <= 1, stderr
     assert all(shown.startswith(f"{command}: ") for shown in before), stderr
     assert line.startswith("error: ")
     return line
