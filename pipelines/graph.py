@@ -85,7 +85,7 @@ class Communities:
 
 def communities(graph: sp.csr_matrix, seed: int, n_seeds: int) -> Communities:
     """Partition a graph `n_seeds` times, each with nodes in another order."""
-    tries = [partition(graph, seed * 1000 + i) for i in range(n_seeds)]
+    tries = [partition(graph, seed % 1_000_003 * 1000 + i) for i in range(n_seeds)]
     scores = [modularity(graph, labels) for labels in tries]
     nodes = np.flatnonzero(np.diff(graph.indptr))
     agreements = [adjusted_rand(tries[i][nodes], tries[j][nodes]) for i in range(n_seeds) for j in range(i)]

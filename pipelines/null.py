@@ -11,6 +11,7 @@ what is left of the observed table falls as 2^-sweeps.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 SWEEPS = 10
 """Trades of every row in a draw: a thousandth of an observed excess is left in the null's mean, and takes so much from its z."""
 CHUNK_PAIRS = 8192
-DENSE_COUNT_BYTES = 256 << 20
+DENSE_COUNT_BYTES = TILE_BYTES = 256 << 20
 KEYS_AT_ONCE = 8 << 20
 _FEATURE_BITS = np.uint64(24)
 _KEY_BITS = 40
@@ -153,7 +154,7 @@ class Pairs:
         n_dense = (len(self.features) + 1) ** 2
         is_dense = n_dense * 8 <= DENSE_COUNT_BYTES
         dense = np.zeros(n_dense if is_dense else 0, np.int64)
-        for keys in self._keys(table):
+        for keys in self.keys(table):
             if is_dense:
                 dense += np.bincount(keys, minlength=n_dense)
             else:
@@ -161,7 +162,7 @@ class Pairs:
                 total += np.searchsorted(keys, wanted, side="right") - np.searchsorted(keys, wanted)
         return dense[wanted] if is_dense else total
 
-    def _keys(self, table: CodeTable):  # type: ignore[no-untyped-def]
+    def keys(self, table: CodeTable) -> Iterator[NDArray[np.int64]]:
         """The keys of all co-firings, some rows at a time. Features of no pair share one place after the last."""
         place = np.full(table.n_features + 1, len(self.features), np.int32)
         place[self.features] = np.arange(len(self.features))
@@ -172,38 +173,38 @@ class Pairs:
             yield self.key(rows[:, a].ravel(), rows[:, b].ravel())
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """Pairs whose expectation may reach a bound, and what it and the variance are without the rows' numbers of features.
+def hypergeometric(table: CodeTable, pairs: Pairs) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(mean, variance), (P,), of the pairs' counts with each feature's rows drawn on their own in each block.
 
-    `mean` and `variance`, (P,): of the sum over blocks of hypergeometric counts, each feature's rows drawn on their own.
+    That is the null without its second promise, the number of features in each row: close to its moments, and known exactly.
     """
-
-    pairs: Pairs
-    mean: NDArray[np.float64]
-    variance: NDArray[np.float64]
-
-
-def candidates(table: CodeTable, expectation: float, tile_bytes: int = DENSE_COUNT_BYTES) -> Candidates:
-    """The pairs with a hypergeometric expectation of at least `expectation`, found in tiles of features."""
-    features = np.flatnonzero(table.fires >= expectation)
-    counts, rows = table.block_counts(features)
+    counts, rows = table.block_counts(pairs.features)
     scaled = counts / rows[:, None]
     spread = counts * (rows[:, None] - counts)
     scaled_spread = spread / (rows**2 * np.maximum(rows - 1, 1))[:, None]
-    step = max(1, tile_bytes // (8 * max(len(features), 1)))
-    found: list[tuple[NDArray, ...]] = []
+    mean, variance = np.zeros(len(pairs)), np.zeros(len(pairs))
+    step = max(1, TILE_BYTES // (32 * max(len(rows), 1)))
+    for start in range(0, len(pairs), step):
+        part = slice(start, start + step)
+        left, right = pairs.left[part], pairs.right[part]
+        mean[part] = np.einsum("bp,bp->p", counts[:, left], scaled[:, right])
+        variance[part] = np.einsum("bp,bp->p", spread[:, left], scaled_spread[:, right])
+    return mean, variance
+
+
+def candidates(table: CodeTable, expectation: float) -> Pairs:
+    """The pairs with a hypergeometric expectation of at least `expectation`, found in tiles of features."""
+    features = np.flatnonzero(table.fires >= expectation)
+    counts, rows = table.block_counts(features)
+    scaled = counts / np.maximum(rows, 1)[:, None]
+    step = max(1, TILE_BYTES // (8 * max(len(features), 1)))
+    lefts, rights = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for start in range(0, len(features), step):
-        tile = slice(start, start + step)
-        mean = counts[:, tile].T @ scaled
-        mean[np.arange(len(features)) <= np.arange(len(features))[tile, None]] = 0
+        mean = counts[:, start : start + step].T @ scaled
         left, right = np.nonzero(mean >= expectation)
-        kept_mean = mean[left, right]
-        variance = spread[:, tile].T @ scaled_spread
-        found.append((left + start, right, kept_mean, variance[left, right]))
-    if not found:
-        found.append((np.zeros(0, int), np.zeros(0, int), np.zeros(0), np.zeros(0)))
-    left, right, mean, variance = (np.concatenate(column) for column in zip(*found, strict=True))
+        is_upper = left + start < right
+        lefts.append(left[is_upper] + start)
+        rights.append(right[is_upper])
+    left, right = np.concatenate(lefts), np.concatenate(rights)
     used = np.unique(np.r_[left, right])
-    left, right = (np.searchsorted(used, side).astype(np.int32) for side in (left, right))
-    return Candidates(Pairs(features[used], left, right), mean, variance)
+    return Pairs(features[used], *(np.searchsorted(used, side).astype(np.int32) for side in (left, right)))
