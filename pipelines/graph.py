@@ -12,10 +12,10 @@ MIN_MEMBERS = 3
 """A community has at least three features; two are a pair."""
 
 
-def adjacency(left: NDArray[np.int64], right: NDArray[np.int64], n_nodes: int) -> sp.csr_matrix:
-    """(n, n) symmetric 0/1 matrix of an edge list; scikit-network takes a matrix, not an array."""
+def adjacency(left: NDArray, right: NDArray, weights: NDArray, n_nodes: int) -> sp.csr_matrix:
+    """(n, n) symmetric matrix of a list of weighted edges; scikit-network takes a matrix, not an array."""
     ends, others = np.r_[left, right], np.r_[right, left]
-    return sp.csr_matrix((np.ones(len(ends)), (ends, others)), shape=(n_nodes, n_nodes))
+    return sp.csr_matrix((np.r_[weights, weights].astype(np.float64), (ends, others)), shape=(n_nodes, n_nodes))
 
 
 def partition(graph: sp.csr_matrix, seed: int) -> NDArray[np.int64]:
@@ -34,13 +34,13 @@ def partition(graph: sp.csr_matrix, seed: int) -> NDArray[np.int64]:
 
 
 def modularity(graph: sp.csr_matrix, labels: NDArray[np.int64]) -> float:
-    """Newman's modularity: the share of edges inside groups, less what the nodes' degrees alone would give; 0 without edges."""
-    degrees = np.diff(graph.indptr).astype(np.float64)
-    total = degrees.sum()
+    """Newman's modularity: the share of weight inside groups, less what degrees alone would give; 0 without edges."""
+    degrees = np.asarray(graph.sum(axis=1)).ravel()
+    total = float(degrees.sum())
     if not total:
         return 0.0
-    row, column = graph.nonzero()
-    inside = float((labels[row] == labels[column]).sum()) / total
+    edges = graph.tocoo()
+    inside = float(edges.data[labels[edges.row] == labels[edges.col]].sum()) / total
     of_group = np.bincount(labels[labels >= 0], weights=degrees[labels >= 0])
     return inside - float(np.square(of_group / total).sum())
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SWEEPS = 10
-"""Trades of every row in a draw: a thousandth of an observed excess is left in the null's mean, and takes so much from its z."""
+"""Trades of every row in a draw: a thousandth of an observed excess is left in the null's mean."""
 CHUNK_PAIRS = 8192
 DENSE_COUNT_BYTES = TILE_BYTES = 256 << 20
 KEYS_AT_ONCE = 8 << 20
@@ -140,7 +140,7 @@ class Pairs:
         """The features of each pair."""
         return self.features[self.left], self.features[self.right]
 
-    def key(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int64]:
+    def key(self, left: NDArray, right: NDArray) -> NDArray[np.int64]:
         return left.astype(np.int64) * (len(self.features) + 1) + right
 
     def count(self, table: CodeTable) -> NDArray[np.int64]:

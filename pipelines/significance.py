@@ -91,7 +91,7 @@ def tail_probabilities(
     parameters through the incomplete beta and gamma functions. A binomial with the moments of a sum of hypergeometric
     counts ends too early where both features are dense; its upper tail is no less than a normal's here.
     """
-    counts = np.asarray(counts, np.float64)
+    real = np.asarray(counts, np.float64)
     ratio = variance / mean
     with np.errstate(divide="ignore", invalid="ignore"):
         p_low = np.clip(1 - ratio, 0, 1 - 1e-9)  # binomial: success probability, number of trials
@@ -114,7 +114,7 @@ def tail_probabilities(
             negative = special.betaincc(above, size, p_high)
         return np.where(ratio < 1 - 1e-6, binomial, np.where(ratio > 1 + 1e-6, negative, special.gammaincc(above, mean)))
 
-    return at_most(counts), at_least(counts)
+    return at_most(real), at_least(real)
 
 
 @dataclass(frozen=True)

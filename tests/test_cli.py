@@ -36,6 +36,7 @@ CONFIGS = {
     "analyze": "pipelines.analyze.AnalyzeConfig",
     "inspect": "pipelines.inspect.InspectConfig",
     "report": "pipelines.report.page.ReportConfig",
+    "structure": "pipelines.structure.stage.StructureConfig",
 }
 """The frozen configuration that each stage's command builds."""
 

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from pipelines.graph import Communities, adjacency, adjusted_rand, communities, direct_only
+from pipelines.graph import Communities, adjusted_rand, communities, direct_only
 from pipelines.null import CodeTable, Pairs
 from pipelines.significance import NullFit, judge
-from pipelines.structure.rounds import MIN_EXPECTATION, NullDraw, Observed, Q, attracted, repelled
+from pipelines.structure.rounds import MIN_EXPECTATION, Observed, Q, attracted, graph_of, repelled
 
 MIN_AGREEMENT = 0.6
 """Adjusted Rand index that partitions must reach, between the halves and between seeds, to be reported."""
@@ -21,6 +21,12 @@ CONDITIONAL, REVERSE = 0.9, 0.7
 """a implies b where P(b | a) is at least the one and P(a | b) below the other."""
 DUPLICATE_JACCARD, DUPLICATE_COSINE = 0.5, 0.7
 N_SEEDS = 20
+LADDER = (1.0, 1.5, 2.5, 5.0, 10.0)
+"""Graphs are made at these multiples of `min_lift`: pairs of small effect blur communities of large effect."""
+
+
+def ladder(min_lift: float) -> tuple[float, ...]:
+    return tuple(step * min_lift for step in LADDER)
 
 
 @dataclass(frozen=True)
@@ -46,14 +52,9 @@ def replicate(place: NDArray[np.int64], first: Observed, second: Observed) -> Ch
     return Chosen(place, q, tested & (q <= Q) & same)
 
 
-def graph_of(half: Observed, pairs: Pairs, min_lift: float) -> Any:
-    edges = attracted(half.judged, min_lift)
-    return adjacency(pairs.left[edges], pairs.right[edges], len(pairs.features))
-
-
 def find_communities(half: Observed, pairs: Pairs, min_lift: float, seed: int) -> Communities:
     """Communities of a half's graph, from 20 partitions."""
-    return communities(graph_of(half, pairs, min_lift), seed, N_SEEDS)
+    return communities(graph_of(half.judged, pairs, attracted(half.judged, min_lift)), seed, N_SEEDS)
 
 
 def pair_groups(found: Communities, pairs: Pairs) -> NDArray[np.int64]:
@@ -64,32 +65,46 @@ def pair_groups(found: Communities, pairs: Pairs) -> NDArray[np.int64]:
     return np.where(group[pairs.left] == group[pairs.right], group[pairs.left], -1)
 
 
+def number_on(groupings: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """(groupings, P) the same groups, each grouping's numbered on from where the one before ended.
+
+    >>> number_on([np.array([0, 1, -1]), np.array([0, -1, 0])])
+    array([[ 0,  1, -1],
+           [ 2, -1,  2]])
+    """
+    numbered, first = [], 0
+    for own in groupings:
+        numbered.append(np.where(own >= 0, own + first, -1))
+        first += int(own.max(initial=-1)) + 1
+    return np.stack(numbered)
+
+
 def halves_agreement(first: Communities, second: Communities) -> tuple[float, int]:
     """(adjusted Rand index of the halves' communities, over how many features: those with an edge in both graphs)."""
     common = np.flatnonzero((first.labels >= 0) & (second.labels >= 0))
     return adjusted_rand(first.labels[common], second.labels[common]), len(common)
 
 
-def judge_communities(second: Observed) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(q, lift) of each community on the second half: the sum of its pairs' counts against the same sum in each draw."""
+def judge_groups(second: Observed) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(p, lift) of each group of pairs on the second half: the sum of their counts against the same sum in each draw."""
     drawn = second.drawn_sums.astype(np.float64)
     null = NullFit(drawn.mean(axis=0), drawn.var(axis=0, ddof=1), len(drawn) - 1, len(drawn))
     judged = judge(second.sums, null, MIN_EXPECTATION)
-    return np.where(judged.z > 0, judged.q, 1.0), judged.lift
+    return np.where(judged.z > 0, judged.p, 1.0), judged.lift
 
 
-def verdict(found: Communities, agreement: float, q: NDArray[np.float64], null_draws: list[NullDraw]) -> dict[str, Any]:
-    """Is there community structure beyond the null? The figures, and the reason where the answer is no."""
-    drawn = np.array([draw.modularity_equal for draw in null_draws])
+def verdict(found: Communities, agreement: float, q: NDArray[np.float64], drawn: NDArray[np.float64]) -> dict[str, Any]:
+    """Is there community structure beyond the null at one level? The figures, and the reason where the answer is no.
+
+    `q` are its communities' on the second half, `drawn` the modularities of null graphs with as many edges.
+    """
     spread = float(drawn.std(ddof=1)) if len(drawn) > 1 else 0.0
     z = (found.modularity - float(drawn.mean())) / spread if spread > 0 else 0.0
     reasons = []
     if not found.members():
         reasons.append("no three features are linked")
     if z < MIN_Z:
-        reasons.append(
-            f"its modularity is {z:.1f} deviations above that of null graphs with as many edges, {MIN_Z:g} are needed"
-        )
+        reasons.append(f"modularity is {z:.1f} deviations above null graphs', {MIN_Z:g} are needed")
     if found.seed_agreement < MIN_AGREEMENT:
         reasons.append(f"20 seeds agree by {found.seed_agreement:.2f} (adjusted Rand), {MIN_AGREEMENT} is needed")
     if agreement < MIN_AGREEMENT:

@@ -57,8 +57,8 @@ def lift_intervals(
         numerator += weights[:, documents] @ counts
         denominator += weights[:, documents] @ expected
         total += expected.sum(axis=0)
-    mean = mean if groups is None else np.bincount(groups, weights=mean, minlength=n)
-    lifts = numerator / np.maximum(denominator * (mean / np.maximum(total, TINY)), TINY)
+    of_null = mean if groups is None else np.bincount(groups, weights=mean, minlength=n).astype(np.float64)
+    lifts = numerator / np.maximum(denominator * (of_null / np.maximum(total, TINY)), TINY)
     low, high = np.quantile(lifts, [0.025, 0.975], axis=0)
     return low, high
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
+SHOWN = 8
 
 
 def findings_page(record: dict[str, Any]) -> str:
@@ -22,7 +22,7 @@ def summary_lines(record: dict[str, Any]) -> list[str]:
         f"pairs         {pairs['called']:,} of {pairs['tested']:,} called at q <= {record['settings']['q']} "
         f"({_of(drawn)} in draws of the null; {pairs['called_under_independence']:,} under independence)",
         *(
-            f"  {name:<11} {pairs[name]['called']:,} of a large effect, {pairs[name]['replicated']:,} replicated on the other half"
+            f"  {name:<11} {pairs[name]['called']:,}, of which {pairs[name]['replicated']:,} replicated on the other half"
             for name in ("attracted", "repelled")
         ),
         f"communities   {_verdict(record['communities'])}",
@@ -51,12 +51,11 @@ def _head(record: dict[str, Any]) -> list[str]:
     return [
         "# Do features fire together in a pattern?",
         "",
-        f"Codes of `{record['site']}` of {record['model']} on {record['corpus']}, run {record['run_id']}. Everything below was",
+        f"Codes of `{record['site']}` of {record['model']} on {record['corpus']}, run {record['run_id']}. Everything below was "
         f"chosen on {first['rows']:,} rows of {first['documents']} documents and tested on {second['rows']:,} rows of "
-        f"{second['documents']} others.",
-        f"The null keeps each feature's firings in each document (in stretches of at most {settings['block_rows']:,} rows) and each",
-        f"row's number of features; {settings['draws']} draws on either half, and {settings['null_draws_judged']} more that were judged as if "
-        "observed.",
+        f"{second['documents']} others. The null keeps each feature's firings in each document (in stretches of at most "
+        f"{settings['block_rows']:,} rows) and each row's number of features; {settings['draws']} draws on either half, and "
+        f"{settings['null_draws_judged']} more that were judged as if observed.",
     ]
 
 
@@ -84,9 +83,14 @@ def _replicated(kind: dict[str, Any]) -> str:
 
 
 def _verdict(found: dict[str, Any]) -> str:
-    if found["reported"]:
-        return f"{found['found']:,} found, {found['replicated']:,} replicated (modularity z {found['modularity_z']:.1f})"
-    return "no community structure beyond the null: " + "; ".join(found["why_not"])
+    if not found["reported"]:
+        reasons = "; ".join(found["levels"][-1]["why_not"])
+        return f"no community structure beyond the null, at any level of the table; at the highest, {reasons}"
+    level = found["levels"][found["level"]]
+    return (
+        f"{level['found']:,} communities of features that fire together at least {level['min_lift']:g} times as often as in the "
+        f"null, {level['replicated']:,} replicated (modularity z {level['modularity_z']:.1f})"
+    )
 
 
 def _communities(record: dict[str, Any]) -> list[str]:
@@ -96,25 +100,43 @@ def _communities(record: dict[str, Any]) -> list[str]:
         "",
         f"{'Yes' if found['reported'] else 'No'}: {_verdict(found)}.",
         "",
-        f"The graph of the {found['edges']:,} attracted pairs has modularity {found['modularity']:.3f}; null graphs with as many edges "
-        f"{found['null_modularity_mean']:.3f} ± {found['null_modularity_deviation']:.3f}, at most {found['null_modularity_max']:.3f}. "
-        f"Twenty seeds agree by {found['seed_agreement']:.2f} (adjusted Rand), the two halves by {found['half_agreement']:.2f} "
-        f"over {found['features_in_both_graphs']:,} features.",
+        "Graphs of attracted pairs, each edge as heavy as its lift, beside null graphs over the same features with as many. Reported is the first",
+        "level whose modularity is 3 deviations above theirs, and where both 20 seeds and the two halves of the documents agree",
+        "by at least 0.6 (adjusted Rand).",
+        "",
+        "| lift at least | edges | in null draws | modularity | null | z | seeds agree | halves agree | communities |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for facts in found["communities"][:8]:
+    for level in found["levels"]:
+        figures = [
+            f"{level['min_lift']:g}",
+            f"{level['edges']:,}",
+            _of(level["edges_in_null_draws"]),
+            f"{level['modularity']:.3f}",
+            f"{level['null_modularity_mean']:.3f} ± {level['null_modularity_deviation']:.3f}",
+            f"{level['modularity_z']:.1f}",
+            f"{level['seed_agreement']:.2f}",
+            f"{level['half_agreement']:.2f}",
+            f"{level['found']:,}, {level['replicated']:,} replicated",
+        ]
+        lines.append(f"| {' | '.join(figures)} |")
+    for facts in found["communities"][:SHOWN]:
+        called = facts["edges_called_on_half_2"]
         lines += [
             "",
             f"**Community {facts['community']}**: {len(facts['features']):,} features, "
-            f"{_share(facts['edges'], facts['possible_edges'])} of its pairs linked, {facts['edges_called_on_half_2']:,} of them called on the "
-            f"other half too. There its features fire together {facts['lift_2']:.2f} times as often as in the null "
-            f"(95 % {facts['lift_2_low']:.2f} to {facts['lift_2_high']:.2f}, q = {facts['q_2']:.1e}). Most linked:",
+            f"{_share(facts['edges'], facts['possible_edges'])} of its pairs linked, {called:,} of them called on the other half "
+            f"too. There they fire together {facts['lift_2']:.1f} times as often as in the null (95 % {facts['lift_2_low']:.1f} to "
+            f"{facts['lift_2_high']:.1f}, q = {facts['q_2']:.1e}). Most linked:",
+            "",
             *(f"  - feature {one['feature']}: {one['name']}" for one in facts["central"]),
             "",
             "  Where most of its features fire at once:",
+            "",
             *_examples(facts["examples"]),
         ]
-    if len(found["communities"]) > 8:
-        lines += ["", f"The other {len(found['communities']) - 8:,} are in `structure.json`."]
+    if len(found["communities"]) > SHOWN:
+        lines += ["", f"The other {len(found['communities']) - SHOWN:,} are in `structure.json`."]
     return lines
 
 
@@ -129,9 +151,11 @@ def _implications(record: dict[str, Any]) -> list[str]:
     for arrow in [arrow for arrow in found["arrows"] if "names" in arrow]:
         lines += [
             "",
-            f"**{arrow['source']} ⇒ {arrow['target']}**: {arrow['names'][0]} ⇒ {arrow['names'][1]}. Of {arrow['source_fires_2']:,} firings "
-            f"{arrow['target_given_source_2']:.1%} are with the other ({arrow['target_given_source_1']:.1%} where it was chosen; in the null "
-            f"{arrow['null_2']:.1%}); the other way {arrow['source_given_target_1']:.1%}. q = {arrow['q_2']:.1e}.",
+            f"**{arrow['source']} ⇒ {arrow['target']}**: {arrow['names'][0]} ⇒ {arrow['names'][1]}. Of "
+            f"{arrow['source_fires_2']:,} firings {arrow['target_given_source_2']:.1%} are with the other "
+            f"({arrow['target_given_source_1']:.1%} where it was chosen; in the null {arrow['null_2']:.1%}); the other way "
+            f"{arrow['source_given_target_1']:.1%}. q = {arrow['q_2']:.1e}.",
+            "",
             *_examples(arrow["examples"]),
         ]
     return lines
@@ -140,10 +164,11 @@ def _implications(record: dict[str, Any]) -> list[str]:
 def _pair_line(facts: dict[str, Any]) -> list[str]:
     return [
         "",
-        f"**{facts['left']} and {facts['right']}**: {facts['names'][0]}; {facts['names'][1]}. Together in {facts['count_2']:,} rows, "
-        f"{facts['expected_2']:,.0f} in the null: {facts['lift_2']:.2f} times as often (95 % {facts['lift_2_low']:.2f} to "
+        f"**{facts['left']} and {facts['right']}**: {facts['names'][0]}; {facts['names'][1]}. Together in {facts['count_2']:,} "
+        f"rows, {facts['expected_2']:,.0f} in the null: {facts['lift_2']:.2f} times as often (95 % {facts['lift_2_low']:.2f} to "
         f"{facts['lift_2_high']:.2f}), q = {facts['q_2']:.1e}; φ {facts['phi']:.3f} against {facts['null_phi']:.3f}, "
         f"NPMI {facts['npmi']:.2f} against {facts['null_npmi']:.2f}.",
+        "",
         *_examples(facts["examples"]),
     ]
 
@@ -179,8 +204,8 @@ def _duplicates(record: dict[str, Any]) -> list[str]:
     for facts in found["pairs"][:10]:
         cosine = "" if facts["decoder_cosine"] is None else f", cosine {facts['decoder_cosine']:.2f}"
         lines.append(
-            f"- {facts['features'][0]} and {facts['features'][1]}: Jaccard {facts['jaccard_1']:.2f}, {facts['jaccard_2']:.2f} on the "
-            f"other half{cosine}; {facts['names'][0]}; {facts['names'][1]}"
+            f"- {facts['features'][0]} and {facts['features'][1]}: Jaccard {facts['jaccard_1']:.2f}, {facts['jaccard_2']:.2f} on "
+            f"the other half{cosine}; {facts['names'][0]}; {facts['names'][1]}"
         )
     return lines
 
@@ -209,19 +234,16 @@ def _cosine(record: dict[str, Any]) -> list[str]:
     direction = "" if found["spearman_2"] >= 0 else ", but the other way round: similar directions avoid each other"
     return [
         *lines,
-        f"{answer}{direction}: the rank correlation of lift and cosine is {found['spearman_1']:.3f}, {found['spearman_2']:.3f} on the other "
-        f"half; in draws of the null {found['null_mean']:.3f} on average, at most {found['null_largest']:.3f} either way.",
+        f"{answer}{direction}: the rank correlation of lift and cosine is {found['spearman_1']:.3f}, {found['spearman_2']:.3f} on "
+        f"the other half; in draws of the null {found['null_mean']:.3f} on average, at most {found['null_largest']:.3f} either way.",
     ]
 
 
 def _limits(record: dict[str, Any]) -> list[str]:
-    arrows, pairs = record["implications"]["called"], record["pairs"]["called"]
     return [
         "## What this does not say",
         "",
-        "The null forgets the order of rows inside a document, their tokens and their positions. So two features that fire on the same",
-        "token are called, and rightly so: they do fire together. Firing together is no cause, and an implication no absorption:",
-        "a feature that fires *instead* of another is among those that avoid each other.",
-        f"Counts are of a sample; {np.log10(max(pairs, 1)):.0f} orders of magnitude of pairs and {arrows:,} arrows are best read in "
-        "`pairs.parquet` and `structure.json`.",
+        "The null forgets the order of rows inside a document, their tokens and their positions. So two features that fire on the "
+        "same token are called, and rightly so: they do fire together. Firing together is no cause, and an implication is no "
+        "absorption: a feature that fires *instead* of another is among those that avoid each other.",
     ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -21,7 +22,10 @@ MIN_EXPECTATION = 5.0
 
 
 class DrawRound:
-    """Moments of the pairs' counts over some draws, and of each group of pairs the sum in every draw."""
+    """Moments of the pairs' counts over some draws, and of each group of pairs the sum in every draw.
+
+    `groups` are several groupings, one a level of the ladder; their groups are numbered on from one to the next.
+    """
 
     def __init__(self, n_pairs: int):
         self.moments = DrawMoments(n_pairs)
@@ -50,9 +54,10 @@ class Observed:
 
 
 def group_sums(counts: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Sum of the counts of each group 0, 1, …; pairs of group -1 are in none."""
+    """Sum of the counts of each group 0, 1, … of (groupings, P) numbers; -1 is in no group."""
     found = np.zeros(int(groups.max(initial=-1)) + 1, np.int64)
-    np.add.at(found, groups[groups >= 0], counts[groups >= 0])
+    for own in groups:
+        np.add.at(found, own[own >= 0], counts[own >= 0])
     return found
 
 
@@ -83,11 +88,13 @@ class NullDraw:
     """What one more draw of the null looks like when it is judged as the observed table was."""
 
     called: int
-    edges: int
-    modularity: float
-    """Of the graph of its calls."""
-    modularity_equal: float
-    """Of the graph of its strongest pairs, as many as the observed graph has edges."""
+    edges: tuple[int, ...]
+    """How many edges each level of the ladder finds."""
+    modularity: tuple[float, ...]
+    """Of graphs of its strongest pairs: for each level over the features of the observed graph, and with as many edges.
+
+    Over more features as many edges would lie sparser, and a sparse graph is modular by itself.
+    """
     cosine_correlation: float
 
 
@@ -97,26 +104,27 @@ def judge_draws(
     pairs: Pairs,
     key: tuple[int, ...],
     numbers: range,
-    min_lift: float,
-    n_edges: int,
+    levels: tuple[float, ...],
     cosines: NDArray[np.float32] | None,
 ) -> list[NullDraw]:
     """Further draws, which had no part in the moments, each through the steps that the observed table went through."""
-    shared = client.scatter((half.table, pairs, half.null, min_lift, n_edges, cosines), broadcast=True)
+    graphs = []
+    for level in levels:
+        edges = attracted(half.judged, level)
+        graphs.append((np.unique(np.r_[pairs.left[edges], pairs.right[edges]]), len(edges)))
+    shared = client.scatter((half.table, pairs, half.null, levels, graphs, cosines), broadcast=True)
     return run_tasks(client, "null draws", judge_draw, [(shared, (*key, number)) for number in numbers])
 
 
 def judge_draw(shared: tuple[Any, ...], key: tuple[int, ...]) -> NullDraw:
     """Runs on a worker."""
-    table, pairs, null, min_lift, n_edges, cosines = shared
+    table, pairs, null, levels, graphs, cosines = shared
     judged = judge(pairs.count(draw(table, key)), null, MIN_EXPECTATION)
-    edges = attracted(judged, min_lift)
-    strongest = np.argsort(-judged.z, kind="stable")[:n_edges]
+    strongest = np.argsort(-np.where(judged.tested, judged.lift, 0), kind="stable")
     return NullDraw(
         called=int(judged.called(Q).sum()),
-        edges=len(edges),
-        modularity=best_modularity(pairs, edges, key[-1]),
-        modularity_equal=best_modularity(pairs, strongest, key[-1]),
+        edges=tuple(len(attracted(judged, level)) for level in levels),
+        modularity=tuple(drawn_modularity(pairs, judged, strongest, *graph, key[-1]) for graph in graphs),
         cosine_correlation=cosine_correlation(judged, cosines),
     )
 
@@ -131,8 +139,19 @@ def repelled(judged: Judged, min_lift: float) -> NDArray[np.int64]:
     return np.flatnonzero(judged.called(Q) & (judged.lift * min_lift <= 1))
 
 
-def best_modularity(pairs: Pairs, edges: NDArray[np.int64], seed: int) -> float:
-    graph = adjacency(pairs.left[edges], pairs.right[edges], len(pairs.features))
+def graph_of(judged: Judged, pairs: Pairs, edges: NDArray[np.int64]) -> sp.csr_matrix:
+    """The graph of some pairs, each edge as heavy as its lift; nodes are places in `pairs.features`."""
+    return adjacency(pairs.left[edges], pairs.right[edges], judged.lift[edges], len(pairs.features))
+
+
+def drawn_modularity(
+    pairs: Pairs, judged: Judged, strongest: NDArray[np.int64], nodes: NDArray[np.int32], n_edges: int, seed: int
+) -> float:
+    """Modularity of the graph of the `n_edges` strongest pairs between some features."""
+    is_node = np.zeros(len(pairs.features), bool)
+    is_node[nodes] = True
+    inside = strongest[is_node[pairs.left[strongest]] & is_node[pairs.right[strongest]]]
+    graph = graph_of(judged, pairs, inside[:n_edges])
     return modularity(graph, partition(graph, seed))
 
 

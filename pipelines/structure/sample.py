@@ -29,8 +29,8 @@ DOCUMENT_SHARE = 32
 class Sample:
     """Rows of some documents, in the order of the text: their codes, and where each stands.
 
-    `documents` (n,) rising, from 0; `segments` (n,) and `tokens` (n,) place each row in a segment's token table, -1 at a start
-    of text. The blocks of `table` are documents, long ones cut into equal stretches.
+    `documents` (n,) rising, from 0; `segments` (n,) and `tokens` (n,) place each row in a segment's token table, -1
+    at a start of text. The blocks of `table` are documents, long ones cut into equal stretches.
     """
 
     table: CodeTable
@@ -50,7 +50,7 @@ def document_half(name: str) -> int:
 
 
 def sample_halves(codes: CodeStore, rows: int, block_rows: int, seed: int, client: Any) -> tuple[Sample, Sample]:
-    """About `rows` rows, half of them from the documents of each half. Raises InputError where a half has too few documents."""
+    """About `rows` rows, half of them of each half's documents. Raises InputError where there are too few documents."""
     cap = max(1, rows // 2 // DOCUMENT_SHARE)
     chosen = [np.full(segment.n_documents, -1, np.int64) for segment in codes.segments]
     n_chosen, n_documents = [0, 0], [0, 0]
@@ -66,9 +66,8 @@ def sample_halves(codes: CodeStore, rows: int, block_rows: int, seed: int, clien
             taken += min(n_tokens, cap)
     if min(n_chosen) < MIN_DOCUMENTS:
         raise InputError(
-            f"{codes.url}: its halves, by a hash of the documents' names, have {n_documents[0]} and {n_documents[1]} documents, "
-            f"of which {n_chosen[0]} and {n_chosen[1]} are needed for {rows:,} rows; structure needs at least {MIN_DOCUMENTS} "
-            "in each: ask for more --rows, or encode more text."
+            f"{codes.url}: has {n_documents[0]} and {n_documents[1]} documents in its halves, of which {rows:,} rows take "
+            f"{n_chosen[0]} and {n_chosen[1]}; at least {MIN_DOCUMENTS} are needed in each: encode more text, or raise --rows."
         )
     tasks = [
         (absolute(codes.url), codes.snapshot, shard, chosen[shard.segment], cap)
