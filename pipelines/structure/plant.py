@@ -48,18 +48,18 @@ def nothing(kind: str, n_documents: int, n_features: int, rng: np.random.Generat
 
 
 def communities(
-    n_documents: int, n_features: int, sizes: list[int], rng: np.random.Generator, rows: int = 500
+    n_documents: int, n_features: int, sizes: list[int], rng: np.random.Generator, rows: int = 500, work: float = 0.05
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Firings as of `nothing("top-k")`, and the first features in groups that fire together in some rows; (firings, group or -1).
 
-    Each group is at work in 2 % of the rows, in some documents more than in others; then each member fires in 70 % of them.
+    Each group is at work in a share `work` of the rows, in some documents more than in others; then each member fires in 70 % of them.
     """
     groups = np.repeat(np.arange(len(sizes)), sizes)
     fired = rng.random((n_documents * rows, n_features)) < np.repeat(
         rates_of("bursty", n_documents, n_features, 0.015, rng), rows, axis=0
     )
     at_work = rng.random((n_documents * rows, len(sizes))) < np.repeat(
-        np.minimum(0.02 * np.exp(rng.normal(size=(n_documents, len(sizes))) - 0.5), 0.3), rows, axis=0
+        np.minimum(work * np.exp(rng.normal(size=(n_documents, len(sizes))) - 0.5), 0.3), rows, axis=0
     )
     fired[:, : len(groups)] |= at_work[:, groups] & (rng.random((len(fired), len(groups))) < 0.7)
     return keep_largest(fired, 16, rng), np.r_[groups, np.full(n_features - len(groups), -1)]

@@ -84,10 +84,10 @@ def structure(config: StructureConfig, client: Any = None) -> dict[str, Any]:
         raise OutputExists(f"{config.folder}: exists; move it away, or choose another --out.")
     analysis = Analysis(config.analysis)
     codes = CodeStore(analysis.record["codes"] if config.codes is None else config.codes)
-    if (codes.store_id, codes.snapshot) != (analysis.record["codes_id"], analysis.record["snapshot"]):
+    if codes.store_id != analysis.record["codes_id"]:
         raise IdentityMismatch(
-            f"{codes.url}: holds codes {codes.store_id}/{codes.snapshot}, {config.analysis} was made from "
-            f"{analysis.record['codes_id']}/{analysis.record['snapshot']}; name the right ones with --codes."
+            f"{codes.url}: holds codes {codes.store_id}, {config.analysis} was made from {analysis.record['codes_id']}; "
+            "name the right ones with --codes."
         )
     directions = None if config.run is None else _directions(config.run, analysis)
     require_free_space(config.folder, 2 * facts.MAX_PAIRS * 300, "the structure")
