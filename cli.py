@@ -511,8 +511,8 @@ def analyze(sources: tuple[str, ...], as_json: bool, **options: Any) -> None:
 @click.option("--run", type=click.Path(path_type=Path), help="Its run, for what decoder directions say.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write it. Default: ANALYSIS/structure.")
 @click.option("--draws", default=100, show_default=True, help="Draws of the null on either half of the documents.")
-@click.option("--rows", default=200_000, show_default=True, help="Rows to look at, of whole documents, both halves together.")
-@click.option("--block-rows", default=1024, show_default=True, help="Rows of a document that a draw deals together, at most.")
+@click.option("--rows", default=200_000, show_default=True, help="Rows to look at, of whole documents of both halves.")
+@click.option("--block-rows", default=1024, show_default=True, help="Most rows of a document that a draw deals together.")
 @click.option("--min-lift", default=2.0, show_default=True, help="How many times the null a large effect is.")
 @SEED_OPTION
 @WORKERS_OPTION

@@ -17,8 +17,8 @@ from pipelines.graph import adjusted_rand
 from pipelines.structure import facts, plant
 from pipelines.structure.stage import seek
 
-N_DOCUMENTS, N_FEATURES, DRAWS = 40, 240, 100
-SIZES = [20, 20, 15, 15, 10, 10, 8, 6]
+N_DOCUMENTS, N_FEATURES, DRAWS = 12, 120, 100
+SIZES = [15, 12, 10, 8, 6]
 
 
 def sought_of(client, halves, seed):
@@ -42,9 +42,7 @@ def main() -> None:
     asked = parser.parse_args()
     rows = N_DOCUMENTS * 500
     print(f"{asked.seeds} seeds, {rows:,} rows a half, {N_FEATURES} features, {DRAWS} draws a half")
-    print(
-        f"{'nothing to find':<16} {'tested':>8} {'called at most':>15} {'under independence':>19} {'communities reported':>21}"
-    )
+    print(f"{'nothing to find':<16} {'tested':>8} {'called at most':>15} {'under independence':>19} {'communities':>14}")
     with connect(None, asked.workers) as client:
         for kind in plant.NOTHING:
             shares, independent, tested, reported = [], [], [], 0
@@ -59,7 +57,7 @@ def main() -> None:
                 reported += facts.communities_facts(sought)[0]["reported"]
             print(
                 f"{kind:<16} {int(np.mean(tested)):>8,} {max(shares):>15.3%} {max(independent):>19.1%} "
-                f"{f'{reported} of {asked.seeds}':>21}",
+                f"{f'{reported} of {asked.seeds}':>14}",
                 flush=True,
             )
         scores, arrows, mistaken = [], 0, 0

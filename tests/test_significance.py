@@ -41,7 +41,7 @@ LAWS = [stats.poisson(7.3), stats.binom(40, 0.2), stats.binom(400, 0.03), stats.
 
 
 @pytest.mark.parametrize("law", LAWS, ids=["poisson", "binomial", "rare binomial", "negative binomial", "real size"])
-def test_tails_are_those_of_the_law_with_the_same_moments(law: "stats.rv_discrete_frozen") -> None:
+def test_tails_are_those_of_the_law_with_the_same_moments(law: stats.rv_discrete_frozen) -> None:
     counts = np.arange(0, 30)
     mean, variance = (np.full(30, float(value)) for value in law.stats("mv"))
     at_most, at_least = tail_probabilities(counts, mean, variance)

@@ -51,8 +51,8 @@ def _head(record: dict[str, Any]) -> list[str]:
     return [
         "# Do features fire together in a pattern?",
         "",
-        f"Codes of `{record['site']}` of {record['model']} on {record['corpus']}, run {record['run_id']}. Everything below was "
-        f"chosen on {first['rows']:,} rows of {first['documents']} documents and tested on {second['rows']:,} rows of "
+        f"Codes of `{record['site']}` of {record['model']} on {record['corpus']}, run {record['run_id']}. Everything below "
+        f"was chosen on {first['rows']:,} rows of {first['documents']} documents and tested on {second['rows']:,} rows of "
         f"{second['documents']} others. The null keeps each feature's firings in each document (in stretches of at most "
         f"{settings['block_rows']:,} rows) and each row's number of features; {settings['draws']} draws on either half, and "
         f"{settings['null_draws_judged']} more that were judged as if observed.",
@@ -88,8 +88,8 @@ def _verdict(found: dict[str, Any]) -> str:
         return f"no community structure beyond the null, at any level of the table; at the highest, {reasons}"
     level = found["levels"][found["level"]]
     return (
-        f"{level['found']:,} communities of features that fire together at least {level['min_lift']:g} times as often as in the "
-        f"null, {level['replicated']:,} replicated (modularity z {level['modularity_z']:.1f})"
+        f"{level['found']:,} communities of features that fire together at least {level['min_lift']:g} times as often as in "
+        f"the null, {level['replicated']:,} replicated (modularity z {level['modularity_z']:.1f})"
     )
 
 
@@ -100,9 +100,9 @@ def _communities(record: dict[str, Any]) -> list[str]:
         "",
         f"{'Yes' if found['reported'] else 'No'}: {_verdict(found)}.",
         "",
-        "Graphs of attracted pairs, each edge as heavy as its lift, beside null graphs over the same features with as many. Reported is the first",
-        "level whose modularity is 3 deviations above theirs, and where both 20 seeds and the two halves of the documents agree",
-        "by at least 0.6 (adjusted Rand).",
+        "Graphs of attracted pairs, each edge as heavy as its lift, beside null graphs over the same features with as many edges. "
+        "Reported is the first level whose modularity is 3 deviations above theirs, and where both 20 seeds and the two halves of "
+        "the documents agree by at least 0.6 (adjusted Rand).",
         "",
         "| lift at least | edges | in null draws | modularity | null | z | seeds agree | halves agree | communities |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -125,9 +125,9 @@ def _communities(record: dict[str, Any]) -> list[str]:
         lines += [
             "",
             f"**Community {facts['community']}**: {len(facts['features']):,} features, "
-            f"{_share(facts['edges'], facts['possible_edges'])} of its pairs linked, {called:,} of them called on the other half "
-            f"too. There they fire together {facts['lift_2']:.1f} times as often as in the null (95 % {facts['lift_2_low']:.1f} to "
-            f"{facts['lift_2_high']:.1f}, q = {facts['q_2']:.1e}). Most linked:",
+            f"{_share(facts['edges'], facts['possible_edges'])} of its pairs linked, {called:,} of them called on the other "
+            f"half too. There they fire together {facts['lift_2']:.1f} times as often as in the null (95 % "
+            f"{facts['lift_2_low']:.1f} to {facts['lift_2_high']:.1f}, q = {facts['q_2']:.1e}). Most linked:",
             "",
             *(f"  - feature {one['feature']}: {one['name']}" for one in facts["central"]),
             "",
@@ -164,9 +164,9 @@ def _implications(record: dict[str, Any]) -> list[str]:
 def _pair_line(facts: dict[str, Any]) -> list[str]:
     return [
         "",
-        f"**{facts['left']} and {facts['right']}**: {facts['names'][0]}; {facts['names'][1]}. Together in {facts['count_2']:,} "
-        f"rows, {facts['expected_2']:,.0f} in the null: {facts['lift_2']:.2f} times as often (95 % {facts['lift_2_low']:.2f} to "
-        f"{facts['lift_2_high']:.2f}), q = {facts['q_2']:.1e}; φ {facts['phi']:.3f} against {facts['null_phi']:.3f}, "
+        f"**{facts['left']} and {facts['right']}**: {facts['names'][0]}; {facts['names'][1]}. Together in "
+        f"{facts['count_2']:,} rows, {facts['expected_2']:,.0f} in the null: {facts['lift_2']:.2f} times as often (95 % "
+        f"{facts['lift_2_low']:.2f} to {facts['lift_2_high']:.2f}), q = {facts['q_2']:.1e}; φ {facts['phi']:.3f} against {facts['null_phi']:.3f}, "
         f"NPMI {facts['npmi']:.2f} against {facts['null_npmi']:.2f}.",
         "",
         *_examples(facts["examples"]),
@@ -204,8 +204,8 @@ def _duplicates(record: dict[str, Any]) -> list[str]:
     for facts in found["pairs"][:10]:
         cosine = "" if facts["decoder_cosine"] is None else f", cosine {facts['decoder_cosine']:.2f}"
         lines.append(
-            f"- {facts['features'][0]} and {facts['features'][1]}: Jaccard {facts['jaccard_1']:.2f}, {facts['jaccard_2']:.2f} on "
-            f"the other half{cosine}; {facts['names'][0]}; {facts['names'][1]}"
+            f"- {facts['features'][0]} and {facts['features'][1]}: Jaccard {facts['jaccard_1']:.2f}, "
+            f"{facts['jaccard_2']:.2f} on the other half{cosine}; {facts['names'][0]}; {facts['names'][1]}"
         )
     return lines
 
@@ -234,8 +234,9 @@ def _cosine(record: dict[str, Any]) -> list[str]:
     direction = "" if found["spearman_2"] >= 0 else ", but the other way round: similar directions avoid each other"
     return [
         *lines,
-        f"{answer}{direction}: the rank correlation of lift and cosine is {found['spearman_1']:.3f}, {found['spearman_2']:.3f} on "
-        f"the other half; in draws of the null {found['null_mean']:.3f} on average, at most {found['null_largest']:.3f} either way.",
+        f"{answer}{direction}: the rank correlation of lift and cosine is {found['spearman_1']:.3f}, "
+        f"{found['spearman_2']:.3f} on the other half; in draws of the null {found['null_mean']:.3f} on average, at most "
+        f"{found['null_largest']:.3f} either way.",
     ]
 
 
@@ -243,7 +244,7 @@ def _limits(record: dict[str, Any]) -> list[str]:
     return [
         "## What this does not say",
         "",
-        "The null forgets the order of rows inside a document, their tokens and their positions. So two features that fire on the "
-        "same token are called, and rightly so: they do fire together. Firing together is no cause, and an implication is no "
-        "absorption: a feature that fires *instead* of another is among those that avoid each other.",
+        "The null forgets the order of rows inside a document, their tokens and their positions. So two features that fire on "
+        "the same token are called, and rightly so: they do fire together. Firing together is no cause, and an implication is "
+        "no absorption: a feature that fires *instead* of another is among those that avoid each other.",
     ]

@@ -9,7 +9,7 @@ from pipelines.null import CodeTable
 from pipelines.structure.sample import Sample, cut_blocks
 
 NOTHING = ("independent", "bursty", "zipf", "top-k")
-"""Kinds of codes without structure: equal rates; rates that change with the document; Zipf's; both, and only k a row kept."""
+"""Without structure: equal rates; rates that change with the document; Zipf's; both, and only k a row kept."""
 
 
 class Unnamed:
@@ -50,9 +50,10 @@ def nothing(kind: str, n_documents: int, n_features: int, rng: np.random.Generat
 def communities(
     n_documents: int, n_features: int, sizes: list[int], rng: np.random.Generator, rows: int = 500, work: float = 0.05
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Firings as of `nothing("top-k")`, and the first features in groups that fire together in some rows; (firings, group or -1).
+    """Bursty firings, of which groups of features fire together in some rows: (firings, group of each feature or -1).
 
-    Each group is at work in a share `work` of the rows, in some documents more than in others; then each member fires in 70 % of them.
+    Each group is at work in a share `work` of the rows, in some documents more than in others; in 70 % of those rows
+    each member fires.
     """
     groups = np.repeat(np.arange(len(sizes)), sizes)
     fired = rng.random((n_documents * rows, n_features)) < np.repeat(

@@ -124,7 +124,7 @@ def judge_draw(shared: tuple[Any, ...], key: tuple[int, ...]) -> NullDraw:
     return NullDraw(
         called=int(judged.called(Q).sum()),
         edges=tuple(len(attracted(judged, level)) for level in levels),
-        modularity=tuple(drawn_modularity(pairs, judged, strongest, *graph, key[-1]) for graph in graphs),
+        modularity=tuple(drawn_modularity(pairs, judged, strongest, nodes, n, key[-1]) for nodes, n in graphs),
         cosine_correlation=cosine_correlation(judged, cosines),
     )
 

@@ -67,7 +67,7 @@ def sample_halves(codes: CodeStore, rows: int, block_rows: int, seed: int, clien
     if min(n_chosen) < MIN_DOCUMENTS:
         raise InputError(
             f"{codes.url}: has {n_documents[0]} and {n_documents[1]} documents in its halves, of which {rows:,} rows take "
-            f"{n_chosen[0]} and {n_chosen[1]}; at least {MIN_DOCUMENTS} are needed in each: encode more text, or raise --rows."
+            f"{n_chosen[0]} and {n_chosen[1]}; at least {MIN_DOCUMENTS} are needed in each: encode more, or raise --rows."
         )
     tasks = [
         (absolute(codes.url), codes.snapshot, shard, chosen[shard.segment], cap)

@@ -138,7 +138,7 @@ def seek(
     directions: NDArray[np.float32] | None,
     naming: Naming,
 ) -> facts.Sought:
-    """Draw, judge and choose on the first sample; then draw and judge on the second. The order of both is a function of `seed`.
+    """Draw, judge and choose on the first sample; then draw and judge on the second. `seed` is that of the draws.
 
     Raises InputError where no pair of features could be tested.
     """
