@@ -100,9 +100,9 @@ def _communities(record: dict[str, Any]) -> list[str]:
         "",
         f"{'Yes' if found['reported'] else 'No'}: {_verdict(found)}.",
         "",
-        "Graphs of attracted pairs, each edge as heavy as its lift, beside null graphs over the same features with as many edges. "
-        "Reported is the first level whose modularity is 3 deviations above theirs, and where both 20 seeds and the two halves of "
-        "the documents agree by at least 0.6 (adjusted Rand).",
+        "Graphs of attracted pairs, each edge as heavy as its lift, beside null graphs over the same features with as "
+        "many edges. Reported is the first level whose modularity is 3 deviations above theirs, and where 20 seeds and the "
+        "two halves of the documents agree by at least 0.6 (adjusted Rand).",
         "",
         "| lift at least | edges | in null draws | modularity | null | z | seeds agree | halves agree | communities |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -166,8 +166,8 @@ def _pair_line(facts: dict[str, Any]) -> list[str]:
         "",
         f"**{facts['left']} and {facts['right']}**: {facts['names'][0]}; {facts['names'][1]}. Together in "
         f"{facts['count_2']:,} rows, {facts['expected_2']:,.0f} in the null: {facts['lift_2']:.2f} times as often (95 % "
-        f"{facts['lift_2_low']:.2f} to {facts['lift_2_high']:.2f}), q = {facts['q_2']:.1e}; φ {facts['phi']:.3f} against {facts['null_phi']:.3f}, "
-        f"NPMI {facts['npmi']:.2f} against {facts['null_npmi']:.2f}.",
+        f"{facts['lift_2_low']:.2f} to {facts['lift_2_high']:.2f}), q = {facts['q_2']:.1e}; φ {facts['phi']:.3f} against "
+        f"{facts['null_phi']:.3f}, NPMI {facts['npmi']:.2f} against {facts['null_npmi']:.2f}.",
         "",
         *_examples(facts["examples"]),
     ]
@@ -244,7 +244,7 @@ def _limits(record: dict[str, Any]) -> list[str]:
     return [
         "## What this does not say",
         "",
-        "The null forgets the order of rows inside a document, their tokens and their positions. So two features that fire on "
-        "the same token are called, and rightly so: they do fire together. Firing together is no cause, and an implication is "
-        "no absorption: a feature that fires *instead* of another is among those that avoid each other.",
+        "The null forgets the order of rows inside a document, their tokens and their positions. So two features that fire "
+        "on the same token are called, and rightly so: they do fire together. Firing together is no cause. An implication "
+        "is no absorption either: a feature that fires *instead* of another is among those that avoid each other.",
     ]
