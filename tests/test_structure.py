@@ -126,7 +126,7 @@ def test_a_planted_implication_is_found_in_its_direction_and_an_absorber_is_none
 def test_intervals_over_documents_hold_the_lift_and_widen_with_fewer_documents(client: Any) -> None:
     widths = []
     for n_documents in (5, 20):
-        found = sought(client, lambda rng, n=n_documents: plant.communities(n, 40, [8, 8], rng)[0])  # type: ignore[misc]
+        found = sought(client, lambda rng, n=n_documents: plant.communities(n, 40, [8, 8], rng, work=0.12)[0])  # type: ignore[misc]
         _, table = facts.pairs_facts(found)
         inside = (table["lift_2_low"] <= table["lift_2"]) & (table["lift_2"] <= table["lift_2_high"])
         assert inside.mean() > 0.9
