@@ -133,12 +133,10 @@ def test_what_is_left_of_an_observed_excess_is_a_thousandth() -> None:
     table = table_of(rows, [i // 1000 for i in range(20_000)], 4)
     pairs = Pairs(np.array([0, 1]), np.array([0], np.int32), np.array([1], np.int32))
     observed = int(pairs.count(table)[0])
-    exact = observed * (1 - 1 / 3)  # each row has two of four features that are equally frequent: one pair in six
+    expected = 20_000 / 6  # each row has two of four equally frequent features: one pair in six
     drawn = np.mean([pairs.count(draw(table, (0, i)))[0] for i in range(6)])
-    expected = 20_000 / 6
     assert observed > 2.5 * expected
-    assert abs(drawn - expected) < 0.01 * (observed - expected) + 60
-    assert drawn < exact
+    assert abs(drawn - expected) < 0.001 * (observed - expected) + 4 * np.sqrt(expected / 6)
 
 
 # Counting
