@@ -536,6 +536,35 @@ def analyze(sources: tuple[str, ...], as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
+@click.argument("analysis", type=click.Path(path_type=Path))
+@click.option("--codes", help="Where its code store is, if it was moved.")
+@click.option("--run", type=click.Path(path_type=Path), help="Its run, for what decoder directions say.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write it. Default: ANALYSIS/structure.")
+@click.option("--draws", default=100, show_default=True, help="Draws of the null on either half of the documents.")
+@click.option("--rows", default=200_000, show_default=True, help="Rows to look at, of whole documents of both halves.")
+@click.option("--block-rows", default=1024, show_default=True, help="Most rows of a document that a draw deals together.")
+@click.option("--min-lift", default=2.0, show_default=True, help="How many times the null a large effect is.")
+@SEED_OPTION
+@WORKERS_OPTION
+@SCHEDULER_OPTION
+@JSON_OPTION
+def structure(as_json: bool, **options: Any) -> None:
+    """Which features fire together beyond chance: pairs, communities, implications, against a null that keeps burstiness.
+
+    They are chosen on one half of the documents and tested on the other; findings.md says what was found.
+
+    \b
+    Example:
+      actstore structure demo-out/analysis --run demo-out/run
+    """
+    from pipelines.structure.page import summary_lines
+    from pipelines.structure.stage import StructureConfig
+    from pipelines.structure.stage import structure as stage
+
+    _print(stage(_shown("structure", StructureConfig(**options))), as_json, summary_lines)
+
+
+@cli.command()
 @click.argument("codes")
 @click.option(
     "--labels", help="A file of labelled ranges (.jsonl, .parquet), or `python`, the default where the text is that."

@@ -45,6 +45,7 @@ CONFIGS = {
     "concepts": "pipelines.concepts.ConceptsConfig",
     "compare": "pipelines.compare.CompareConfig",
     "superposition": "pipelines.superposition.SuperpositionConfig",
+    "structure": "pipelines.structure.stage.StructureConfig",
 }
 """The frozen configuration that each stage's command builds."""
 
