@@ -1,6 +1,6 @@
 """Do features do what their role says? Roles and target tokens from one half of the corpus, effects on the other.
 
-    python -m benchmarks.roles demo-3 [--live 100] [--firings 200] [--directions 100] [--json]
+    python -m benchmarks.roles demo-3 [--live 40] [--firings 200] [--directions 100] [--json]
 
 takes a finished demo. All choices are made on the choosing half of the documents, before anything is ablated:
 
@@ -324,7 +324,7 @@ def sample_line(found: dict[str, Any]) -> str:
 
 @click.command(help=__doc__)
 @click.argument("demo", type=click.Path(path_type=Path))
-@click.option("--live", default=100, show_default=True, help="Live features in the sample.")
+@click.option("--live", default=40, show_default=True, help="Live features in the sample.")
 @click.option("--firings", default=200, show_default=True, help="Of each feature on the scoring half.")
 @click.option("--directions", default=100, show_default=True, help="Random directions.")
 @click.option("--json", "as_json", is_flag=True)
