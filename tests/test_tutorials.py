@@ -9,6 +9,7 @@ import pytest
 from tutorialkit import ROOT, blocks_of, run_blocks, with_outputs
 
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SMALLER = {
     "N_TEXTS, N_EPOCHS, N_FEATURES, LAYER = 200, 15, 1024, 3": "N_TEXTS, N_EPOCHS, N_FEATURES, LAYER = 12, 2, 64, 3",
     "documents(skip=N_TEXTS), 100)": "documents(skip=N_TEXTS), 8)",
@@ -50,12 +51,28 @@ def test_every_output_shown_is_one_that_was_printed(path: Path) -> None:
     assert with_outputs(text, [block.shown or "" for block in blocks]) == text
 
 
-@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
-def test_every_link_of_a_tutorial_leads_somewhere(path: Path) -> None:
-    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
-    assert links
-    for link in links:
-        assert (path.parent / link).exists(), link
+def anchors(text: str) -> set[str]:
+    """What a page's headings are called in links to them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_every_link_of_a_page_leads_somewhere(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(((?!https?:)[^)\s]+)\)", text):
+        page, _, anchor = link.partition("#")
+        there = path.parent / page if page else path
+        assert there.exists(), link
+        assert not anchor or anchor in anchors(there.read_text(encoding="utf-8")), link
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_every_module_that_a_page_names_is_there(path: Path) -> None:
+    for name in re.findall(
+        r"\b((?:actstore|pipelines|benchmarks|tests)/[\w/]+(?:\.py|/))", path.read_text(encoding="utf-8")
+    ):
+        assert (ROOT / name).exists(), name
 
 
 @pytest.mark.slow
