@@ -590,9 +590,9 @@ def concepts(as_json: bool, **options: Any) -> None:
       actstore concepts codes
       actstore concepts codes --labels animals.jsonl --beside neurons.store --beside random.codes
     """
-    from pipelines.concept_table import concept_lines
-    from pipelines.concepts import ConceptsConfig
-    from pipelines.concepts import concepts as stage
+    from pipelines.concepts.stage import ConceptsConfig
+    from pipelines.concepts.stage import concepts as stage
+    from pipelines.concepts.table import concept_lines
 
     _print(stage(_shown("concepts", ConceptsConfig(**options))), as_json, concept_lines)
 
@@ -614,9 +614,9 @@ def compare(as_json: bool, **options: Any) -> None:
     Example:
       actstore compare run-seed0 run-seed1 run-seed2 --store gpt2.store --out compared
     """
-    from pipelines.compare import CompareConfig
-    from pipelines.compare import compare as stage
-    from pipelines.compare_table import compare_lines
+    from pipelines.comparing.stage import CompareConfig
+    from pipelines.comparing.stage import compare as stage
+    from pipelines.comparing.table import compare_lines
 
     _print(stage(_shown("compare", CompareConfig(**options))), as_json, compare_lines)
 

@@ -25,14 +25,14 @@ from actstore.reader import ActivationStore  # noqa: E402
 from pipelines.capture import MLP_HIDDEN  # noqa: E402
 from pipelines.cluster import connect  # noqa: E402
 from pipelines.collect import collect  # noqa: E402
-from pipelines.concept_table import concept_lines  # noqa: E402
-from pipelines.concepts import SUMMARY, ConceptsConfig, concepts  # noqa: E402
+from pipelines.concepts.labels import read_labels  # noqa: E402
+from pipelines.concepts.rules import Finding  # noqa: E402
+from pipelines.concepts.stage import SUMMARY, ConceptsConfig, concepts  # noqa: E402
+from pipelines.concepts.subjects import Subject, choose_thresholds, score_rules  # noqa: E402
+from pipelines.concepts.table import concept_lines  # noqa: E402
 from pipelines.demo import DemoConfig, read_demo, rule_counts, run_demo  # noqa: E402
-from pipelines.labels import read_labels  # noqa: E402
 from pipelines.recipe import CollectConfig  # noqa: E402
-from pipelines.rules import Finding  # noqa: E402
 from pipelines.sae.checkpoint import load_run  # noqa: E402
-from pipelines.subjects import Subject, choose_thresholds, score_rules  # noqa: E402
 from pipelines.tokens import store_tokenizer  # noqa: E402
 
 NEURON_TOKENS = 300_000

@@ -5,7 +5,7 @@
 takes a finished demo. All choices are made on the choosing half of the documents, before anything is ablated:
 
 - The roles are all rules about a place in the text that some feature follows there with F1 of at least 0.6
-  (`pipelines.concepts`), each with its best feature and that feature's threshold.
+  (`pipelines.concepts.stage`), each with its best feature and that feature's threshold.
 - The target tokens of a role are the five whose probability as the next token is raised most where the rule holds, over
   all rows: P(t | rule) − P(t).
 
@@ -46,7 +46,7 @@ from pipelines.causal.measuring import branch_layout, firing_texts, predicted, w
 from pipelines.causal.splice import read_site  # noqa: E402
 from pipelines.causal.subject import Spliced, open_spliced  # noqa: E402
 from pipelines.code_store import CodeStore, read_codes  # noqa: E402
-from pipelines.labels import read_labels, shard_labels  # noqa: E402
+from pipelines.concepts.labels import read_labels, shard_labels  # noqa: E402
 from pipelines.progress import track  # noqa: E402
 from pipelines.terminal import visible  # noqa: E402
 from pipelines.tokens import store_tokenizer  # noqa: E402

@@ -13,8 +13,8 @@ import argparse
 import numpy as np
 
 from pipelines.cluster import connect
-from pipelines.graph import adjusted_rand
 from pipelines.structure import facts, plant
+from pipelines.structure.graph import adjusted_rand
 from pipelines.structure.stage import seek
 
 N_DOCUMENTS, N_FEATURES, DRAWS = 12, 120, 100

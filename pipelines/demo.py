@@ -20,7 +20,7 @@ from pipelines.cluster import connect
 from pipelines.code_store import CodeStore
 from pipelines.codes import EncodeConfig, encode
 from pipelines.collect import collect
-from pipelines.concepts import Finding, find_rules, findings_json
+from pipelines.concepts.stage import Finding, find_rules, findings_json
 from pipelines.evaluate import EvaluateConfig, evaluate
 from pipelines.recipe import CollectConfig
 from pipelines.report.page import ReportConfig, report

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipelines.absorption import Absorption, Moments, Patterns, Probes, ScoreHistogram, greedy_union, n_main
+from pipelines.concepts.absorption import Absorption, Moments, Patterns, Probes, ScoreHistogram, greedy_union, n_main
 
 D, N = 32, 20_000
 CONCEPT, TOKEN, CHILD, OTHER = range(4)

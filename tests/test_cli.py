@@ -42,8 +42,8 @@ CONFIGS = {
     "steer": "pipelines.causal.steering.SteerConfig",
     "effects": "pipelines.causal.effects.EffectsConfig",
     "lens": "pipelines.causal.lens.LensConfig",
-    "concepts": "pipelines.concepts.ConceptsConfig",
-    "compare": "pipelines.compare.CompareConfig",
+    "concepts": "pipelines.concepts.stage.ConceptsConfig",
+    "compare": "pipelines.comparing.stage.CompareConfig",
     "superposition": "pipelines.superposition.SuperpositionConfig",
     "structure": "pipelines.structure.stage.StructureConfig",
 }

@@ -16,9 +16,9 @@ from modelkit import run_cli
 from numpy.typing import NDArray
 
 from actstore.errors import IdentityMismatch, InputError, OutputExists
-from pipelines.coactivation import best_correlations, correlations
-from pipelines.compare import CompareConfig, compare
-from pipelines.compare_table import compare_lines
+from pipelines.comparing.coactivation import best_correlations, correlations
+from pipelines.comparing.stage import CompareConfig, compare
+from pipelines.comparing.table import compare_lines
 from pipelines.cosines import all_pairs, best_cosines, match_one_to_one, random_directions, unit_rows
 from pipelines.sae.checkpoint import load_run, save_run
 from pipelines.sae.topk import TopKSae
@@ -138,7 +138,7 @@ def test_other_widths_are_compared_by_rows_alone_and_refused_without_any(copies:
 
 def test_other_text_is_refused(run: Path, store: Path, small_store: Path, tmp_path: Path) -> None:
     from actstore.reader import ActivationStore
-    from pipelines.same_rows import Source, shared_codes
+    from pipelines.comparing.same_rows import Source, shared_codes
 
     def never(*_: object) -> Any:
         raise AssertionError

@@ -17,8 +17,8 @@ from tablekit import SITE, activations, activations_manifest, codes_manifest, de
 
 from actstore.errors import IdentityMismatch, InputError, OutputExists
 from actstore.reader import ActivationStore
-from pipelines.concept_table import concept_lines
-from pipelines.concepts import ConceptsConfig, concepts
+from pipelines.concepts.stage import ConceptsConfig, concepts
+from pipelines.concepts.table import concept_lines
 from pipelines.sae.checkpoint import RunRecord, save_run
 from pipelines.sae.topk import TopKSae
 
@@ -54,7 +54,7 @@ def labels_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def planted(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, labels_file: Path) -> Path:
     """A folder with `store`, `run`, `codes`: feature 0 fires on animals but for one animal in 25, where 1 stands in for it;
     2 fires on `slept`; 3 and 4 each at random; 5 never. Dimension 7 is low on `slept`."""
-    from pipelines.labels import read_labels
+    from pipelines.concepts.labels import read_labels
 
     folder = tmp_path_factory.mktemp("planted")
     table, codec, files = text_table(TEXTS, model_folder)

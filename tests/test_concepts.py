@@ -17,11 +17,11 @@ from tablekit import activations, activations_manifest, codes_manifest, dense_co
 from actstore.reader import ActivationStore
 from benchmarks import baselines
 from pipelines.code_store import CodeStore
-from pipelines.concepts import find_rules
-from pipelines.labels import read_labels
-from pipelines.python_labels import BIT, LABELS, label_characters
-from pipelines.rules import MIN_FIRINGS, Finding, RuleScores, rule_matrix, rule_name
-from pipelines.subjects import FIRING_SHARES, Subject, choose_thresholds
+from pipelines.concepts.labels import read_labels
+from pipelines.concepts.python_labels import BIT, LABELS, label_characters
+from pipelines.concepts.rules import MIN_FIRINGS, Finding, RuleScores, rule_matrix, rule_name
+from pipelines.concepts.stage import find_rules
+from pipelines.concepts.subjects import FIRING_SHARES, Subject, choose_thresholds
 from pipelines.tokens import TextCodec, TokenTable
 
 PLACE, TOKEN, AFTER = "the name after `def`", "the token `=`", "the token after `(`"

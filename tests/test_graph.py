@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.graph import adjacency, adjusted_rand, communities, direct_only, modularity, partition
+from pipelines.structure.graph import adjacency, adjusted_rand, communities, direct_only, modularity, partition
 
 
 def planted(n_groups: int, size: int, inside: float, outside: float, seed: int) -> tuple[sp.csr_matrix, np.ndarray]:

@@ -18,7 +18,7 @@ from actstore.errors import InputError
 from cli import cli
 from pipelines.code_store import CodeStore
 from pipelines.collect import collect
-from pipelines.labels import SegmentLabels, read_labels, stored_documents
+from pipelines.concepts.labels import SegmentLabels, read_labels, stored_documents
 from pipelines.recipe import CollectConfig
 from pipelines.tokens import TextCodec, store_tokenizer
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from pipelines import null
-from pipelines.null import CodeTable, Pairs, candidates, draw, hypergeometric
+from pipelines.structure import null
+from pipelines.structure.null import CodeTable, Pairs, candidates, draw, hypergeometric
 
 
 def table_of(rows: list[tuple[int, ...]], blocks: list[int], n_features: int) -> CodeTable:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.python_labels import BIT, LABELS, NONE, label_characters, label_tokens
+from pipelines.concepts.python_labels import BIT, LABELS, NONE, label_characters, label_tokens
 
 SOURCE = '''\
 """Tools  for größe.

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from pipelines.significance import (
+from pipelines.structure.significance import (
     DrawMoments,
     NullFit,
     fit_null,

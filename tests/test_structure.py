@@ -21,9 +21,9 @@ from pipelines.analysis import Analysis
 from pipelines.analyze import AnalyzeConfig, analyze
 from pipelines.cluster import connect
 from pipelines.code_store import CodeStore
-from pipelines.graph import adjusted_rand
-from pipelines.null import candidates, hypergeometric
 from pipelines.structure import effects, facts, plant, stage
+from pipelines.structure.graph import adjusted_rand
+from pipelines.structure.null import candidates, hypergeometric
 from pipelines.structure.page import findings_page, summary_lines
 from pipelines.structure.rounds import MIN_EXPECTATION, Q
 from pipelines.structure.sample import cut_blocks, document_half, sample_halves

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from pipelines.graph import Communities, adjusted_rand, communities, direct_only
-from pipelines.null import CodeTable, Pairs
-from pipelines.significance import NullFit, judge
+from pipelines.structure.graph import Communities, adjusted_rand, communities, direct_only
+from pipelines.structure.null import CodeTable, Pairs
 from pipelines.structure.rounds import MIN_EXPECTATION, Observed, Q, attracted, graph_of, repelled
+from pipelines.structure.significance import NullFit, judge
 
 MIN_AGREEMENT = 0.6
 """Adjusted Rand index that partitions must reach, between the halves and between seeds, to be reported."""

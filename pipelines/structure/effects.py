@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.null import CodeTable, Pairs
-from pipelines.significance import TINY, npmi, phi
+from pipelines.structure.null import CodeTable, Pairs
 from pipelines.structure.sample import Sample
+from pipelines.structure.significance import TINY, npmi, phi
 
 RESAMPLES = 400
 GROUP_BYTES = 128 << 20

@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from pipelines.graph import Communities
-from pipelines.null import Pairs
-from pipelines.significance import independence_fit, judge
 from pipelines.structure import choose
 from pipelines.structure.effects import effect_columns, lift_intervals
+from pipelines.structure.graph import Communities
+from pipelines.structure.null import Pairs
 from pipelines.structure.rounds import MIN_EXPECTATION, NullDraw, Observed, Q, attracted, cosine_correlation
 from pipelines.structure.sample import Sample
 from pipelines.structure.show import Naming, community_facts, pair_facts
+from pipelines.structure.significance import independence_fit, judge
 
 MAX_PAIRS = 50_000
 """The most certain chosen pairs, so many of either kind, are written with effect sizes and intervals."""

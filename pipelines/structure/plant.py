@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.null import CodeTable
+from pipelines.structure.null import CodeTable
 from pipelines.structure.sample import Sample, cut_blocks
 
 NOTHING = ("independent", "bursty", "zipf", "top-k")

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from pipelines.cluster import reduce_tasks, run_tasks, share
-from pipelines.graph import adjacency, modularity, partition
-from pipelines.null import CodeTable, Pairs, draw, hypergeometric
-from pipelines.significance import DrawMoments, Judged, NullFit, fit_null, judge
+from pipelines.structure.graph import adjacency, modularity, partition
+from pipelines.structure.null import CodeTable, Pairs, draw, hypergeometric
+from pipelines.structure.significance import DrawMoments, Judged, NullFit, fit_null, judge
 
 DRAWS_A_TASK = 4
 Q = 0.01

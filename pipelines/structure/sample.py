@@ -18,7 +18,7 @@ from actstore.reader import Shard
 from actstore.schema import PARTS
 from pipelines.cluster import run_tasks
 from pipelines.code_store import CodeStore, open_codes, read_codes
-from pipelines.null import CodeTable
+from pipelines.structure.null import CodeTable
 
 MIN_DOCUMENTS = 4
 DOCUMENT_SHARE = 32

@@ -24,8 +24,8 @@ from actstore.files import fsync_path, publish_bytes, publish_json, require_free
 from pipelines.analysis import Analysis
 from pipelines.cluster import connect
 from pipelines.code_store import CodeStore
-from pipelines.null import Pairs, candidates
 from pipelines.structure import choose, facts
+from pipelines.structure.null import Pairs, candidates
 from pipelines.structure.page import findings_page
 from pipelines.structure.rounds import MIN_EXPECTATION, Q, judge_draws, observe
 from pipelines.structure.sample import Sample, sample_halves

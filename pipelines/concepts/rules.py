@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from actstore.reader import Shard, Store
-from pipelines.labels import SegmentLabels, shard_labels
+from pipelines.concepts.labels import SegmentLabels, shard_labels
 from pipelines.terminal import visible
 
 MIN_FIRINGS = 20

@@ -6,10 +6,10 @@ import json
 from statistics import fmean
 from typing import Any
 
-from pipelines.rules import RuleScores
-from pipelines.subjects import Subject
+from pipelines.concepts.rules import RuleScores
+from pipelines.concepts.subjects import Subject
+from pipelines.concepts.unions import SHOWN_K, Union
 from pipelines.tables import parquet_bytes
-from pipelines.unions import SHOWN_K, Union
 
 MIN_ROWS = 20
 """A concept needs as many rows on each half."""

@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from actstore.errors import InputError, OutputExists
 from actstore.files import publish_bytes, publish_json
-from pipelines.coactivation import best_correlations, correlations
-from pipelines.compare_table import CLOSE
+from pipelines.comparing.coactivation import best_correlations, correlations
+from pipelines.comparing.same_rows import Source, code_source, encoded_source, shared_codes
+from pipelines.comparing.table import CLOSE
 from pipelines.cosines import MOST_MATCHED, best_cosines, match_one_to_one, random_directions, unit_rows
 from pipelines.sae.base import Sae
 from pipelines.sae.checkpoint import RunRecord, load_run
-from pipelines.same_rows import Source, code_source, encoded_source, shared_codes
 from pipelines.tables import parquet_bytes
 
 SUMMARY, TABLE = "compare.json", "features.parquet"

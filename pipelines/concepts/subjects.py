@@ -20,8 +20,8 @@ from actstore.schema import PARTS
 from pipelines.capture import MLP_HIDDEN
 from pipelines.cluster import reduce_tasks, share
 from pipelines.code_store import CodeStore, read_codes
-from pipelines.labels import SegmentLabels, shard_labels
-from pipelines.rules import RuleScores, shard_rules
+from pipelines.concepts.labels import SegmentLabels, shard_labels
+from pipelines.concepts.rules import RuleScores, shard_rules
 
 PEAK_SHARES = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6)
 """Candidate thresholds of a feature, as shares of its peak on the choosing half."""

@@ -1,6 +1,6 @@
 """In: a store, and labels of its text. Out: which labels hold at each token, and which half each document is of.
 
-Labels come from Python's own grammar (`pipelines/python_labels.py`) or from a file of ranges:
+Labels come from Python's own grammar (`python_labels.py`) or from a file of ranges:
 
     {"document": "story01.txt", "start": 4, "stop": 7, "label": "animal"}
 
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from actstore.errors import InputError
 from actstore.reader import Shard, Store
 from actstore.schema import PARTS
-from pipelines.python_labels import LABELS, first_characters, label_tokens
+from pipelines.concepts.python_labels import LABELS, first_characters, label_tokens
 from pipelines.tokens import TextCodec
 
 PYTHON, STDLIB = "python", "stdlib"
