@@ -46,9 +46,8 @@ from pipelines.causal.measuring import branch_layout, firing_texts, predicted, w
 from pipelines.causal.splice import read_site  # noqa: E402
 from pipelines.causal.subject import Spliced, open_spliced  # noqa: E402
 from pipelines.code_store import CodeStore, read_codes  # noqa: E402
-from pipelines.concepts import HALF_BIT, label_store, row_labels  # noqa: E402
+from pipelines.labels import read_labels, shard_labels  # noqa: E402
 from pipelines.progress import track  # noqa: E402
-from pipelines.python_labels import BIT  # noqa: E402
 from pipelines.terminal import visible  # noqa: E402
 from pipelines.tokens import store_tokenizer  # noqa: E402
 
@@ -117,17 +116,21 @@ def count_targets(
 ) -> TargetCounts:
     """One pass over the choosing half's rows that have a next token in their window."""
     codec = store_tokenizer(codes)
-    labels = label_store(codes, codec)
+    labels = read_labels(codes, codec, None)
+    columns = [labels.names.index(rule) for rule in rules]
     counts = TargetCounts(len(rules), len(features), codec.backend.get_vocab_size())
     column = np.full(codes.n_features, -1)
     column[features] = np.arange(len(features))
     for shard in codes.shards(PART):
         indices, values = read_codes(codes, shard)
-        bits, following = row_labels(codes, shard, labels[shard.segment]), next_tokens(codes, shard)
-        mine = ((bits & HALF_BIT) == 0) & (following >= 0)
+        (holds, is_scoring), following = (
+            shard_labels(codes, shard, labels.segments[shard.segment]),
+            next_tokens(codes, shard),
+        )
+        mine, by_rule = ~is_scoring & (following >= 0), holds[:, columns].toarray() != 0
         np.add.at(counts.all, following[mine], 1)
-        for i, rule in enumerate(rules):
-            np.add.at(counts.rules[i], following[mine & ((bits & BIT[rule]) != 0)], 1)
+        for i in range(len(rules)):
+            np.add.at(counts.rules[i], following[mine & by_rule[:, i]], 1)
         row, slot = np.nonzero((values > thresholds[indices]) & (column[indices] >= 0) & mine[:, None])
         np.add.at(counts.features, (column[indices[row, slot]], following[row]), 1)
     return counts

@@ -92,6 +92,15 @@ def own_device(device: str) -> str:
     return f"cuda:{int(name) % torch.cuda.device_count()}"
 
 
+def share(client: Any, value: Any) -> Any:
+    """A value that every worker holds, to be given to many tasks in its place.
+
+    Under a name of its own: by default Dask names it by its content, and what was shared before, and is just being
+    forgotten, would take the same value shared again with it ("lost dependencies").
+    """
+    return client.scatter(value, broadcast=True, hash=False)
+
+
 def run_tasks(client: Any, label: str, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
     """`function(*task)` for every task, results in the order of the tasks; a failed task's error is raised here."""
     from distributed import as_completed

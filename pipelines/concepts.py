@@ -17,7 +17,7 @@ import numpy as np
 from actstore.errors import IdentityMismatch, InputError, NotAStore, OutputExists
 from actstore.files import publish_bytes, publish_json
 from actstore.reader import ActivationStore, Store
-from pipelines.cluster import connect
+from pipelines.cluster import connect, share
 from pipelines.code_store import CodeStore
 from pipelines.concept_table import beside_record, concept_record, findings_text, table_bytes
 from pipelines.labels import LabelTable, read_labels
@@ -115,7 +115,7 @@ def findings_json(findings: list[Finding]) -> dict[str, Any]:
 
 def _held(client: Any, labels: LabelTable) -> list[Any]:
     """The labels of each segment, on every worker."""
-    return [client.scatter(segment, broadcast=True) for segment in labels.segments]
+    return [share(client, segment) for segment in labels.segments]
 
 
 def _follow(

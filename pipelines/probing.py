@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from actstore.reader import Shard
 from pipelines.absorption import Absorption, Moments, Probes, ScoreHistogram
-from pipelines.cluster import reduce_tasks
+from pipelines.cluster import reduce_tasks, share
 from pipelines.labels import SegmentLabels, shard_labels
 from pipelines.subjects import Subject, shard_tasks
 
@@ -48,7 +48,7 @@ def find_absorption(
     client: Any,
 ) -> Absorption:
     """Absorption of each concept on the scoring half. `codes` are of the same shards as `rows`; see `Absorption.update`."""
-    shared = client.scatter((fitted.probes, fitted.thresholds, mains, along), broadcast=True)
+    shared = share(client, (fitted.probes, fitted.thresholds, mains, along))
     tasks = [(codes, rows, *task[1:], shared) for task in shard_tasks(codes, labels)]
     found: Absorption = reduce_tasks(client, "absorption", shard_absorption, Absorption.merge, tasks)
     return found

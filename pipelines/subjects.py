@@ -18,7 +18,7 @@ from actstore.place import absolute
 from actstore.reader import ActivationStore, Shard, Store
 from actstore.schema import PARTS
 from pipelines.capture import MLP_HIDDEN
-from pipelines.cluster import reduce_tasks
+from pipelines.cluster import reduce_tasks, share
 from pipelines.code_store import CodeStore, read_codes
 from pipelines.labels import SegmentLabels, shard_labels
 from pipelines.rules import RuleScores, shard_rules
@@ -150,7 +150,7 @@ def score_rules(
     subject: Subject, labels: list[Any], thresholds: NDArray[np.float64], n_vocabulary: int, client: Any
 ) -> RuleScores:
     """Every unit against every label, and, where a vocabulary is given, against tokens and tokens before."""
-    shared = client.scatter(thresholds, broadcast=True)
+    shared = share(client, thresholds)
     tasks = [(*task, shared, n_vocabulary) for task in shard_tasks(subject, labels)]
     scores: RuleScores = reduce_tasks(client, "rules", score_shard, RuleScores.merge, tasks)
     return scores

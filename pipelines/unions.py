@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from actstore.reader import Shard
 from pipelines.absorption import Patterns, greedy_union, n_main
-from pipelines.cluster import reduce_tasks
+from pipelines.cluster import reduce_tasks, share
 from pipelines.labels import SegmentLabels, shard_labels
 from pipelines.rules import RuleScores
 from pipelines.subjects import Subject, shard_tasks
@@ -93,7 +93,7 @@ def find_unions(
     """The union of units that follows each label."""
     candidates = choose_candidates(scores, n_labels)
     bounds = [own.bounds(thresholds) for own in candidates]
-    shared = client.scatter([(own.units, bound) for own, bound in zip(candidates, bounds, strict=True)], broadcast=True)
+    shared = share(client, [(own.units, bound) for own, bound in zip(candidates, bounds, strict=True)])
     tasks = [(*task, shared) for task in shard_tasks(subject, labels)]
     patterns: list[Patterns] = reduce_tasks(client, "unions", shard_patterns, merge_patterns, tasks)
     found = []

@@ -89,7 +89,7 @@ def the_line(result: subprocess.CompletedProcess[str], command: str = "collect")
     assert result.returncode == 1, result
     assert result.stdout == ""
     *before, line = result.stderr.splitlines()
-    assert all(said.startswith(f"{command}: ") for said in before), result.stderr
+    assert all(said.startswith((f"{command}: ", "dashboard: ")) for said in before), result.stderr
     assert line.startswith("error: ")
     return line
 

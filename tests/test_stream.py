@@ -397,10 +397,10 @@ def test_what_int8_rows_are_measured_by_is_read_once_for_each_segment(
     """Though an epoch goes from one segment to another at every chunk, and readers have one segment's tables in memory."""
     n_read = 0
 
-    def counted(objects: dict[str, bytes]) -> Any:
+    def counted(*arguments: Any) -> Any:
         nonlocal n_read
         n_read += 1
-        return read_table(objects)
+        return read_table(*arguments)
 
     store = ActivationStore(encoded.url)
     monkeypatch.setattr(reader, "read_table", counted)

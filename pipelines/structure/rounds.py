@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy import stats
 
-from pipelines.cluster import reduce_tasks, run_tasks
+from pipelines.cluster import reduce_tasks, run_tasks, share
 from pipelines.graph import adjacency, modularity, partition
 from pipelines.null import CodeTable, Pairs, draw, hypergeometric
 from pipelines.significance import DrawMoments, Judged, NullFit, fit_null, judge
@@ -65,7 +65,7 @@ def observe(
     client: Any, label: str, table: CodeTable, pairs: Pairs, key: tuple[int, ...], n_draws: int, groups: NDArray[np.int64]
 ) -> Observed:
     """Count the pairs in a half's table and in `n_draws` draws of its null, and judge the one by the others."""
-    shared = client.scatter((table, pairs, groups), broadcast=True)
+    shared = share(client, (table, pairs, groups))
     tasks = [(shared, key, first, min(first + DRAWS_A_TASK, n_draws)) for first in range(0, n_draws, DRAWS_A_TASK)]
     found: DrawRound = reduce_tasks(client, label, draw_some, DrawRound.merge, tasks)
     counts = pairs.count(table)
@@ -112,7 +112,7 @@ def judge_draws(
     for level in levels:
         edges = attracted(half.judged, level)
         graphs.append((np.unique(np.r_[pairs.left[edges], pairs.right[edges]]), len(edges)))
-    shared = client.scatter((half.table, pairs, half.null, levels, graphs, cosines), broadcast=True)
+    shared = share(client, (half.table, pairs, half.null, levels, graphs, cosines))
     return run_tasks(client, "null draws", judge_draw, [(shared, (*key, number)) for number in numbers])
 
 
