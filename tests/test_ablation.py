@@ -18,7 +18,7 @@ from pipelines.causal.ablate import AblateConfig, ablate_features, ablate_lines
 from pipelines.causal.ablation import Edit, Read, ablate, one_by_one, read_prompt, set_everywhere
 from pipelines.causal.compare import kl, top_candidates
 from pipelines.causal.forward import logits
-from pipelines.causal.splice import Reading, finish, finish_branches, read_site
+from pipelines.causal.splice import finish, finish_branches, read_site
 from pipelines.causal.subject import Spliced, open_spliced
 
 TEXT = "The fox 31 went to the wood, and saw 4 friends"
@@ -74,7 +74,7 @@ def test_a_branch_is_the_whole_texts_forward_pass_at_the_edited_position(spliced
         clean, branches = finish_branches(model, reading, change, at)
         torch.testing.assert_close(logits(model, clean), model(input_ids=ids).logits, rtol=0, atol=1e-4)
         for text in range(2):
-            own = Reading(reading.x[[text]], reading.entry[[text]], reading.first, site)
+            own = reading.take(torch.tensor([text]))
             for branch in range(5):
                 edited = own.x.clone()
                 edited[0, at[text, branch]] += change[text, branch]

@@ -19,7 +19,8 @@ from pipelines.causal.attribution_patching import (
     gradients,
     integrated_gradients,
 )
-from pipelines.causal.interventions import HEADS, PATCH_SITES, trace
+from pipelines.causal.edits import HEADS, PATCH_SITES
+from pipelines.causal.interventions import trace
 from pipelines.causal.metrics import Divergence, change_metric, log_probability_of, pair_metric
 from pipelines.causal.patching import (
     Pair,

@@ -165,7 +165,7 @@ def _later(
     for start in range(0, len(text), n):
         t = torch.from_numpy(text[start : start + n]).to(ids.device)
         at = torch.from_numpy(own.position[start : start + n]).to(ids.device)
-        part = Reading(reading.x[t], reading.entry[t], reading.first, reading.site)
+        part = reading.take(t)
         edited = part.x.clone()
         edited[torch.arange(len(t)), at] += change[start : start + n]
         clean, ablated = finish(model, part, part.x), finish(model, part, edited)
