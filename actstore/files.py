@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,27 @@ def publish_json(path: Path, value: Any) -> None:
     """`publish_bytes` of readable JSON."""
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     publish_bytes(path, (text + "\n").encode())
+
+
+@contextmanager
+def publish_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder` to write files into. At the end they are flushed, and it is renamed to `folder`.
+
+    So the folder is there whole or not at all: an error removes what was written, and what a kill leaves behind is in
+    nobody's way and goes with the next attempt. `folder` must be free; only one process may publish it at a time.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            fsync_path(path)
+        os.rename(temporary, folder)
+        fsync_path(folder.absolute().parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def object_entry(data: bytes) -> dict[str, Any]:

@@ -23,7 +23,7 @@ set_environment()  # before torch is loaded, as the commands do
 from actstore.files import read_json  # noqa: E402
 from actstore.reader import ActivationStore  # noqa: E402
 from pipelines.capture import MLP_HIDDEN  # noqa: E402
-from pipelines.cluster import connect  # noqa: E402
+from pipelines.cluster import connect, share  # noqa: E402
 from pipelines.collect import collect  # noqa: E402
 from pipelines.concepts.labels import read_labels  # noqa: E402
 from pipelines.concepts.rules import Finding  # noqa: E402
@@ -44,7 +44,7 @@ def raw_dimension_findings(store_path: Path, client: Any) -> list[Finding]:
     store = ActivationStore(store_path)
     codec, subject = store_tokenizer(store), Subject.of(store, store.site())
     labels = read_labels(store, codec, None)
-    held = [client.scatter(segment, broadcast=True) for segment in labels.segments]
+    held = [share(client, segment) for segment in labels.segments]
     thresholds = choose_thresholds(subject, held, client)
     scores = score_rules(subject, held, thresholds, codec.backend.get_vocab_size(), client)
     return list(scores.finalize(thresholds, labels.names, codec.token_texts()))

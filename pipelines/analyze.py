@@ -279,9 +279,9 @@ def _record(config: AnalyzeConfig, codes: CodeStore, survey: Survey) -> dict[str
     return {
         "format": "actstore-analysis",
         "version": ANALYSIS_VERSION,
+        **codes.manifest.source,  # first: it has the activation store's `snapshot`
         "codes_id": codes.store_id,
         "snapshot": codes.snapshot,
-        **codes.manifest.source,
         "codes": str(config.codes),
         "run": codes.manifest.provenance["run"],
         "store": codes.manifest.provenance["store"],

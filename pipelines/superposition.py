@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actstore.errors import InputError, OutputExists
-from actstore.files import publish_bytes, publish_json
+from actstore.files import publish_bytes, publish_folder, publish_json
 from pipelines.cosines import all_pairs, random_directions, unit_rows
 from pipelines.sae.checkpoint import load_run
 
@@ -146,9 +146,10 @@ def superposition(config: SuperpositionConfig) -> dict[str, Any]:
     if decoder is not None:
         found["run"] = {"path": str(config.run), **(cosines := decoder_cosines(decoder, config.seed))}
         plots[COSINES] = draw_cosines(cosines)
-    for name, data in plots.items():
-        publish_bytes(config.out / name, data)
-    publish_json(config.out / SUMMARY, {"format": "actstore-superposition", "version": 1, **found})
+    with publish_folder(config.out) as own:
+        for name, data in plots.items():
+            publish_bytes(own / name, data)
+        publish_json(own / SUMMARY, {"format": "actstore-superposition", "version": 1, **found})
     return {"out": str(config.out), **found, "plots": sorted(plots)}
 
 

@@ -220,6 +220,14 @@ def is_heldout(name: str, modulus: int) -> bool:
     return modulus > 0 and int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % modulus == 0
 
 
+def document_half(name: str) -> int:
+    """0, the half of the documents on which things are chosen, or 1, on which they are scored; from its name alone.
+
+    The bit that decides has no part in `is_heldout`.
+    """
+    return hashlib.sha256(name.encode()).digest()[8] & 1
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its type when it has none."""
     lines = str(error).strip().splitlines()

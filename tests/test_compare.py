@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from actstore.errors import IdentityMismatch, InputError, OutputExists
 from pipelines.comparing.coactivation import best_correlations, correlations
+from pipelines.comparing.same_rows import code_source, encoded_source, shared_codes
 from pipelines.comparing.stage import CompareConfig, compare
 from pipelines.comparing.table import compare_lines
 from pipelines.cosines import all_pairs, best_cosines, match_one_to_one, random_directions, unit_rows
@@ -101,13 +102,15 @@ def test_random_directions_share_what_chance_gives(copies: dict[str, Path]) -> N
 
 def test_three_runs_give_each_feature_its_stability(copies: dict[str, Path], store: Path, tmp_path: Path) -> None:
     runs = tuple(copies[name] for name in ("run", "permuted", "random"))
-    found = compare(CompareConfig(runs=runs, store=(str(store),), rows=ROWS, out=tmp_path / "out"))
+    found = compare(CompareConfig(runs=runs, store=(str(store),), rows=20, out=tmp_path / "out"))
     assert len(found["pairs"]) == 3
+    assert found["runs"][0]["live"] < 64
     rows = [row for row in pq.read_table(tmp_path / "out" / "features.parquet").to_pylist() if row["run"] == "run"]
     for row in rows:
         if not row["fires"]:
-            assert row["stability"] is None
+            assert row["stability"] is row["correlation permuted"] is row["coactive partner permuted"] is None
             continue
+        assert row["coactive partner permuted"] is not None
         assert row["stability"] == pytest.approx((row["cosine permuted"] + row["cosine random"]) / 2, abs=1e-6)
         assert row["cosine permuted"] > 0.9999 > row["cosine random"]
     kept = json.loads((tmp_path / "out" / "compare.json").read_text())
@@ -125,8 +128,15 @@ def test_codes_give_the_same_as_the_rows_they_were_made_from(
     from_codes = compare(CompareConfig(runs=(run, run), codes=(str(codes), str(codes)), rows=10**6))
     assert from_rows["rows"] == from_codes["rows"] > ROWS
     for ours, theirs in zip(both(from_rows), both(from_codes), strict=True):
-        for key in ("mean_best", "shared"):
-            assert str(ours[key])[:12] == str(theirs[key])[:12]
+        assert ours["mean_best"] == pytest.approx(theirs["mean_best"], abs=1e-6)
+        for mine, other in zip(ours["shared"], theirs["shared"], strict=True):
+            assert mine == pytest.approx(other, abs=1e-6)
+    sae, record = load_run(run)
+    sources = [encoded_source(str(store), sae, record, run), code_source(str(codes), record, run)]
+    encoded, read = (shared.toarray() for shared in shared_codes(sources, 10**6))
+    assert len(encoded) == from_rows["rows"]
+    assert encoded.any()
+    np.testing.assert_allclose(encoded, read, rtol=1e-3, atol=1e-3)
     with pytest.raises(IdentityMismatch, match="pass codes in the order of the runs"):
         compare(CompareConfig(runs=(run, copies["random"]), codes=(str(codes), str(codes))))
 

@@ -16,8 +16,6 @@ from pipelines.structure.significance import (
     fit_null,
     independence_fit,
     judge,
-    npmi,
-    phi,
     tail_probabilities,
 )
 
@@ -119,19 +117,6 @@ def test_counts_with_a_small_expectation_are_not_tested() -> None:
     assert judged.tested.tolist() == [False, True]
     assert judged.called(0.01).tolist() == [False, True]
     assert judged.p[0] == judged.q[0] == 1
-
-
-def test_phi_and_npmi_are_their_definitions() -> None:
-    rng = np.random.default_rng(2)
-    a = rng.random(500) < 0.3
-    b = np.where(rng.random(500) < 0.5, a, rng.random(500) < 0.2)
-    together, fires = np.array([(a & b).sum()]), [np.array([a.sum()]), np.array([b.sum()])]
-    assert phi(together, *fires, 500)[0] == pytest.approx(np.corrcoef(a, b)[0, 1])
-    joint = together[0] / 500
-    expected = math.log(joint / (a.mean() * b.mean())) / -math.log(joint)
-    assert npmi(together, *fires, 500)[0] == pytest.approx(expected)
-    assert npmi(np.array([0]), *fires, 500)[0] == -1
-    assert npmi(np.array([7]), np.array([7]), np.array([7]), 500)[0] == pytest.approx(1)
 
 
 def test_independence_is_the_hypergeometric_law_over_all_rows() -> None:

@@ -26,8 +26,9 @@ from pipelines.structure.graph import adjusted_rand
 from pipelines.structure.null import candidates, hypergeometric
 from pipelines.structure.page import findings_page, summary_lines
 from pipelines.structure.rounds import MIN_EXPECTATION, Q
-from pipelines.structure.sample import cut_blocks, document_half, sample_halves
+from pipelines.structure.sample import cut_blocks, sample_halves
 from pipelines.structure.stage import StructureConfig, seek, structure
+from pipelines.tokens import document_half
 
 N_FEATURES, SIZES = 120, [15, 12, 10, 8, 6]
 
@@ -292,7 +293,9 @@ def test_a_run_adds_cosines_and_a_few_documents_are_too_few(
     assert not (tmp_path / "few").exists()
 
 
-@pytest.mark.parametrize(("name", "value"), [("draws", 5), ("rows", 0), ("block_rows", 1), ("min_lift", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("draws", 5), ("rows", 0), ("rows", 1 << 25), ("block_rows", 1), ("min_lift", 1.0)]
+)
 def test_settings_that_cannot_be_are_refused_by_name(name: str, value: float) -> None:
     with pytest.raises(InputError, match=name):
         StructureConfig(analysis=Path("x"), **{name: value})

@@ -29,7 +29,7 @@ def correlations(a: sp.csc_array, b: sp.csc_array) -> tuple[NDArray[np.float32],
     both = ((a > 0).astype(np.float64).T @ (b > 0).astype(np.float64)).toarray()
     either = np.maximum(np.add.outer(*fires) - both, 1)
     correlation = np.where(scale > 0, products / np.where(scale > 0, scale, 1), 0)
-    return np.minimum(correlation, 1.0).astype(np.float32), (both / either).astype(np.float32)
+    return np.clip(correlation, -1, 1).astype(np.float32), (both / either).astype(np.float32)
 
 
 def best_correlations(

@@ -18,7 +18,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from actstore.errors import InputError, OutputExists
-from actstore.files import publish_bytes, publish_json
+from actstore.files import publish_bytes, publish_folder, publish_json
 from pipelines.comparing.coactivation import best_correlations, correlations
 from pipelines.comparing.same_rows import Source, code_source, encoded_source, shared_codes
 from pipelines.comparing.table import CLOSE
@@ -111,8 +111,9 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         "stability": _stability(runs, features),
     }
     if config.out is not None:
-        publish_bytes(config.out / TABLE, parquet_bytes(features))
-        publish_json(config.out / SUMMARY, {"format": "actstore-compare", "version": 1, **found})
+        with publish_folder(config.out) as own:
+            publish_bytes(own / TABLE, parquet_bytes(features))
+            publish_json(own / SUMMARY, {"format": "actstore-compare", "version": 1, **found})
     return {"out": None if config.out is None else str(config.out), **found}
 
 
@@ -215,14 +216,19 @@ def _feature_table(runs: list[Compared]) -> list[dict[str, Any]]:
 
 
 def _partners(run: Compared, other: Compared) -> tuple[Any, Any, Any, Any]:
-    """Of every feature: best cosine with a live feature of the other run and which, best correlation and which."""
+    """Of every feature: best cosine with a live feature of the other run and which, best correlation and which.
+
+    The latter two are None for a feature that does not fire in the rows.
+    """
     cosine = partner = correlation = coactive = None
     if run.record.d_model == other.record.d_model and len(other.live):
         cosine, which = best_cosines(run.directions, other.directions[other.live])
         partner = other.live[which]
     if run.codes is not None and other.codes is not None and len(other.live):
-        correlation, _, which = best_correlations(run.codes.tocsc(), other.codes[:, other.live].tocsc())
-        coactive = other.live[which]
+        found, _, which = best_correlations(run.codes.tocsc(), other.codes[:, other.live].tocsc())
+        correlation, coactive = (column.astype(object) for column in (found, other.live[which]))
+        for column in (correlation, coactive):
+            column[run.fires == 0] = None
     return cosine, partner, correlation, coactive
 
 

@@ -243,11 +243,11 @@ class Absorption:
 def strongest(codes: sp.csr_array, along: NDArray[np.float64], scores: NDArray[np.float64]) -> NDArray[np.int64]:
     """(n,) the feature that adds most to each row's score, if that is at least 0.4 of it; else -1.
 
-    A feature adds its value times `along` (F,). The score must be positive.
+    A feature adds its value times `along` (F,). Of a score that is not positive nothing has a share.
 
-    >>> codes = sp.csr_array(np.array([[2.0, 1.0, 0.0], [0.0, 1.0, 1.0]]))
-    >>> strongest(codes, np.array([0.5, 0.1, 0.1]), np.array([1.2, 1.0])).tolist()
-    [0, -1]
+    >>> codes = sp.csr_array(np.array([[2.0, 1.0, 0.0], [0.0, 1.0, 1.0], [2.0, 0.0, 0.0]]))
+    >>> strongest(codes, np.array([0.5, 0.1, 0.1]), np.array([1.2, 1.0, -0.2])).tolist()
+    [0, -1, -1]
     """
     found = np.full(codes.shape[0], -1, np.int64)
     if not codes.nnz:
@@ -257,6 +257,7 @@ def strongest(codes: sp.csr_array, along: NDArray[np.float64], scores: NDArray[n
     added = pairs.data * along[feature]
     order = np.lexsort((feature, -added, row))
     first = order[np.r_[True, np.diff(row[order]) != 0]]
-    first = first[(added[first] > 0) & (added[first] >= CARRIED * scores[row[first]])]
+    own = scores[row[first]]
+    first = first[(own > 0) & (added[first] > 0) & (added[first] >= CARRIED * own)]
     found[row[first]] = feature[first]
     return found

@@ -11,7 +11,6 @@ takes the labels that hold at its first character that is not white space (at it
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter, defaultdict
@@ -28,7 +27,7 @@ from actstore.errors import InputError
 from actstore.reader import Shard, Store
 from actstore.schema import PARTS
 from pipelines.concepts.python_labels import LABELS, first_characters, label_tokens
-from pipelines.tokens import TextCodec
+from pipelines.tokens import TextCodec, document_half
 
 PYTHON, STDLIB = "python", "stdlib"
 PYTHON_NAME = re.compile(r"\.pyi?(@\d+)?$")
@@ -105,11 +104,6 @@ def read_labels(store: Store, codec: TextCodec, source: str | Path | None) -> La
         return _table(store, documents, LABELS, python_places(store, documents, codec))
     names, places, left_out = file_places(store, documents, codec, Path(source))
     return replace(_table(store, documents, names, places), left_out=left_out)
-
-
-def is_scoring_half(name: str) -> bool:
-    """Which half a document is of, from its name alone: rules are chosen on one and scored on the other."""
-    return bool(hashlib.sha256(name.encode()).digest()[8] & 1)
 
 
 def stored_documents(store: Store) -> list[StoredDocument]:
@@ -266,7 +260,7 @@ def _table(store: Store, documents: list[StoredDocument], names: tuple[str, ...]
     halves = [np.zeros(n, np.bool_) for n in sizes]
     for document in documents:
         for segment, start, stop in document.spans:
-            halves[segment][start : stop + 1] = is_scoring_half(document.name)
+            halves[segment][start : stop + 1] = document_half(document.name)
     rows: list[list[NDArray[np.int64]]] = [[] for _ in sizes]
     columns: list[list[NDArray[np.int64]]] = [[] for _ in sizes]
     for document, token, label in places:

@@ -1,6 +1,6 @@
 """Linear probes of labelled concepts over a store's rows, and absorption: which features stand in for the main ones.
 
-The passes over shards; what is counted in them is `pipelines/absorption.py`. Probes are fitted and their thresholds chosen
+The passes over shards; what is counted in them is `absorption.py`. Probes are fitted and their thresholds chosen
 on one half of the documents, everything else is of the other.
 """
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from actstore.errors import IdentityMismatch, InputError, NotAStore, OutputExists
-from actstore.files import publish_bytes, publish_json
+from actstore.files import publish_bytes, publish_folder, publish_json
 from actstore.reader import ActivationStore, Store
 from pipelines.cluster import connect, share
 from pipelines.code_store import CodeStore
@@ -87,8 +87,12 @@ def concepts(config: ConceptsConfig, client: Any = None) -> dict[str, Any]:
             mains = [union.units[: union.n_main] if _is_followed(union) else [] for union in unions]
             for row, found in zip(rows, _probed(config, own, subjects[0][1], held, mains, connected), strict=True):
                 row.update(found)
+        known = {} if source is None else {(source.url, source.snapshot): labels}
         for store, subject in subjects:
-            theirs = labels if store is source else read_labels(store, store_tokenizer(store), config.labels)
+            text = (store.url, store.snapshot)
+            if text not in known:
+                known[text] = read_labels(store, store_tokenizer(store), config.labels)
+            theirs = known[text]
             _, their_scores, _, their_unions = _follow(subject, theirs, codec, connected)
             number = {name: i for i, name in enumerate(theirs.names)}
             for row in rows:
@@ -199,9 +203,6 @@ def _published(
 ) -> dict[str, Any]:
     rows = sorted(rows, key=lambda row: (-(row["f1"] or 0.0), row["label"]))
     text = findings_text(rows)
-    publish_bytes(folder / TABLE, table_bytes(rows))
-    publish_bytes(folder / FEATURES, table_bytes([asdict(finding) for finding in findings]))
-    publish_bytes(folder / TEXT, (text + "\n").encode())
     found = {
         "codes": str(codes.url),
         "store_id": codes.store_id,
@@ -212,5 +213,9 @@ def _published(
         "findings": text,
         "concepts": rows,
     }
-    publish_json(folder / SUMMARY, {"format": "actstore-concepts", "version": 1, **found})
+    with publish_folder(folder) as own:
+        publish_bytes(own / TABLE, table_bytes(rows))
+        publish_bytes(own / FEATURES, table_bytes([asdict(finding) for finding in findings]))
+        publish_bytes(own / TEXT, (text + "\n").encode())
+        publish_json(own / SUMMARY, {"format": "actstore-concepts", "version": 1, **found})
     return {"out": str(folder), **found}

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines import association
 from pipelines.structure.null import CodeTable, Pairs
 from pipelines.structure.sample import Sample
-from pipelines.structure.significance import TINY, npmi, phi
+from pipelines.structure.significance import TINY
 
 RESAMPLES = 400
 GROUP_BYTES = 128 << 20
@@ -68,15 +69,15 @@ def _grouped(values: NDArray[np.float64], groups: NDArray[np.int64], n: int) -> 
 
 
 def effect_columns(table: CodeTable, pairs: Pairs, counts: NDArray[np.int64], mean: NDArray[np.float64]) -> dict[str, Any]:
-    """Effect sizes of pairs by name, (P,) each; those called null_… are of the expectation in the null."""
+    """Effect sizes of pairs by name, (P,) each, NaN where a feature never fires; null_… are of the expectation."""
     left, right = (table.fires[ids] for ids in pairs.ids)
     n = table.n_rows
     return {
-        "phi": phi(counts, left, right, n),
-        "null_phi": phi(mean, left, right, n),
-        "npmi": npmi(counts, left, right, n),
-        "null_npmi": npmi(mean, left, right, n),
-        "jaccard": counts / np.maximum(left + right - counts, 1),
-        "right_given_left": counts / np.maximum(left, 1),
-        "left_given_right": counts / np.maximum(right, 1),
+        "phi": association.phi(counts, left, right, n),
+        "null_phi": association.phi(mean, left, right, n),
+        "npmi": association.npmi(counts, left, right, n),
+        "null_npmi": association.npmi(mean, left, right, n),
+        "jaccard": association.jaccard(counts, left, right),
+        "right_given_left": association.conditional(counts, left),
+        "left_given_right": association.conditional(counts, right),
     }

@@ -19,6 +19,7 @@ from actstore.schema import PARTS
 from pipelines.cluster import run_tasks
 from pipelines.code_store import CodeStore, open_codes, read_codes
 from pipelines.structure.null import CodeTable
+from pipelines.tokens import document_half
 
 MIN_DOCUMENTS = 4
 DOCUMENT_SHARE = 32
@@ -42,11 +43,6 @@ class Sample:
     @property
     def n_documents(self) -> int:
         return int(self.documents[-1]) + 1 if len(self.documents) else 0
-
-
-def document_half(name: str) -> int:
-    """0, the half on which structures are chosen, or 1, on which they are tested."""
-    return hashlib.sha256(name.encode()).digest()[8] & 1
 
 
 def sample_halves(codes: CodeStore, rows: int, block_rows: int, seed: int, client: Any) -> tuple[Sample, Sample]:

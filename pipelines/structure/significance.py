@@ -1,4 +1,4 @@
-"""Is a count more than chance gives? Moments over draws, p-values, false discovery rates, effect sizes, intervals."""
+"""Is a count more than chance gives? Moments over draws, p-values, false discovery rates."""
 
 from __future__ import annotations
 
@@ -163,34 +163,3 @@ def independence_fit(left: NDArray[np.int64], right: NDArray[np.int64], n_rows: 
     a, b = left.astype(np.float64), right.astype(np.float64)
     variance = a * b * (n_rows - a) * (n_rows - b) / (float(n_rows) ** 2 * max(n_rows - 1, 1))
     return NullFit(a * b / n_rows, variance, 1e6, 1 << 40)
-
-
-def phi(together: NDArray, left: NDArray, right: NDArray, n_rows: int) -> NDArray[np.float64]:
-    """Correlation of the two 0/1 columns; `together` may be an expectation."""
-    a, b = np.asarray(left, np.float64), np.asarray(right, np.float64)
-    spread = np.sqrt(a * (n_rows - a) * b * (n_rows - b))
-    return np.divide(together * n_rows - a * b, spread, out=np.zeros(len(a)), where=spread > 0)
-
-
-def npmi(together: NDArray, left: NDArray, right: NDArray, n_rows: int) -> NDArray[np.float64]:
-    """Normalised pointwise mutual information, -1 where two features never fire together, 1 where always and only."""
-    joint = np.asarray(together, np.float64) / n_rows
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found = np.log(joint * n_rows * n_rows / (np.asarray(left, np.float64) * right)) / -np.log(joint)
-    return np.where(joint <= 0, -1.0, np.where(joint >= 1, 1.0, found))
-
-
-def bootstrap_lifts(
-    counts: NDArray[np.float64], expected: NDArray[np.float64], seed: tuple[int, ...], n_resamples: int = 400
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """95 % percentile intervals, (P,) each, of sum(counts) / sum(expected) over documents drawn with replacement.
-
-    `counts` and `expected` are (documents, P).
-    """
-    n = len(counts)
-    picks = np.random.default_rng(seed).integers(0, n, (n_resamples, n))
-    weights = np.zeros((n_resamples, n))
-    np.add.at(weights, (np.arange(n_resamples)[:, None], picks), 1)
-    lifts = (weights @ counts) / np.maximum(weights @ expected, TINY)
-    low, high = np.quantile(lifts, [0.025, 0.975], axis=0)
-    return low, high

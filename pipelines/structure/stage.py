@@ -8,19 +8,15 @@ model nor the activations are needed; a run adds what its decoder directions say
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from actstore.errors import IdentityMismatch, InputError, OutputExists
-from actstore.files import fsync_path, publish_bytes, publish_json, require_free_space
+from actstore.files import publish_bytes, publish_folder, publish_json, require_free_space
 from pipelines.analysis import Analysis
 from pipelines.cluster import connect
 from pipelines.code_store import CodeStore
@@ -30,6 +26,7 @@ from pipelines.structure.page import findings_page
 from pipelines.structure.rounds import MIN_EXPECTATION, Q, judge_draws, observe
 from pipelines.structure.sample import Sample, sample_halves
 from pipelines.structure.show import Naming
+from pipelines.tables import parquet_bytes
 from pipelines.tokens import store_tokenizer
 
 STRUCTURE_VERSION = 1
@@ -43,6 +40,8 @@ FOLDER, RECORD, PAGE, PAIRS, COMMUNITIES = (
 NULL_DRAWS = 20
 """Further draws that are judged as if they were observed."""
 MIN_DRAWS = 20
+MAX_ROWS = 1 << 24
+"""A draw packs the number of a block, of which there may be as many as rows, into 24 bits."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,10 @@ class StructureConfig:
     def __post_init__(self) -> None:
         if self.draws < MIN_DRAWS:
             raise InputError(f"draws {self.draws}: a null needs at least {MIN_DRAWS}; 100 stand behind a claim.")
-        if self.rows < 1 or self.block_rows < 2:
-            raise InputError(f"rows {self.rows}, block_rows {self.block_rows}: need at least 1 and 2.")
+        if not 1 <= self.rows <= MAX_ROWS or self.block_rows < 2:
+            raise InputError(
+                f"rows {self.rows:,}, block_rows {self.block_rows}: need 1 to {MAX_ROWS:,} rows, in blocks of at least 2."
+            )
         if not self.min_lift > 1:
             raise InputError(f"min_lift {self.min_lift}: a pair fires together more often than in the null above 1.")
 
@@ -183,19 +184,8 @@ def _cosines(directions: NDArray[np.float32], pairs: Pairs, step: int = 1 << 16)
 
 
 def _publish(folder: Path, record: dict[str, Any], tables: dict[str, dict[str, NDArray]]) -> None:
-    """Write everything beside the final place, flush it, and rename: the structure is there whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
+    with publish_folder(folder) as own:
         for name, columns in tables.items():
-            pq.write_table(pa.table(columns), temporary / name)
-        publish_bytes(temporary / PAGE, findings_page(record).encode())
-        publish_json(temporary / RECORD, record)
-        for path in temporary.rglob("*"):
-            fsync_path(path)
-        os.rename(temporary, folder)
-        fsync_path(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            publish_bytes(own / name, parquet_bytes(columns))
+        publish_bytes(own / PAGE, findings_page(record).encode())
+        publish_json(own / RECORD, record)
