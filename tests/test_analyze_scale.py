@@ -261,7 +261,7 @@ def test_tiles_and_groups_change_nothing(
     tiles = analyze_module.table_tiles
     monkeypatch.setattr(analyze_module, "table_tiles", lambda fires: tiles(fires, tile_firings))
     groups = pair_tasks.shard_groups
-    monkeypatch.setattr(analyze_module, "shard_groups", lambda shards, n: groups(shards, n, least_tasks))
+    monkeypatch.setattr(analyze_module, "shard_groups", lambda shards, n, rows: groups(shards, n, rows, least_tasks))
     analyze(config_of(made, tmp_path / "analysis"), client)
     require_same(tmp_path / "analysis", plain)
     assert Analysis(tmp_path / "analysis").pairs.n_tiles > 1 or tile_bytes == 1 << 20
@@ -273,7 +273,8 @@ def test_groups_take_every_shard_once(n_shards: int, n_tiles: int) -> None:
     groups = pair_tasks.shard_groups(n_shards, n_tiles)
     assert [shard for group in groups for shard in group] == list(range(n_shards))
     assert all(len(group) for group in groups)
-    assert len(groups) * n_tiles >= min(16, n_shards * n_tiles)
+    assert len(groups) * n_tiles >= min(pair_tasks.LEAST_TASKS, n_shards * n_tiles)
+    assert len(pair_tasks.shard_groups(n_shards, n_tiles, 1 << 30)) == n_shards, "many rows make many groups"
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
