@@ -147,7 +147,8 @@ def _keep_or_clear(work: Place, config: AnalyzeConfig, job: Job) -> None:
     """Partial results of the same codes and options stay; those of others are removed; anything else is refused."""
     asked = {name: getattr(job, name) for name in ("n_examples", "n_random", "n_strata", "seed", "within", "min_together")}
     key = record_bytes(
-        {"format": "actstore-analysis-partial", "version": ANALYSIS_VERSION, "holds": "codes", "snapshot": job.snapshot} | asked
+        {"format": "actstore-analysis-partial", "version": ANALYSIS_VERSION, "holds": "codes", "snapshot": job.snapshot}
+        | asked
     )
     if work.exists(KEY):
         if work.read(KEY) == key:

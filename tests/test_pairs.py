@@ -71,7 +71,9 @@ def test_tiles_side_by_side_and_blocks_one_after_another_give_the_same(seed: int
     np.testing.assert_array_equal(np.concatenate(tiles), dense_counts(indices, fired, 13))
 
 
-@pytest.mark.parametrize(("name", "size"), [("BLOCK_CODES", 10), ("SCANNED_CODES", 6), ("PIECE_CODES", 12), ("PIECE_CODES", 1)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("BLOCK_CODES", 10), ("SCANNED_CODES", 6), ("PIECE_CODES", 12), ("PIECE_CODES", 1)]
+)
 def test_long_inputs_are_counted_in_bounded_pieces(monkeypatch: pytest.MonkeyPatch, name: str, size: int) -> None:
     monkeypatch.setattr(pairs, name, size)
     indices, fired = codes(5, 33, 11, 4)

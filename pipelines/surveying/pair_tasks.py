@@ -86,16 +86,22 @@ def count_pairs(job: Job, tile: int, start: int, largest: NDArray[np.int64], sha
 
 
 def row_codes(job: Job, shards: list[Shard]) -> Iterator[NDArray[Any]]:
-    """(n, k) codes of shards one after another, in blocks as large as are counted at once, as the survey left them."""
+    """(n, k) codes of shards one after another, in blocks as large as are counted at once, as the survey left them.
+
+    All blocks are views of one buffer: each is gone when the next is asked for.
+    """
     work, k = open_place(job.work_url), job.extent.k
-    block_rows = max(1, BLOCK_CODES // k)
-    held: list[NDArray[Any]] = []
+    largest = max(shard.n_rows for shard in shards)
+    n_rows = max(largest, min(sum(shard.n_rows for shard in shards), BLOCK_CODES // k))
+    buffer = np.empty((n_rows, k), np.min_scalar_type(job.extent.n_features))
+    filled = 0
     for shard in shards:
-        if held and sum(map(len, held)) + shard.n_rows > block_rows:
-            yield np.concatenate(held)
-            held.clear()
-        held.append(Bundle(work, shard_name(shard)).read("codes").reshape(-1, k))
-    yield np.concatenate(held)
+        if filled + shard.n_rows > n_rows:
+            yield buffer[:filled]
+            filled = 0
+        buffer[filled : filled + shard.n_rows] = Bundle(work, shard_name(shard)).read("codes").reshape(-1, k)
+        filled += shard.n_rows
+    yield buffer[:filled]
 
 
 def add_pairs(left: PairTile | None, right: PairTile | None) -> PairTile | None:
@@ -103,9 +109,7 @@ def add_pairs(left: PairTile | None, right: PairTile | None) -> PairTile | None:
     return None if left is None or right is None else left.plus(right)
 
 
-def write_pairs(
-    job: Job, tile: int, each: NDArray[np.int64], n_total: int, counts: PairTile | None
-) -> dict[str, int]:
+def write_pairs(job: Job, tile: int, each: NDArray[np.int64], n_total: int, counts: PairTile | None) -> dict[str, int]:
     """Write a tile's pairs that are together at least `min_together` times, without a feature's pair with itself.
 
     `each` (F,) are the firings of every feature (or its documents) and `n_total` all rows (or documents): by them the
@@ -118,7 +122,7 @@ def write_pairs(
             piece = counts.rows(first, first + WRITTEN_ROWS)
             features = np.arange(len(piece)) + counts.start + first
             piece[np.arange(len(piece)), features] = 0
-            n_pairs += np.count_nonzero(piece)
+            n_pairs += int(np.count_nonzero(piece))
             kept = piece >= max(job.min_together, 1)
             lengths.append(np.count_nonzero(kept, axis=1))
             place = np.flatnonzero(kept)
