@@ -149,7 +149,7 @@ def _strongest(
     job: Job, feature: NDArray[Any], partner: NDArray[Any], together: NDArray[Any], each: NDArray[np.int64], n_total: int
 ) -> NDArray[np.int64]:
     """(n, 3) feature, partner and count of each feature's pairs with the largest NPMI (by count for `within` N)."""
-    enough = together >= LEAST_TOGETHER
+    enough = np.flatnonzero(together >= LEAST_TOGETHER)
     feature, partner, together = feature[enough], partner[enough], together[enough].astype(np.int64)
     strength = together.astype(np.float64)
     if job.within in ("row", "document"):
