@@ -11,8 +11,8 @@ from torch import Tensor
 
 from actstore.errors import InputError
 from pipelines.capture import Site, blocks_of, hooked
-from pipelines.causal.forward import heads_together
 from pipelines.causal.edits import HEADS, PATCH_SITES, require_patch_site
+from pipelines.causal.forward import heads_together
 from pipelines.causal.interventions import (
     after_edits,
     after_row_edits,
