@@ -136,6 +136,8 @@ def test_excluded_positions_pass_through_unreplaced(read: Read) -> None:
     assert not bool(read.prompt.kept[0])
     assert torch.equal(read.reconstruction[0], read.rows[0])
     assert float(read.codes[0].abs().max()) == 0
+    with pytest.raises(InputError, match=r"feature 99: is not among those the prompt was read for"):
+        ablate(read, [Edit.of(99, [1])])
     with pytest.raises(InputError, match=r"position 0: is no row of this prompt; rows are 1 to \d+\."):
         ablate(read, [Edit.of(0, [0])])
 
