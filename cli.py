@@ -978,8 +978,9 @@ def report(as_json: bool, **options: Any) -> None:
 
 def _shown(command: str, config: Any) -> Any:
     """Say on stderr what a command runs with, defaults included."""
-    fields = " ".join(f"{name}={value}" for name, value in vars(config).items() if value not in (None, ()))
-    click.echo(f"{command}: {fields}", err=True)
+    given = {name: value for name, value in vars(config).items() if value not in (None, ())}
+    fields = (f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in given.items())
+    click.echo(f"{command}: {' '.join(fields)}", err=True)
     return config
 
 

@@ -1,19 +1,27 @@
-"""Co-occurrence of all features: rows a second of ours and of three other ways, and the memory of an analysis.
+"""Co-occurrence of all features: rows a second of ours and of three other ways; and whole analyses, their memory and size.
 
-    python -m benchmarks.analyze [--rows 1000000] [--memory-rows 1000000 8000000] [--json]
+    python -m benchmarks.analyze [--rows 1000000] [--memory-rows 1000000 8000000] [--features 24576] [--json]
 
 Codes of 24,576 features, k = 32, drawn by Zipf's law without repetition in a row, documents of 1,000 rows. All figures of
-one table are of one run. What is timed is the counting (and for ours, reading the codes from the store and writing the
-result): `analyze`'s pair tasks, on one and on two worker processes. Beside it, on one thread of this process:
+one table are of one run.
 
-- the textbook form, a dense float32 (n, F) indicator A and AᵀA, on as many rows as fit and extrapolated;
-- a scipy CSR product per 100,000 rows, added to a dense uint32 F x F;
-- a torch sparse product per 20,000 rows, made dense and added to an int32 F x F, which is how EleutherAI's delphi counts
-  (`NeighbourCalculator`), re-expressed here.
+**Counting alone**, from the same codes in memory to every count of the F x F: ours on one thread of this process and on one
+and two worker processes, which map the codes from a file in memory; beside it
 
-Each of them gives the same integers as ours on the rows it was timed on; that is checked. Asked: ours (one process) at least
-1,000 times the dense form and 4 times scipy's; two processes at least 1.8 times one; peak memory of a worker within 10 % for
-the two sizes of `--memory-rows`.
+- the textbook form, a dense float32 (n, F) indicator A and AᵀA added up in place by torch, one block of rows on one and on
+  two threads: each further block would take as long, so the rate is that of all rows;
+- scipy: a CSR product of each block of rows, made dense and added to a uint32 F x F, one thread;
+- a torch sparse product of each block, made dense and added to an int32 F x F, which is how EleutherAI's delphi counts
+  (`NeighbourCalculator`), re-expressed here, one thread.
+
+The last two count all rows, in the block size of `BLOCKS` that was fastest for them on one block. Their F x F are compared
+with ours, number by number; the dense form's, on its rows.
+
+**A whole `analyze`** reads a code store on disk, surveys all statistics (tokens, documents, quantiles, examples ...), counts
+the pairs and writes arrays and Parquet; on one and on two worker processes.
+
+Asked: ours (one thread) at least 1,000 times the dense form (the faster of its two) and 4 times scipy's; two processes at
+least 1.8 times one; peak memory of a worker within 10 % for the two sizes of `--memory-rows`.
 """
 
 from __future__ import annotations
@@ -21,6 +29,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import tempfile
 import time
 import warnings
@@ -38,33 +47,32 @@ import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 
-from actstore.place import Folder
 from actstore.schema import PARTS, CorpusIdentity, PartRecord, RowArray, SegmentRecord
 from actstore.writer import StoreWriter, write_shard
-from pipelines.analysis import Analysis
-from pipelines.analyze import AnalyzeConfig, _count_pairs, _job, analyze
+from pipelines.analyze import AnalyzeConfig, analyze
 from pipelines.builtin import model_path
-from pipelines.cluster import connect
+from pipelines.cluster import connect, run_tasks
 from pipelines.code_store import CodeStore
 from pipelines.made_store import _manifest
-from pipelines.pairs import pair_counts
+from pipelines.pairs import BLOCK_CODES, PairTile
+from pipelines.surveying.pair_tasks import pair_tiles
 from pipelines.tokens import load_tokenizer
 
 FEATURES, K, DRAWN = 24_576, 32, 80
 CONTEXT, DOCUMENT_ROWS = 128, 1000
 SHARD_ROWS, CHUNK_ROWS = 65_536, 4096
-DENSE_ROWS, SCIPY_ROWS, DELPHI_ROWS = 2048, 100_000, 20_000
+DENSE_ROWS = 4096
+BLOCKS = 20_000, 100_000, 250_000
 ASKED = {"over_dense": 1000.0, "over_scipy": 4.0, "two_processes": 1.8, "memory": 1.1}
 
 
-def zipf_codes(
-    n_rows: int, seed: int, n_features: int = FEATURES, k: int = K
-) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
+def zipf_codes(n_rows: int, seed: int, n_features: int = FEATURES, k: int = K) -> tuple[NDArray[Any], NDArray[np.float32]]:
     """(indices, values), each (n, k): of 80 draws the first k different ones; a row with fewer has values of 0."""
+    dtype = np.min_scalar_type(n_features - 1)
     rng = np.random.default_rng((7, seed))
     share = np.cumsum(1 / np.arange(1, n_features + 1))
-    of_rank = np.random.default_rng(3).permutation(n_features).astype(np.uint16)
-    drawn = np.minimum(np.searchsorted(share, rng.random((n_rows, DRAWN)) * share[-1]), n_features - 1).astype(np.uint16)
+    of_rank = np.random.default_rng(3).permutation(n_features).astype(dtype)
+    drawn = np.minimum(np.searchsorted(share, rng.random((n_rows, DRAWN)) * share[-1]), n_features - 1).astype(dtype)
     order = np.argsort(drawn, axis=1, kind="stable")
     ranked = np.take_along_axis(drawn, order, axis=1)
     is_new = np.ones(ranked.shape, bool)
@@ -73,7 +81,7 @@ def zipf_codes(
     fired = when < DRAWN
     chosen = np.where(fired, of_rank[np.take_along_axis(drawn, np.minimum(when, DRAWN - 1), axis=1)], 0)
     values = np.where(fired, rng.gamma(2.0, 1.0, size=chosen.shape) + 0.1, 0)
-    return chosen.astype(np.uint16), values.astype(np.float32)
+    return chosen.astype(dtype), values.astype(np.float32)
 
 
 def write_codes(path: Path, n_rows: int) -> CodeStore:
@@ -81,7 +89,10 @@ def write_codes(path: Path, n_rows: int) -> CodeStore:
     codec, files = load_tokenizer(str(model_path()))
     manifest = _manifest(1, CorpusIdentity("zipf codes", "0" * 64), "fp32", 0)
     policy = replace(manifest.policy, bos_token_id=codec.bos_token_id, separator_token_id=codec.separator_token_id)
-    index, value = RowArray("codes/index", K, "uint16", "packed"), RowArray("codes/value", K, "float32", "packed")
+    index, value = (
+        RowArray("codes/index", K, np.min_scalar_type(FEATURES - 1).name, "packed"),
+        RowArray("codes/value", K, "float32", "packed"),
+    )
     manifest = replace(
         manifest,
         kind="codes",
@@ -117,7 +128,7 @@ def write_codes(path: Path, n_rows: int) -> CodeStore:
         segment = writer.add_segment(record, tables)
         for part, shard in writer.missing_shards(segment):
             row = np.arange(*parts[part].layout.shard_range(shard))
-            indices, values = zipf_codes(len(row), shard)
+            indices, values = zipf_codes(len(row), shard, FEATURES)
             places = {
                 "rows/window": (row // stride).astype(np.uint32),
                 "rows/position": (row % stride + 1).astype(np.uint16),
@@ -128,99 +139,168 @@ def write_codes(path: Path, n_rows: int) -> CodeStore:
     return CodeStore(path)
 
 
-# Other ways
+# Other ways: each adds the rows of a block to the counts of all features
 
 
-def dense_form(indices: NDArray[Any], fired: NDArray[np.bool_]) -> NDArray[Any]:
-    rows = np.zeros((len(indices), FEATURES), np.float32)
+def dense_block(indices: NDArray[Any], fired: NDArray[np.bool_], together: torch.Tensor) -> None:
+    rows = torch.zeros((len(indices), FEATURES))
     row, slot = np.nonzero(fired)
-    rows[row, indices[row, slot]] = 1
-    return rows.T @ rows
+    rows[row, indices[row, slot].astype(np.int64)] = 1
+    together.addmm_(rows.T, rows)
 
 
-def scipy_form(indices: NDArray[Any], fired: NDArray[np.bool_]) -> NDArray[Any]:
+def scipy_block(indices: NDArray[Any], fired: NDArray[np.bool_], together: NDArray[np.uint32]) -> None:
     row, slot = np.nonzero(fired)
     place = (row, indices[row, slot].astype(np.int32))
-    rows = sp.csr_array((np.ones(len(row), np.int32), place), shape=(len(indices), FEATURES))
-    return np.asarray((rows.T @ rows).toarray())
+    rows = sp.csr_array((np.ones(len(row), np.uint32), place), shape=(len(indices), FEATURES))
+    together += (rows.T @ rows).toarray()
 
 
-def delphi_form(indices: NDArray[Any], fired: NDArray[np.bool_]) -> NDArray[Any]:
+def delphi_block(indices: NDArray[Any], fired: NDArray[np.bool_], together: NDArray[np.int32]) -> None:
     row, slot = np.nonzero(fired)
     place = torch.from_numpy(np.stack([indices[row, slot].astype(np.int64), row]))
     rows = torch.sparse_coo_tensor(place, torch.ones(len(row)), (FEATURES, len(indices)))
-    together = torch.zeros((FEATURES, FEATURES), dtype=torch.int32)
-    together += (rows @ rows.T).to_dense().int()
-    return together.numpy()
+    torch.from_numpy(together).add_((rows @ rows.T).to_dense().int())
 
 
-FORMS: dict[str, tuple[Callable[..., NDArray[Any]], int]] = {
-    "dense AᵀA (extrapolated)": (dense_form, DENSE_ROWS),
-    "scipy CSR": (scipy_form, SCIPY_ROWS),
-    "delphi's sparse product": (delphi_form, DELPHI_ROWS),
-}
+Timed = dict[str, Any]
 
 
-def other_rates() -> dict[str, dict[str, float]]:
-    """Rows a second of each other way, by wall and by processor time, after its result was found equal to ours."""
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", "Sparse")  # torch says that such tensors are new
+def timed(n_rows: int, call: Callable[[], Any]) -> Timed:
+    wall, processor = time.perf_counter(), time.process_time()
+    call()
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    return {"rows": n_rows, "rows_per_s": n_rows / wall, "rows_per_cpu_s": n_rows / processor}
+
+
+def dense_rates(indices: NDArray[Any], fired: NDArray[np.bool_], fires: NDArray[np.int64]) -> dict[str, Timed]:
+    """The dense form's, of one block, on one thread and on two."""
+    indices, fired = indices[:DENSE_ROWS], fired[:DENSE_ROWS]
     found = {}
-    for name, (form, n_rows) in FORMS.items():
-        indices, values = zipf_codes(n_rows, 1000)
-        wall, processor = time.perf_counter(), time.process_time()
-        counts = form(indices, values > 0)
-        wall, processor = time.perf_counter() - wall, time.process_time() - processor
-        for start in (0, FEATURES // 2):
-            tile = slice(start, start + 64)
-            assert (counts[tile] == pair_counts(indices, values > 0, FEATURES, tile)).all(), name
-        found[name] = {"rows": n_rows, "rows_per_s": n_rows / wall, "rows_per_cpu_s": n_rows / processor}
-        del counts
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        together = torch.zeros((FEATURES, FEATURES))
+        dense_block(indices[:64], fired[:64], together)  # the pages of the result are there before the clock starts
+        together.zero_()
+        rate = timed(len(indices), lambda t=together: dense_block(indices, fired, t))  # type: ignore[misc]
+        found[f"dense AᵀA, {threads} thread(s), extrapolated"] = rate | {"block": len(indices)}
+        require_equal(together.numpy(), indices, fired)
+    torch.set_num_threads(1)
+    return found
+
+
+def blockwise_rate(
+    add: Callable[..., None], dtype: type, indices: NDArray[Any], fired: NDArray[np.bool_]
+) -> tuple[Timed, NDArray[Any]]:
+    """The rate over all rows in the best block size, and the counts."""
+    together = np.ones((FEATURES, FEATURES), dtype)
+    speed = {}
+    for block in dict.fromkeys(min(block, len(indices)) for block in BLOCKS):
+        speed[block] = timed(block, lambda b=block: add(indices[:b], fired[:b], together))["rows_per_s"]  # type: ignore[misc]
+    best = max(speed, key=lambda block: speed[block])
+    together[:] = 0
+
+    def count() -> None:
+        for row in range(0, len(indices), best):
+            add(indices[row : row + best], fired[row : row + best], together)
+
+    return timed(len(indices), count) | {"block": best}, together
+
+
+def require_equal(together: NDArray[Any], indices: NDArray[Any], fired: NDArray[np.bool_]) -> None:
+    """Every count is that of ours."""
+    fires = np.bincount(indices[fired], minlength=FEATURES)
+    codes = marked(indices, fired)
+    for start, stop in pair_tiles(fires):
+        tile = PairTile(start, FEATURES, fires[start:stop])
+        tile.add(codes)
+        for first in range(0, stop - start, 256):
+            rows = slice(start + first, min(start + first + 256, stop))
+            assert (tile.rows(first, first + 256) == together[rows]).all(), f"features {rows}"
+
+
+def other_rates(indices: NDArray[Any], fired: NDArray[np.bool_], fires: NDArray[np.int64]) -> dict[str, Timed]:
+    """Rows a second of each other way, by wall and by processor time, its result equal to ours."""
+    warnings.filterwarnings("ignore", "Sparse")  # torch says that such tensors are new
+    found = dense_rates(indices, fired, fires)
+    found["scipy CSR"], scipys = blockwise_rate(scipy_block, np.uint32, indices, fired)
+    require_equal(scipys, indices, fired)
+    found["delphi's sparse product"], delphis = blockwise_rate(delphi_block, np.int32, indices, fired)
+    for first in range(0, FEATURES, 1024):
+        assert (delphis[first : first + 1024] == scipys[first : first + 1024]).all()
     return found
 
 
 # Ours
 
 
-def pair_rate(codes: CodeStore, folder: Path, workers: int) -> dict[str, float]:
-    """Rows a second of `analyze`'s pair stage, reading and writing included; the processes are there already."""
-    shards = [shard for part in PARTS for shard in codes.shards(part)]
-    fires = np.zeros(FEATURES, np.int64)
-    for shard in shards:
-        index, value = (codes.read(shard, f"codes/{name}") for name in ("index", "value"))
-        fires += np.bincount(index[value > 0], minlength=FEATURES)
-    config = AnalyzeConfig(codes=codes.url, out=folder / f"pairs{workers}")
-    job = _job(config, codes, Folder(folder / f"pairs{workers}.partial"))
-    documents = np.full(job.extent.n_documents, DOCUMENT_ROWS, np.int64)
+def marked(indices: NDArray[Any], fired: NDArray[np.bool_]) -> NDArray[Any]:
+    """Codes that do not fire as feature F, as the tasks of `analyze` have them."""
+    dtype = np.min_scalar_type(FEATURES)
+    return np.where(fired, indices.astype(dtype), dtype.type(FEATURES))
+
+
+def count_tile(codes: NDArray[Any] | Path, start: int, largest: NDArray[np.int64]) -> int:
+    """Counts of some features against all; gives their sum, for a count that is thrown away could be left out."""
+    rows = np.load(codes, mmap_mode="r") if isinstance(codes, Path) else codes
+    tile = PairTile(start, FEATURES, largest)
+    for first in range(0, len(rows), BLOCK_CODES // K):
+        tile.add(rows[first : first + BLOCK_CODES // K])
+    return sum(int(part[:, :-1].sum(dtype=np.int64)) for part in tile._parts)
+
+
+def thread_rate(indices: NDArray[Any], fired: NDArray[np.bool_], fires: NDArray[np.int64]) -> Timed:
+    """All tiles one after another on this thread."""
+    sums = []
+
+    def count() -> None:
+        codes = marked(indices, fired)
+        for start, stop in pair_tiles(fires):
+            sums.append(count_tile(codes, start, fires[start:stop]))
+
+    rate = timed(len(indices), count)
+    n_together = fired.sum(axis=1, dtype=np.int64)
+    assert sum(sums) == (n_together**2).sum()
+    return rate
+
+
+def process_rate(path: Path, n_rows: int, fires: NDArray[np.int64], workers: int) -> Timed:
+    """All tiles, shared by worker processes that are there already."""
+    tasks = [(path, start, fires[start:stop]) for start, stop in pair_tiles(fires)]
     with connect(None, workers) as client:
-        client.run(lambda: __import__("pipelines.surveying.pair_tasks"))
-        busy = sum(client.run(lambda: time.process_time()).values())
+        run_tasks(client, "warm", count_tile, [(path, 0, fires[:1])] * workers)
+        busy = sum(client.run(time.process_time).values())
         wall = time.perf_counter()
-        found = _count_pairs(job, {"fires": fires, "n_documents": fires}, documents, shards, client)
+        run_tasks(client, "pairs", count_tile, tasks)
         wall = time.perf_counter() - wall
-        busy = sum(client.run(lambda: time.process_time()).values()) - busy
-    n_rows = codes.n_rows()
-    data = Folder(folder / f"pairs{workers}.partial/result")
+        busy = sum(client.run(time.process_time).values()) - busy
+    return {"rows": n_rows, "rows_per_s": n_rows / wall, "rows_per_cpu_s": n_rows / busy, "tiles": len(tasks)}
+
+
+def whole(codes: CodeStore, folder: Path, workers: int) -> Timed:
+    """A whole analysis: its rates, its size on disk, and the largest peak memory of a worker (Linux: VmHWM)."""
+    out, n_rows = folder / f"whole{codes.n_rows()}by{workers}", codes.n_rows()
+    with connect(None, workers) as client:
+        busy = sum(client.run(time.process_time).values()) + time.process_time()
+        wall = time.perf_counter()
+        record = analyze(AnalyzeConfig(codes=codes.url, out=out), client)
+        wall = time.perf_counter() - wall
+        busy = sum(client.run(time.process_time).values()) + time.process_time() - busy
+        peak = max(client.run(_own_peak).values())
+    size = {
+        path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        for path in (out, *out.rglob("cooccurrence"))
+    }
+    shutil.rmtree(out)
     return {
         "rows": n_rows,
         "rows_per_s": n_rows / wall,
         "rows_per_cpu_s": n_rows / busy,
-        "pairs": found["pairs"],
-        "disk_bytes": sum(data.names().values()),
+        "worker_peak_bytes": peak,
+        "disk_bytes": size.pop(out),
+        "pair_bytes": sum(size.values()),
+        **{name: record[name] for name in ("min_together", "pairs", "pairs_kept")},
     }
-
-
-def worker_peaks(codes: CodeStore, folder: Path) -> dict[str, float]:
-    """A whole analysis on one worker process: its seconds, and the worker's peak memory (Linux: VmHWM)."""
-    out = folder / f"whole{codes.n_rows()}"
-    with connect(None, 1) as client:
-        started = time.perf_counter()
-        analyze(AnalyzeConfig(codes=codes.url, out=out), client)
-        seconds = time.perf_counter() - started
-        (peak,) = client.run(_own_peak).values()
-    n_bytes = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    assert Analysis(out).n_rows == codes.n_rows()
-    return {"rows": codes.n_rows(), "seconds": seconds, "worker_peak_bytes": peak, "disk_bytes": n_bytes}
 
 
 def _own_peak() -> int:
@@ -230,47 +310,70 @@ def _own_peak() -> int:
 
 def measure(n_rows: int, memory_rows: list[int], folder: Path) -> dict[str, Any]:
     """Everything, by name."""
-    result: dict[str, Any] = {"features": FEATURES, "k": K, "others": {}, "ours": {}, "memory": []}
+    result: dict[str, Any] = {"features": FEATURES, "k": K, "counting": {}, "whole": {}, "memory": [], "ratios": {}}
+    ratios = result["ratios"]
     if n_rows:
-        result["others"] = other_rates()
         codes = write_codes(folder / "codes", n_rows)
-        result["ours"] = {workers: pair_rate(codes, folder, workers) for workers in (1, 2)}
-        one, two = (result["ours"][workers]["rows_per_s"] for workers in (1, 2))
-        others = result["others"]
-        result["ratios"] = {
-            "over_dense": one / others["dense AᵀA (extrapolated)"]["rows_per_s"],
-            "over_scipy": one / others["scipy CSR"]["rows_per_s"],
-            "over_delphi": one / others["delphi's sparse product"]["rows_per_s"],
-            "two_processes": two / one,
-        }
+        shards = [shard for part in PARTS for shard in codes.shards(part)]
+        indices, values = (np.concatenate([codes.read(s, f"codes/{name}") for s in shards]) for name in ("index", "value"))
+        fired = values > 0
+        del values
+        fires = np.bincount(indices[fired], minlength=FEATURES)
+        rates = result["counting"]
+        rates["ours, 1 thread"] = thread_rate(indices, fired, fires)
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else folder) as shared:
+            path = Path(shared) / "codes.npy"
+            np.save(path, marked(indices, fired))
+            for workers in (1, 2):
+                rates[f"ours, {workers} process(es)"] = process_rate(path, n_rows, fires, workers)
+        rates |= other_rates(indices, fired, fires)
+        result["whole"] = {f"{n} worker(s)": whole(codes, folder, n) for n in (1, 2)}
+        speed = {name: rate["rows_per_s"] for name, rate in rates.items()}
+        ours = speed["ours, 1 thread"]
+        ratios["over_dense"] = ours / max(rate for name, rate in speed.items() if name.startswith("dense"))
+        ratios["over_scipy"] = ours / speed["scipy CSR"]
+        ratios["over_delphi"] = ours / speed["delphi's sparse product"]
+        ratios["two_processes"] = speed["ours, 2 process(es)"] / speed["ours, 1 process(es)"]
+        one, two = (result["whole"][f"{n} worker(s)"]["rows_per_s"] for n in (1, 2))
+        ratios["two_workers_whole"] = two / one
     for n in memory_rows:
-        result["memory"].append(worker_peaks(write_codes(folder / f"codes{n}", n), folder))
+        result["memory"].append(whole(write_codes(folder / f"codes{n}", n), folder, 1))
     if len(memory_rows) > 1:
         peaks = [own["worker_peak_bytes"] for own in result["memory"]]
-        result.setdefault("ratios", {})["memory"] = max(peaks) / min(peaks)
+        ratios["memory"] = max(peaks) / min(peaks)
     return result
 
 
 def main() -> None:
+    global FEATURES
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--memory-rows", type=int, nargs="*", default=[1_000_000, 8_000_000])
+    parser.add_argument("--features", type=int, default=FEATURES, help="other than 24,576: only with --rows 0")
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder if left out")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.features != FEATURES and options.rows:
+        parser.error("--features needs --rows 0: the other ways hold F x F")
+    FEATURES = options.features
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         result = measure(options.rows, options.memory_rows, Path(folder))
     if options.json:
         print(json.dumps(result, indent=1, ensure_ascii=False))
         return
-    rates = result["others"] | {f"ours, {n} process(es)": rate for n, rate in result["ours"].items()}
-    print(f"{'':28}{'rows':>12}{'rows/s':>12}{'rows/CPU-s':>12}")
-    for name, rate in rates.items():
-        print(f"{name:28}{rate['rows']:>12,}{rate['rows_per_s']:>12,.0f}{rate['rows_per_cpu_s']:>12,.0f}")
+    counting = {f"counting: {name}": rate for name, rate in result["counting"].items()}
+    wholes = {f"whole analyze: {name}": rate for name, rate in result["whole"].items()}
+    print(f"{'':52}{'rows':>12}{'rows/s':>12}{'rows/CPU-s':>12}")
+    for name, rate in (counting | wholes).items():
+        print(f"{name:52}{rate['rows']:>12,}{rate['rows_per_s']:>12,.0f}{rate['rows_per_cpu_s']:>12,.0f}")
     for own in result["memory"]:
-        peak = own["worker_peak_bytes"] / 1e6
-        print(f"whole analysis, one worker: {own['rows']:,} rows in {own['seconds']:,.0f} s, peak {peak:,.0f} MB")
-    for name, ratio in result.get("ratios", {}).items():
+        print(
+            f"whole analyze, one worker: {own['rows']:,} rows in {own['rows'] / own['rows_per_s']:,.0f} s, peak "
+            f"{own['worker_peak_bytes'] / 1e6:,.0f} MB, {own['disk_bytes'] / 1e6:,.0f} MB on disk, of which pairs "
+            f"{own['pair_bytes'] / 1e6:,.0f} MB ({own['pairs_kept']:,} of {own['pairs']:,} kept, at least "
+            f"{own['min_together']} together)"
+        )
+    for name, ratio in result["ratios"].items():
         print(f"{name}: {ratio:.2f}" + (f" (asked: {ASKED[name]:g})" if name in ASKED else ""))
 
 

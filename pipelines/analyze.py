@@ -147,7 +147,8 @@ def _keep_or_clear(work: Place, config: AnalyzeConfig, job: Job) -> None:
     """Partial results of the same codes and options stay; those of others are removed; anything else is refused."""
     asked = {name: getattr(job, name) for name in ("n_examples", "n_random", "n_strata", "seed", "within", "min_together")}
     key = record_bytes(
-        {"format": "actstore-analysis-partial", "version": ANALYSIS_VERSION, "snapshot": job.snapshot} | asked
+        {"format": "actstore-analysis-partial", "version": ANALYSIS_VERSION, "holds": "codes", "snapshot": job.snapshot}
+        | asked
     )
     if work.exists(KEY):
         if work.read(KEY) == key:
@@ -209,14 +210,13 @@ def _count_pairs(
     most = features["n_documents"] if of_documents else features["fires"]
     n_total = int((documents > 0).sum()) if of_documents else int(documents.sum())
     tiles = pair_tiles(most)
-    groups = shard_groups(len(shards), len(tiles))
+    groups = shard_groups(len(shards), len(tiles), sum(shard.n_rows for shard in shards))
     if of_documents:
         groups = [range(len(shards))]
     tasks, finish = [], []
     for i, (start, stop) in enumerate(tiles):
-        largest = int(most[start:stop].max(initial=0))
-        tasks.append([(job, i, start, stop, largest, [shards[s] for s in group]) for group in groups])
-        finish.append((job, i, start, stop, most, n_total))
+        tasks.append([(job, i, start, most[start:stop], [shards[s] for s in group]) for group in groups])
+        finish.append((job, i, most, n_total))
     found = reduce_groups(client, "pairs", count_pairs, add_pairs, write_pairs, tasks, finish)
     first = np.array([start for start, _ in tiles] + [job.extent.n_features])
     create_arrays(job.result_url, "cooccurrence", {"tile_starts": first})

@@ -1,9 +1,9 @@
 """In how many rows each pair of features fires together: exact counts of some features against all.
 
-Work is rows · k², not rows · F². The codes are brought into the order of features once; for each feature, the codes of
-the rows in which it fires are gathered (each row is k contiguous numbers) and counted into the feature's own row of the
-result, which fits in a core's cache. Measured beside it in one run (F = 24,576, k = 32, Zipf codes, one thread; see
-`benchmarks/analyze.py`): a sparse product BᵀB takes ten times as long, a dense one thousands of times.
+Work is rows · k², not rows · F². The codes are brought into the order of features once; then, a few thousand firings at a
+time, the codes of the rows of these firings are gathered (each row is k contiguous numbers) and added into the rows of
+the result that belong to their features: a piece and the rows it adds to stay in a core's cache, and a piece is one call,
+however many features it touches. Each feature's counts are of the smallest type that can hold them.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import _sparsetools
 
-BLOCK_CODES = 1 << 23
-"""Codes brought into order at a time: bounds memory (about 30 bytes each while they are sorted)."""
-PIECE_CODES = 1 << 15
+BLOCK_CODES = 1 << 25
+"""Codes brought into order at a time. Each block goes once through the memory of all counts: few large ones are faster."""
+SCANNED_CODES = 1 << 21
+"""Codes searched for the tile's features at a time: bounds memory, and the masks stay in the cache."""
+PIECE_CODES = 1 << 16
 """Codes gathered at a time: they and their counts stay in a core's own cache."""
 
 
@@ -31,9 +34,9 @@ def pair_counts(
     [[0, 1, 1], [2, 1, 3]]
     """
     start, stop, _ = features.indices(n_features)
-    tile = PairTile(start, stop, n_features, count_type(len(indices)))
+    tile = PairTile(start, n_features, np.full(max(stop - start, 0), len(indices)))
     tile.add(indices, fired)
-    return tile.counts
+    return tile.rows()
 
 
 def count_type(largest: int) -> np.dtype[np.unsignedinteger]:
@@ -45,18 +48,56 @@ def count_type(largest: int) -> np.dtype[np.unsignedinteger]:
     return np.min_scalar_type(largest)
 
 
+def count_bytes(largest: NDArray[np.integer]) -> NDArray[np.int64]:
+    """The bytes of `count_type` of each number.
+
+    >>> count_bytes(np.array([255, 256, 65_536, 1 << 32])).tolist()
+    [1, 2, 4, 8]
+    """
+    ends = [np.iinfo(f"u{n}").max for n in (1, 2, 4)]
+    return np.left_shift(1, np.searchsorted(np.array(ends), largest)).astype(np.int64)
+
+
 class PairTile:
-    """Counts of the features [start, stop) against all, to which rows are added block by block; holds no F x F."""
+    """Counts of some consecutive features against all, to which rows are added block by block; holds no F x F.
 
-    def __init__(self, start: int, stop: int, n_features: int, dtype: np.dtype[Any]):
-        self.start, self.stop, self.n_features = start, stop, n_features
+    `largest` (n,) says of each feature from `start` on how often it can count with any other: its firings in all rows that
+    are added, or more. A feature alone that needs a wide type leaves the others' counts narrow.
+    """
+
+    def __init__(self, start: int, n_features: int, largest: NDArray[np.integer]):
+        self.start, self.stop, self.n_features = start, start + len(largest), n_features
+        widths = count_bytes(largest)
+        order = np.argsort(widths, kind="stable")
+        self._rank = np.empty(len(order), np.int64)  # features by (width, number)
+        self._rank[order] = np.arange(len(order))
+        self._edges = np.searchsorted(widths[order], [1, 2, 4, 8, 9])
         # one more column takes the codes that do not count
-        self._counts = np.zeros((max(stop - start, 0), n_features + 1), dtype)
+        n_columns = n_features + 1
+        self._parts = [np.zeros((n, n_columns), f"u{1 << i}") for i, n in enumerate(np.diff(self._edges).tolist())]
 
-    @property
-    def counts(self) -> NDArray[Any]:
-        """(stop - start, F), a view."""
-        return self._counts[:, :-1]
+    def plus(self, other: PairTile) -> PairTile:
+        """The counts of this and of other rows, of the same features."""
+        total: PairTile = object.__new__(PairTile)
+        total.__dict__.update(self.__dict__)
+        total._parts = [mine + others for mine, others in zip(self._parts, other._parts, strict=True)]
+        return total
+
+    def rows(self, first: int = 0, last: int | None = None) -> NDArray[Any]:
+        """(last - first, F) counts of these features of the tile, a copy, of the widest of their types."""
+        ranks = self._rank[first:last]
+        kinds = np.searchsorted(self._edges, ranks, side="right") - 1
+        found = np.empty((len(ranks), self.n_features), f"u{1 << int(kinds.max(initial=0))}")
+        for kind in set(kinds.tolist()):
+            mine = kinds == kind
+            found[mine] = self._parts[kind][ranks[mine] - self._edges[kind], :-1]
+        return found
+
+    def add_counts(self, counts: NDArray[Any]) -> None:
+        """Add counts (n, F) that were found in another way."""
+        kinds = np.searchsorted(self._edges, self._rank, side="right") - 1
+        for kind, part in enumerate(self._parts):
+            part[:, :-1] += counts[kinds == kind].astype(part.dtype)
 
     def add(
         self,
@@ -82,27 +123,44 @@ class PairTile:
         return np.where(fired, indices, np.min_scalar_type(self.n_features).type(self.n_features))
 
     def _add_block(self, codes: NDArray[Any], others: NDArray[Any]) -> None:
-        rows, starts = self._by_feature(codes)
+        rows, starts = self._by_rank(codes)
         piece_rows = max(1, PIECE_CODES // others.shape[1])
         piece = np.empty((piece_rows, others.shape[1]), others.dtype)
-        columns = np.empty(piece.shape, np.intp)
-        ones = np.ones(piece.size, self._counts.dtype)
-        bounds = starts.tolist()
-        for feature in np.flatnonzero(np.diff(starts)).tolist():
-            for first in range(bounds[feature], bounds[feature + 1], piece_rows):
-                n = min(piece_rows, bounds[feature + 1] - first)
+        columns = np.empty(piece.shape, np.int32)
+        for part, low, high in zip(self._parts, self._edges[:-1], self._edges[1:], strict=True):
+            ones = np.ones(piece.size, part.dtype)
+            for first in range(int(starts[low]), int(starts[high]), piece_rows):
+                n = min(piece_rows, int(starts[high]) - first)
                 np.take(others, rows[first : first + n], axis=0, out=piece[:n], mode="clip")  # "raise" copies once more
                 columns[:n] = piece[:n]
-                # numpy's fast path, 1.2 ns a count, wants indices in intp and ones of the counts' own type
-                np.add.at(self._counts[feature], columns[:n].reshape(-1), ones[: n * others.shape[1]])
+                touched = slice(
+                    int(np.searchsorted(starts, first, side="right")) - 1, int(np.searchsorted(starts, first + n))
+                )
+                bounds = np.clip(starts[touched.start : touched.stop + 1] - first, 0, n) * others.shape[1]
+                _add_rows(part[touched.start - low : touched.stop - low], bounds, columns, ones)
 
-    def _by_feature(self, codes: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(rows, starts): the rows in which feature start + i fires are rows[starts[i]:starts[i + 1]]."""
-        flat = codes.reshape(-1)
-        n = self.stop - self.start
-        place = np.flatnonzero((flat >= self.start) & (flat < self.stop))
-        local = (flat[place] - flat.dtype.type(self.start)).astype(np.min_scalar_type(max(n - 1, 0)))
-        order = np.argsort(local, kind="stable")  # a radix sort for up to 16 bits
+    def _by_rank(self, codes: NDArray[Any]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """(rows, starts): the rows in which the feature of rank i fires are rows[starts[i]:starts[i + 1]]."""
+        n, flat = self.stop - self.start, codes.reshape(-1)
+        rank = self._rank.astype(np.min_scalar_type(max(n - 1, 0)))
+        ranks, rows = [rank[:0]], [np.empty(0, np.int32)]
+        for first in range(0, len(flat), SCANNED_CODES):
+            piece = flat[first : first + SCANNED_CODES]
+            place = np.flatnonzero((piece >= self.start) & (piece < self.stop))
+            ranks.append(rank[piece[place] - flat.dtype.type(self.start)])
+            rows.append(((place + first) // codes.shape[1]).astype(np.int32))
+        found = np.concatenate(ranks)
+        order = np.argsort(found, kind="stable")  # a radix sort for up to 16 bits
         starts = np.zeros(n + 1, np.int64)
-        np.cumsum(np.bincount(local, minlength=n), out=starts[1:])
-        return place[order] // codes.shape[1], starts
+        np.cumsum(np.bincount(found, minlength=n), out=starts[1:])
+        return np.concatenate(rows)[order], starts
+
+
+def _add_rows(counts: NDArray[Any], bounds: NDArray[np.int64], columns: NDArray[np.int32], ones: NDArray[Any]) -> None:
+    """counts[i, c] += 1 for every c of columns[bounds[i]:bounds[i + 1]].
+
+    This is how scipy makes a CSR matrix dense, without the zeros that `toarray(out=...)` writes first. `np.add.at` needs
+    indices of 8 bytes, a call for each feature, and on the whole half as long again.
+    """
+    n_rows, n_columns = counts.shape
+    _sparsetools.csr_todense(n_rows, n_columns, bounds.astype(np.int32), columns.reshape(-1), ones, counts)

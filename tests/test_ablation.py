@@ -18,7 +18,7 @@ from pipelines.causal.ablate import AblateConfig, ablate_features, ablate_lines
 from pipelines.causal.ablation import Edit, Read, ablate, one_by_one, read_prompt, set_everywhere
 from pipelines.causal.compare import kl, top_candidates
 from pipelines.causal.forward import logits
-from pipelines.causal.splice import Reading, finish, finish_branches, read_site
+from pipelines.causal.splice import finish, finish_branches, read_site
 from pipelines.causal.subject import Spliced, open_spliced
 
 TEXT = "The fox 31 went to the wood, and saw 4 friends"
@@ -74,7 +74,7 @@ def test_a_branch_is_the_whole_texts_forward_pass_at_the_edited_position(spliced
         clean, branches = finish_branches(model, reading, change, at)
         torch.testing.assert_close(logits(model, clean), model(input_ids=ids).logits, rtol=0, atol=1e-4)
         for text in range(2):
-            own = Reading(reading.x[[text]], reading.entry[[text]], reading.first, site)
+            own = reading.take(torch.tensor([text]))
             for branch in range(5):
                 edited = own.x.clone()
                 edited[0, at[text, branch]] += change[text, branch]
@@ -136,6 +136,8 @@ def test_excluded_positions_pass_through_unreplaced(read: Read) -> None:
     assert not bool(read.prompt.kept[0])
     assert torch.equal(read.reconstruction[0], read.rows[0])
     assert float(read.codes[0].abs().max()) == 0
+    with pytest.raises(InputError, match=r"feature 99: is not among those the prompt was read for"):
+        ablate(read, [Edit.of(99, [1])])
     with pytest.raises(InputError, match=r"position 0: is no row of this prompt; rows are 1 to \d+\."):
         ablate(read, [Edit.of(0, [0])])
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from tablekit import codes_manifest, text_table, write_table_store
 
 from actstore import paths
 from actstore.errors import DamagedStore, IdentityMismatch, InputError, OutputExists
+from actstore.reader import Shard
 from actstore.schema import PARTS
 from pipelines import analyze as analyze_module
 from pipelines import association
@@ -30,6 +32,7 @@ from pipelines.analysis import Analysis, open_place
 from pipelines.analyze import AnalyzeConfig, analyze, burstiness
 from pipelines.code_store import CodeStore
 from pipelines.surveying import pair_tasks
+from pipelines.surveying.job import shard_name
 from pipelines.surveying.partials import Bundle, publish_bundle
 
 N_FEATURES = 12
@@ -261,7 +264,7 @@ def test_tiles_and_groups_change_nothing(
     tiles = analyze_module.table_tiles
     monkeypatch.setattr(analyze_module, "table_tiles", lambda fires: tiles(fires, tile_firings))
     groups = pair_tasks.shard_groups
-    monkeypatch.setattr(analyze_module, "shard_groups", lambda shards, n: groups(shards, n, least_tasks))
+    monkeypatch.setattr(analyze_module, "shard_groups", lambda shards, n, rows: groups(shards, n, rows, least_tasks))
     analyze(config_of(made, tmp_path / "analysis"), client)
     require_same(tmp_path / "analysis", plain)
     assert Analysis(tmp_path / "analysis").pairs.n_tiles > 1 or tile_bytes == 1 << 20
@@ -273,7 +276,8 @@ def test_groups_take_every_shard_once(n_shards: int, n_tiles: int) -> None:
     groups = pair_tasks.shard_groups(n_shards, n_tiles)
     assert [shard for group in groups for shard in group] == list(range(n_shards))
     assert all(len(group) for group in groups)
-    assert len(groups) * n_tiles >= min(16, n_shards * n_tiles)
+    assert len(groups) * n_tiles >= min(pair_tasks.LEAST_TASKS, n_shards * n_tiles)
+    assert len(pair_tasks.shard_groups(n_shards, n_tiles, 1 << 30)) == n_shards, "many rows make many groups"
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
@@ -502,3 +506,18 @@ def test_measures_are_those_of_the_indicators() -> None:
     assert np.isnan(association.phi(0, 0, 3, 10))
     assert np.isnan(association.npmi(0, 0, 3, 10))
     assert association.npmi(10, 10, 10, 10) == 1
+
+
+@pytest.mark.parametrize("block_codes", [1, 40, 90, 1000])
+def test_codes_are_counted_shard_after_shard_in_bounded_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_codes: int
+) -> None:
+    shards = [Shard(0, "train", i, 0, n, n) for i, n in enumerate((10, 10, 7, 10, 3))]
+    rows = np.random.default_rng(0).integers(0, 301, (40, 3)).astype(np.uint16)
+    for shard, own in zip(shards, np.split(rows, [10, 20, 27, 37]), strict=True):
+        publish_bundle(open_place(tmp_path), shard_name(shard), {"codes": own.reshape(-1)})
+    monkeypatch.setattr(pair_tasks, "BLOCK_CODES", block_codes)
+    job: Any = SimpleNamespace(work_url=str(tmp_path), extent=SimpleNamespace(n_features=300, k=3))
+    blocks = [block.copy() for block in pair_tasks.row_codes(job, shards)]
+    np.testing.assert_array_equal(np.concatenate(blocks), rows)
+    assert max(map(len, blocks)) <= max(10, block_codes // 3)

@@ -135,3 +135,20 @@ def test_what_cannot_be_attributed_or_patched_is_refused_in_one_line(
     other = build_model(tmp_path / "other", texts, seed=5)
     assert "is not the one" in refused("attribute", CLEAN, "--run", run, "--model", other)
     assert "not a finished run" in refused("patch", CLEAN, "--run", tmp_path / "nowhere", "--site", "features")
+
+
+@pytest.mark.parametrize("texts", [("attribute", CLEAN), ("patch", CLEAN, CORRUPT)], ids=["attribute", "patch"])
+def test_without_network_the_default_model_is_one_line_that_names_the_built_in_one(
+    texts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    result = CliRunner().invoke(cli, texts)
+    assert result.exit_code == 1
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert line.startswith("error: model gpt2: no such local folder, and the hub gave: ")
+    assert line.endswith("; gpt2 is the default, --model builtin needs no network.")
+    assert result.stderr.splitlines()[-1] == line

@@ -386,7 +386,7 @@ def test_a_writer_killed_at_any_moment_again_and_again_ends_with_the_same_store(
         process = begin(write_store, server, url, SMALL)
         while process.is_alive() and max(place.names("lease"), default="") == held:
             time.sleep(0.03)
-        process.join(generator.uniform(0, 0.05 + 0.05 * n_killed))
+        process.join(generator.uniform(0, 0.08 + 0.15 * n_killed))
         process.kill()
         process.join()
         now = {name for name in place.names(paths.COMMITS) if "/train/" in name or "/heldout/" in name}

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +15,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from daskkit import until
+from forkkit import PROCESSES
 from modelkit import build_model
 from safetensors.torch import load_file, save_file
+from storekit import files_of
 
-from actstore.errors import IdentityMismatch, InputError, OutputExists
-from actstore.files import read_json
+from actstore.errors import IdentityMismatch, InputError, NoSpace, OutputExists
+from actstore.files import RESERVE_BYTES, read_json
 from benchmarks.roles import benjamini_hochberg, wilson
 from pipelines.causal import measuring as stage
+from pipelines.causal.ablate import drawn_value
 from pipelines.causal.ablation import Edit, ablate, read_prompt
 from pipelines.causal.effects import EffectsConfig, effects
-from pipelines.causal.effects_table import document_interval, effects_lines, read_table, summary
+from pipelines.causal.effects_table import document_interval, effects_lines, feature_table, read_table, summary
 from pipelines.causal.firings import PART, document_halves, draw_firings, window_ids
 from pipelines.causal.subject import Prompt, open_spliced
 from pipelines.code_store import CodeStore, read_codes
@@ -100,6 +108,24 @@ def test_a_planted_feature_that_carries_the_answer_is_found(found: dict[str, Any
     assert strongest[0]["kl"] > 100 * found["median_kl"]
 
 
+def by_hand(spliced: Any, ids: torch.Tensor, place: int, feature: int) -> torch.Tensor:
+    """(position, vocabulary) logits of the whole model with a feature taken out of one row after block 1, by a hook."""
+
+    def edit(_: Any, __: Any, output: Any) -> Any:
+        x = (output[0] if isinstance(output, tuple) else output).clone()
+        values, indices = spliced.sae.encode(x[0, place][None])
+        x[0, place] -= values[0][indices[0] == feature].sum() * spliced.sae.W_dec[feature]
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    handle = spliced.subject.model.transformer.h[1].register_forward_hook(edit)
+    try:
+        with torch.no_grad():
+            found: torch.Tensor = spliced.subject.model(input_ids=ids[None], use_cache=False).logits[0]
+            return found
+    finally:
+        handle.remove()
+
+
 def test_an_effect_is_what_ablating_that_row_alone_does(planted: tuple[Path, Path]) -> None:
     """And with `later`, the mean over that position and the later ones that have a next token in the window."""
     spliced, codes = open_spliced(planted[0], device="cpu"), CodeStore(planted[1])
@@ -111,6 +137,8 @@ def test_an_effect_is_what_ablating_that_row_alone_does(planted: tuple[Path, Pat
         assert sum(stage.measure(spliced, codes, firings, kept, how)) == len(firings)
         measured[how] = kept
     policy = codes.manifest.policy
+    shift = np.zeros((3, vocabulary))
+    assert firings.weight.max() > 1
     for i in range(len(firings)):
         n_real = int(firings.n_real[i])
         ids = torch.from_numpy(window_ids(codes, int(firings.segment[i]), firings.window[[i]])[0][:n_real])
@@ -122,6 +150,20 @@ def test_an_effect_is_what_ablating_that_row_alone_does(planted: tuple[Path, Pat
         assert measured["firing"].kl[i] == pytest.approx(float(by_position[place]), rel=1e-3, abs=1e-8)
         assert measured["later"].kl[i] == pytest.approx(float(by_position[place : n_real - 1].mean()), rel=1e-3, abs=1e-8)
         assert int(ids[place + 1]) == firings.next_token[i]
+        without = by_hand(spliced, ids, place, int(firings.feature[i]))
+        with torch.no_grad():
+            normal = spliced.subject.model(input_ids=ids[None], use_cache=False).logits[0]
+        rises = [float(x.log_softmax(1)[place, ids[place + 1]]) for x in (normal, without)]
+        assert measured["firing"].loss[i] == pytest.approx(rises[0] - rises[1], abs=2e-5)
+        targets = ids[place + 1 :, None]
+        both = [x.log_softmax(1)[place : n_real - 1].gather(1, targets).mean() for x in (normal, without)]
+        assert measured["later"].loss[i] == pytest.approx(float(both[0] - both[1]), abs=2e-5)
+        change = (without - normal)[place]
+        shift[sorted({PLANTED, 3, 11}).index(int(firings.feature[i]))] += (
+            firings.weight[i] * (change - change.mean()).numpy()
+        )
+    np.testing.assert_allclose(measured["firing"].shift, shift, atol=1e-3)
+    assert float(np.abs(shift).max()) > 1
 
 
 def test_a_measurement_that_was_stopped_goes_on_and_ends_the_same(
@@ -149,6 +191,110 @@ def test_a_measurement_that_was_stopped_goes_on_and_ends_the_same(
     assert saves[2] > saves[1]
     assert again["strongest"] == whole["strongest"]
     assert (asked.out / "effects.parquet").read_bytes() == (tmp_path / "whole" / "effects.parquet").read_bytes()
+
+
+def measure_in_small_blocks(asked: EffectsConfig) -> None:
+    """`effects` in a process of its own that publishes after about 5 firings, and takes its time with each block."""
+    torch.set_num_threads(1)
+    stage.BLOCK_FIRINGS, stage.BATCH_POSITIONS = 5, 64
+    real = stage.Measured.save
+
+    def save(self: stage.Measured, path: Path, plan_id: str) -> None:
+        real(self, path, plan_id)
+        time.sleep(0.01)
+
+    stage.Measured.save = save  # type: ignore[method-assign]
+    effects(asked)
+
+
+def test_killed_three_times_and_started_again_it_ends_with_the_same_bytes(
+    planted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    asked = config(planted, tmp_path / "out", features=(PLANTED, 3, 4, 5), resamples=50)
+    moments, done = random.Random(0), [0]
+    part = asked.out / "parts" / "0000.npz"
+    for _ in range(3):
+        before = part.stat().st_mtime_ns if part.exists() else 0
+        process = PROCESSES.Process(target=measure_in_small_blocks, args=(asked,))
+        process.start()
+        assert process.pid is not None
+        until(lambda before=before: (part.exists() and part.stat().st_mtime_ns > before) or None)
+        time.sleep(moments.uniform(0, 0.1))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert not (asked.out / "effects.json").exists()
+        with np.load(part) as kept:
+            done.append(int(kept["done"]))
+    assert done == sorted(set(done)), "each start went on from the last one"
+    for own in (asked, replace(asked, out=tmp_path / "whole")):
+        process = PROCESSES.Process(target=measure_in_small_blocks, args=(own,))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+    assert files_of(asked.out) == files_of(tmp_path / "whole")
+    assert {path.name for path in asked.out.iterdir()} == {"plan.json", "effects.json", "effects.parquet"}
+
+
+def test_a_finished_measurement_is_not_made_again_and_is_joined_to_another_analysis(
+    run: Path, codes: Path, analysis: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = EffectsConfig(run, codes, tmp_path / "out", top=5, firings=20, resamples=20, device="cpu")
+    effects(asked)
+    plain = files_of(asked.out)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.causal.effects.measure", None)
+        effects(asked)
+        assert files_of(asked.out) == plain
+        effects(replace(asked, analysis=analysis))
+        joined = files_of(asked.out)
+        assert "band" in read_table(asked.out / "effects.parquet")[0]
+        effects(asked)
+    assert files_of(asked.out) == plain
+    effects(replace(asked, out=tmp_path / "anew", analysis=analysis))
+    assert files_of(tmp_path / "anew") == joined
+
+
+def test_what_the_disk_cannot_hold_is_refused_before_anything_is_written(
+    planted: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = config(planted, tmp_path / "out", features=(PLANTED, 3))
+    monkeypatch.setattr("actstore.files.free_bytes", lambda path: RESERVE_BYTES + 1000)
+    with pytest.raises(NoSpace, match="what is measured of each feature"):
+        effects(asked)
+    assert not asked.out.exists()
+
+
+def test_the_space_asked_for_is_what_a_part_takes(tmp_path: Path) -> None:
+    stage.Measured.empty(5000, 30, 400).save(tmp_path / "part.npz", "plan")
+    assert (tmp_path / "part.npz").stat().st_size <= stage.measured_bytes(5000, 30, 400) <= 1.1 * (16 * 5000 + 4 * 30 * 400)
+
+
+def test_means_are_weighted_by_the_firings_that_each_stands_for(planted: tuple[Path, Path]) -> None:
+    spliced, codes = open_spliced(planted[0], device="cpu"), CodeStore(planted[1])
+    firings = draw_firings(codes, np.array([PLANTED, 3]), 6, 0)
+    firings = replace(firings, weight=np.arange(1, len(firings) + 1))
+    rng = np.random.Generator(np.random.PCG64(1))
+    measured = stage.Measured(rng.random(len(firings)), rng.random(len(firings)), rng.random((2, 300), np.float32))
+    rows = feature_table(firings, np.array([3, PLANTED]), measured, spliced.subject.codec, 10, 0)
+    for i, row in enumerate(rows):
+        mine = firings.feature == row["feature"]
+        weight = firings.weight[mine]
+        assert row["kl"] == pytest.approx(np.average(measured.kl[mine], weights=weight))
+        assert row["loss"] == pytest.approx(np.average(measured.loss[mine], weights=weight))
+        assert row["value"] == pytest.approx(np.average(firings.value[mine], weights=weight))
+        lowest = np.sort(measured.shift[i])[:5] / weight.sum()
+        np.testing.assert_allclose(row["promoted_weight"], -lowest, rtol=1e-6)
+        assert row["promoted"][0] == spliced.subject.codec.text([int(measured.shift[i].argmin())])
+
+
+def test_a_drawn_value_is_of_each_firing_as_often_as_it_stands_for(codes: Path) -> None:
+    firings = draw_firings(CodeStore(codes), None, 50, 0)
+    feature = int(firings.feature[np.argmax(firings.weight)])
+    own = firings.take(firings.feature == feature)
+    assert own.weight.max() > 1
+    drawn = [drawn_value(own, (i + 0.5) / own.weight.sum()) for i in range(own.weight.sum())]
+    np.testing.assert_array_equal(drawn, np.repeat(own.value, own.weight))
 
 
 def test_the_table_has_a_row_for_each_feature_that_fires(found: dict[str, Any], planted: tuple[Path, Path]) -> None:

@@ -11,15 +11,13 @@ from torch import Tensor
 
 from actstore.errors import InputError
 from pipelines.capture import Site, blocks_of, hooked
+from pipelines.causal.edits import HEADS, PATCH_SITES, require_patch_site
 from pipelines.causal.forward import heads_together
 from pipelines.causal.interventions import (
-    HEADS,
-    PATCH_SITES,
     after_edits,
     after_row_edits,
     edited_logits,
     reading,
-    require_patch_site,
     trace,
 )
 from pipelines.causal.subject import Subject, open_subject

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines import pairs
-from pipelines.pairs import PairTile, count_type, pair_counts
+from pipelines.pairs import PairTile, pair_counts
 
 
 def dense_counts(indices: np.ndarray, fired: np.ndarray | None, n_features: int) -> np.ndarray:
@@ -64,15 +64,18 @@ def test_tiles_side_by_side_and_blocks_one_after_another_give_the_same(seed: int
     edges = [0, *sorted(cuts), 13]
     tiles = []
     for start, stop in pairwise(edges):
-        tile = PairTile(start, stop, 13, count_type(30))
+        tile = PairTile(start, 13, np.full(stop - start, 30))
         for row in range(0, 30, block):
             tile.add(indices[row : row + block], fired[row : row + block])
-        tiles.append(tile.counts)
+        tiles.append(tile.rows())
     np.testing.assert_array_equal(np.concatenate(tiles), dense_counts(indices, fired, 13))
 
 
-def test_long_inputs_are_sorted_in_bounded_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "BLOCK_CODES", 10)
+@pytest.mark.parametrize(
+    ("name", "size"), [("BLOCK_CODES", 10), ("SCANNED_CODES", 6), ("PIECE_CODES", 12), ("PIECE_CODES", 1)]
+)
+def test_long_inputs_are_counted_in_bounded_pieces(monkeypatch: pytest.MonkeyPatch, name: str, size: int) -> None:
+    monkeypatch.setattr(pairs, name, size)
     indices, fired = codes(5, 33, 11, 4)
     np.testing.assert_array_equal(pair_counts(indices, fired, 11, slice(2, 9)), dense_counts(indices, fired, 11)[2:9])
 
@@ -81,3 +84,22 @@ def test_counts_at_the_end_of_their_type_do_not_wrap() -> None:
     for n in (255, 256, 65_535, 65_536):
         found = pair_counts(np.zeros((n, 1), np.uint8), None, 2, slice(0, 1))
         assert found.tolist() == [[n, 0]]
+
+
+def test_each_feature_counts_in_the_type_it_needs_wherever_it_stands() -> None:
+    rng = np.random.default_rng(2)
+    common = rng.random((70_000, 6)) < [0.002, 1, 0.01, 0.9, 0, 0.003]
+    indices, expected = np.tile(np.arange(6, dtype=np.uint8), (len(common), 1)), common.astype(np.int64).T @ common
+    fires = common.sum(axis=0)
+    tile, other = PairTile(0, 6, fires), PairTile(0, 6, fires)
+    assert sorted({part.itemsize for part in tile._parts if len(part)}) == [1, 2, 4]
+    tile.add(indices[:40_000], common[:40_000])
+    other.add(indices[40_000:], common[40_000:])
+    total = tile.plus(other)
+    np.testing.assert_array_equal(total.rows(), expected)
+    np.testing.assert_array_equal(total.rows(2, 5), expected[2:5])
+    assert [total.rows(f, f + 1).itemsize for f in range(6)] == [1, 4, 2, 2, 1, 1]
+    assert tile.rows(1, 2)[0, 1] == 40_000, "adding two leaves them as they were"
+    counted = PairTile(0, 6, fires)
+    counted.add_counts(expected)
+    np.testing.assert_array_equal(counted.rows(), expected)

@@ -19,7 +19,8 @@ from pipelines.causal.attribution_patching import (
     gradients,
     integrated_gradients,
 )
-from pipelines.causal.interventions import HEADS, PATCH_SITES, trace
+from pipelines.causal.edits import HEADS, PATCH_SITES
+from pipelines.causal.interventions import after_edits, trace
 from pipelines.causal.metrics import Divergence, change_metric, log_probability_of, pair_metric
 from pipelines.causal.patching import (
     Pair,
@@ -215,8 +216,6 @@ def test_gradients_are_the_derivatives_of_the_exact_intervention(random: nn.Modu
     run, figure = trace(random, clean_and_corrupt()[0]), log_probability_of(CLEAN)
     sites = [Site(name, 1) for name in PATCH_SITES]
     slopes = gradients(random, run, sites, figure)
-    from pipelines.causal.interventions import after_edits
-
     for site in sites:
         nudge = torch.randn(run.at(site).shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e-5
         up, down = figure(after_edits(random, run, site, torch.stack([run.at(site) + nudge, run.at(site) - nudge])))
@@ -229,6 +228,13 @@ def test_the_gradient_of_kl_is_refused_at_the_clean_run_and_integrated_gradients
     figure = Divergence(run_logits(random, pair.clean))
     with pytest.raises(InputError, match=r"gradient of KL is zero at the clean run.*integrated gradients"):
         gradients(random, pair.clean, [site], figure)
+    with pytest.raises(InputError, match="gradient of KL is zero at the clean run"):
+        gradients(random, pair.clean, [site], change_metric("kl", run_logits(random, pair.clean), CLEAN, None).of)
+    slope = gradients(random, pair.corrupt, [site], figure)[site.label]
+    nudge = torch.randn(slope.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e-5
+    ends = torch.stack([pair.corrupt.at(site) + nudge, pair.corrupt.at(site) - nudge])
+    up, down = figure(after_edits(random, pair.corrupt, site, ends))
+    assert float((slope * nudge).sum()) == pytest.approx(float(up - down) / 2, rel=1e-4), "elsewhere it has one"
     other = pair.corrupt.at(site)
     whole = float(figure(run_logits(random, pair.corrupt)))
     slope = integrated_gradients(random, pair.clean, site, other, figure, steps=64)

@@ -14,7 +14,7 @@ from actstore.plan import raw_words
 from pipelines.analysis import Analysis
 from pipelines.causal.ablation import ERRORS, Ablations, Read, ablate, one_by_one, read_prompt, set_everywhere
 from pipelines.causal.compare import top_candidates
-from pipelines.causal.firings import draw_firings
+from pipelines.causal.firings import Firings, draw_firings
 from pipelines.causal.subject import Spliced, open_spliced
 from pipelines.code_store import CodeStore
 from pipelines.terminal import BAR, visible
@@ -140,11 +140,18 @@ def _drawn(config: AblateConfig, spliced: Spliced, features: list[int]) -> tuple
     firings = draw_firings(codes, np.array(features), DRAWS, config.seed)
     values = []
     for feature in features:
-        own = firings.value[firings.feature == feature]
+        own = firings.take(firings.feature == feature)
         first, second = (int(word) / 2.0**64 for word in raw_words(2, config.seed, PURPOSE, feature))
         share = 1.0 if config.set_to == "firing" else firings.total[feature] / firings.rows
-        values.append(float(own[int(first * len(own))]) if len(own) and second < share else 0.0)
+        values.append(drawn_value(own, first) if len(own) and second < share else 0.0)
     return values, f"its value in a {config.set_to} drawn from {config.codes}, seed {config.seed}"
+
+
+def drawn_value(firings: Firings, share: float) -> float:
+    """The value of one firing of a feature, each as likely by its weight, so that windows of many firings count as such;
+    `share` in [0, 1) says which."""
+    up_to = np.cumsum(firings.weight)
+    return float(firings.value[min(int(np.searchsorted(up_to, share * up_to[-1], side="right")), len(firings) - 1)])
 
 
 def open_run_codes(codes: str, run_id: str, run: str) -> CodeStore:

@@ -59,8 +59,11 @@ class Read:
         return self.reading.x[0]
 
     def code(self, feature: int) -> Tensor:
-        """(position,) the values of one of the features."""
-        return self.codes[:, int((self.features == feature).nonzero()[0, 0])]
+        """(position,) the values of one of the features. Raises InputError for another one."""
+        place = (self.features == feature).nonzero()
+        if not len(place):
+            raise InputError(f"feature {feature}: is not among those the prompt was read for; name it to `read_prompt`.")
+        return self.codes[:, int(place[0, 0])]
 
     def fires_at(self, feature: int) -> list[int]:
         """The positions where one of the features fires."""

@@ -17,6 +17,7 @@ from pipelines.causal.attribution import (
     stream_parts,
     top_movers,
 )
+from pipelines.causal.edits import require_patch_site
 from pipelines.causal.interventions import Trace, trace
 from pipelines.causal.patching import run_logits
 from pipelines.causal.subject import Prompt, Spliced, Subject, open_either
@@ -57,6 +58,8 @@ def attribute(config: AttributeConfig) -> dict[str, Any]:
     token that the model finds most likely. Raises InputError for a text, token, position, run or model that will not do.
     """
     subject, spliced = open_either(config.run, config.store, config.model, config.device)
+    if spliced is not None:
+        require_patch_site(subject.model, spliced.site)
     prompt = subject.prompt(config.text)
     run = trace(subject.model, prompt.ids)
     return _attributed(config, subject, spliced, prompt, run, require_position(run, config.position))

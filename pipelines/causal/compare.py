@@ -23,16 +23,17 @@ class Candidate:
 
 
 def kl(normal: Tensor, other: Tensor) -> Tensor:
-    """(n,) KL(normal ‖ other) in nats, float64, of logits (n, vocabulary); never negative, and finite for finite logits.
+    """(n,) KL(normal ‖ other) in nats, float64, of logits (n, vocabulary); never negative, and finite for finite logits."""
+    parts = zip(normal.split(ROWS), other.split(ROWS), strict=True)
+    return torch.cat([divergence(*(torch.log_softmax(logits.double(), dim=-1) for logits in part)) for part in parts])
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(…) KL(p ‖ q) in nats of log-probabilities (…, vocabulary) in float64, with gradients; exactly 0 where p is q.
 
     With d = log q − log p, Σ p (e^d − 1 − d): as Σ p e^d = Σ q = 1 = Σ p this is Σ p log(p / q), and no term of it is
     negative, so that rounding cannot make the sum so. Where d is large, p e^d is written as q.
     """
-    return torch.cat([_kl(*part) for part in zip(normal.split(ROWS), other.split(ROWS), strict=True)])
-
-
-def _kl(normal: Tensor, other: Tensor) -> Tensor:
-    log_p, log_q = (torch.log_softmax(logits.double(), dim=-1) for logits in (normal, other))
     p, change = log_p.exp(), log_q - log_p
     near = p * (torch.expm1(change.clamp_max(1.0)) - change)
     far = log_q.exp() - p * (1 + change)

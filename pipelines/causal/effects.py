@@ -6,11 +6,13 @@ every token's logit. By default only the prediction at the firing position count
 it and every later position of its window.
 
 Features go in batches small enough for their sums over the vocabulary; windows go through the model in blocks, each
-once a batch, and what has been measured is published with every block: the same command goes on there.
+once a batch, and what has been measured is published with every block: the same command goes on there. Once the table is
+published, the parts that it was made of are removed; the same command then measures nothing, and joins the table anew.
 """
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,18 +21,26 @@ from typing import Any
 import numpy as np
 
 from actstore.errors import IdentityMismatch, InputError, OutputExists
-from actstore.files import content_hash, publish_json, read_json
+from actstore.files import content_hash, publish_json, read_json, require_free_space
 from pipelines.analysis import Analysis
 from pipelines.causal.ablate import open_run_codes
-from pipelines.causal.effects_table import RECORD, TABLE, feature_table, publish_table, summary
+from pipelines.causal.effects_table import (
+    RECORD,
+    TABLE,
+    feature_table,
+    measured_only,
+    publish_table,
+    read_table,
+    summary,
+)
 from pipelines.causal.firings import Firings, draw_firings
-from pipelines.causal.measuring import Measured, measure
+from pipelines.causal.measuring import Measured, measure, measured_bytes
 from pipelines.causal.subject import Spliced, open_spliced
 from pipelines.code_store import CodeStore
 from pipelines.progress import track
 
 MEASURES = ("firing", "later")
-PLAN = "plan.json"
+PLAN, PARTS = "plan.json", "parts"
 SUMS_BYTES = 1 << 28
 """Of a batch of features' sums over the vocabulary."""
 
@@ -71,7 +81,7 @@ def effects(config: EffectsConfig) -> dict[str, Any]:
     """Measure, and publish `effects.parquet` (a row for each feature) and `effects.json` in OUT.
 
     Raises what `open_spliced` raises; IdentityMismatch for codes or an analysis of another run; OutputExists when OUT holds
-    something else, or effects of another configuration.
+    something else, or effects of another configuration; NoSpace when the disk cannot hold what is measured.
     """
     spliced = open_spliced(config.run, config.store, config.model, config.device)
     codes = open_run_codes(str(config.codes), spliced.record.run_id, str(config.run))
@@ -79,27 +89,41 @@ def effects(config: EffectsConfig) -> dict[str, Any]:
         spliced.require_feature(feature)
     analysis = None if config.analysis is None else _analysis(config.analysis, spliced)
     plan = _plan(config, spliced, codes)
-    plan_id = _begin(config.out, plan)
+    _require_own(config.out, plan)
+    if (config.out / RECORD).exists():
+        rows, n_rows = measured_only(read_table(config.out / TABLE)), read_json(config.out / RECORD)["rows"]
+    else:
+        rows, n_rows = _measured(config, spliced, codes, plan)
+    publish_table(config.out / TABLE, rows, analysis)
+    record = {**plan, "rows": n_rows, **summary(rows, analysis)}
+    publish_json(config.out / RECORD, record)
+    shutil.rmtree(config.out / PARTS, ignore_errors=True)
+    return {"out": str(config.out), **record}
+
+
+def _measured(
+    config: EffectsConfig, spliced: Spliced, codes: CodeStore, plan: dict[str, Any]
+) -> tuple[list[dict[str, Any]], int]:
+    """A row for each feature, and the number of rows drawn from; goes on where OUT was left."""
     firings = _draw(config, codes)
     features = np.unique(firings.feature)
     n_vocabulary = int(spliced.subject.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     step = max(1, SUMS_BYTES // (4 * n_vocabulary))
-    tables = []
+    # a part stays until the next state of it is whole, so that there is room for one more
+    needed_bytes = measured_bytes(len(firings), len(features) + min(step, len(features)), n_vocabulary)
+    plan_id = _begin(config.out, plan, needed_bytes)
+    rows = []
     with track("effects", len(firings), "firings") as progress:
         for number, first in enumerate(range(0, len(features), step)):
             own = features[first : first + step]
             mine = firings.take(np.isin(firings.feature, own))
-            path = config.out / "parts" / f"{number:04d}.npz"
+            path = config.out / PARTS / f"{number:04d}.npz"
             found = Measured.load(path, plan_id) or Measured.empty(len(mine), len(own), n_vocabulary)
             progress.advance(found.done)
             for n in measure(spliced, codes, mine, found, config.measure, partial(found.save, path, plan_id)):
                 progress.advance(n)
-            tables.append(feature_table(mine, own, found, spliced.subject.codec, config.resamples, config.seed))
-    rows = [row for table in tables for row in table]
-    publish_table(config.out / TABLE, rows, analysis)
-    record = {**plan, "rows": firings.rows, **summary(rows, analysis)}
-    publish_json(config.out / RECORD, record)
-    return {"out": str(config.out), **record}
+            rows += feature_table(mine, own, found, spliced.subject.codec, config.resamples, config.seed)
+    return rows, firings.rows
 
 
 def _draw(config: EffectsConfig, codes: CodeStore) -> Firings:
@@ -132,8 +156,8 @@ def _plan(config: EffectsConfig, spliced: Spliced, codes: CodeStore) -> dict[str
     }
 
 
-def _begin(out: Path, plan: dict[str, Any]) -> str:
-    """Make OUT, or find it begun with the same plan; gives the plan's id."""
+def _require_own(out: Path, plan: dict[str, Any]) -> None:
+    """Raises OutputExists when OUT holds anything but what was begun with the same plan."""
     if (out / PLAN).exists():
         before = read_json(out / PLAN)
         if before != plan:
@@ -142,9 +166,16 @@ def _begin(out: Path, plan: dict[str, Any]) -> str:
             raise OutputExists(f"{out}: holds other effects ({shown}); choose another --out.")
     elif out.exists() and any(out.iterdir()):
         raise OutputExists(f"{out}: exists and is not empty; choose another --out.")
-    else:
-        (out / "parts").mkdir(parents=True, exist_ok=True)
+
+
+def _begin(out: Path, plan: dict[str, Any], needed_bytes: int) -> str:
+    """Make OUT if it is not begun; gives the plan's id. Raises NoSpace where less is free than is still to be written."""
+    there = sum(path.stat().st_size for path in (out / PARTS).glob("*.npz"))
+    require_free_space(out, max(0, needed_bytes - there), "what is measured of each feature, kept until its table is made,")
+    if not (out / PLAN).exists():
+        out.mkdir(parents=True, exist_ok=True)
         publish_json(out / PLAN, plan)
+    (out / PARTS).mkdir(exist_ok=True)
     return content_hash(plan)[:16]
 
 

@@ -20,6 +20,8 @@ from pipelines.tokens import TextCodec
 RECORD, TABLE = "effects.json", "effects.parquet"
 INTERVAL = (2.5, 97.5)
 """Percentiles of the bootstrap that an interval lies between."""
+ANALYSED = ("density", "band", "peak", "tokens")
+"""Columns that are joined from an analysis."""
 N_TOKENS = 5
 LISTED = 20
 MIN_FIRINGS = 20
@@ -110,9 +112,14 @@ def publish_table(path: Path, rows: list[dict[str, Any]], analysis: Analysis | N
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
-    """The rows that `publish_table` was given."""
+    """The rows of a published table, with what was joined to them. To join them to another analysis: `measured_only`."""
     rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
     return rows
+
+
+def measured_only(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without what an analysis was joined to them of: what `publish_table` was given."""
+    return [{name: value for name, value in row.items() if name not in ANALYSED} for row in rows]
 
 
 def _analysed(analysis: Analysis, feature: int) -> dict[str, Any]:

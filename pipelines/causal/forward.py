@@ -78,6 +78,12 @@ def heads_together(model: nn.Module, layer: int) -> nn.Module:
     return found
 
 
+def neurons_together(model: nn.Module, layer: int) -> nn.Module:
+    """The MLP's neurons after their non-linearity (…, n_neurons) to what the MLP writes (…, d_model)."""
+    found: nn.Module = attrgetter(family_of(model).mlp_down)(blocks_of(model)[layer])
+    return found
+
+
 def head_weights(model: nn.Module, layer: int) -> tuple[Tensor, Tensor]:
     """W_O (n_heads, d_head, d_model) and b_O (d_model,) of a block: its attention writes Σ z_h W_O,h + b_O."""
     joined: Any = heads_together(model, layer)

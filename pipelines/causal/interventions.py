@@ -13,13 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from actstore.errors import InputError
-from pipelines.capture import MLP_HIDDEN, SITES, Site, blocks_of, hooked
-from pipelines.causal.forward import Keys, embed, heads_together, logits, run_blocks, run_mlp
+from pipelines.capture import Site, blocks_of, hooked
+from pipelines.causal.edits import HEADS, first_after, stream_with
+from pipelines.causal.forward import Keys, embed, heads_together, logits, run_blocks
 
-HEADS = "head_out"
-"""The site of attention heads: z before W_O, one head beside the other (n_heads · d_head values)."""
-PATCH_SITES = (*(name for name in SITES if name != MLP_HIDDEN), HEADS)
 BATCH_POSITIONS = 2048
 """At most in one forward pass: the MLPs of GPT-2 small take 25 MB for them, and larger batches gain nothing."""
 
@@ -49,16 +46,6 @@ class Trace:
             return self.streams[site.layer + (site.name == "resid_post")]
         found: Tensor = getattr(self, site.name)[site.layer]
         return found
-
-
-def require_patch_site(model: nn.Module, site: Site) -> Site:
-    """Raises InputError for a site that cannot be edited, or a layer that the model has not."""
-    n_layers = len(blocks_of(model))
-    if site.name not in PATCH_SITES:
-        raise InputError(f"site {site.name!r}: known sites are {', '.join(PATCH_SITES)}.")
-    if not 0 <= site.layer < n_layers:
-        raise InputError(f"layer {site.layer}: the model has {n_layers} blocks; choose 0 to {n_layers - 1}.")
-    return site
 
 
 def reading(model: nn.Module, site: Site, read: Callable[[Tensor], None]) -> AbstractContextManager[None]:
@@ -92,8 +79,9 @@ def logits_after(
     logits are wanted, one for all or one for each (n,): gives (n, vocabulary). With None, those of all positions from
     `start` on: (n, position, vocabulary).
     """
-    hidden, first = _stream_after(model, run, site, edited, start)
-    last = run_blocks(model, hidden, first, keys=run.keys.until(start) if start else None)
+    before, attn_out = run.streams[site.layer][start:], run.attn_out[site.layer][start:]
+    hidden = stream_with(model, site, edited, before, attn_out)
+    last = run_blocks(model, hidden, first_after(site), keys=run.keys.until(start) if start else None)
     if at is None:
         return logits(model, last)
     if isinstance(at, int):
@@ -160,20 +148,6 @@ def after_row_edits(model: nn.Module, run: Trace, site: Site, positions: Tensor,
     found = list(row_edited_logits(model, run, site, positions, lambda numbers: rows[numbers], at))
     back = torch.cat([numbers for numbers, _ in found]).argsort()
     return torch.cat([batch for _, batch in found])[back]
-
-
-def _stream_after(model: nn.Module, run: Trace, site: Site, edited: Tensor, start: int) -> tuple[Tensor, int]:
-    """The residual stream (n, position, d_model) with an edit in it, and the first block that it enters."""
-    layer = site.layer
-    before = run.streams[layer][start:]
-    if site.name == "resid_pre":
-        return edited, layer
-    if site.name == "resid_post":
-        return edited, layer + 1
-    if site.name == "mlp_out":
-        return before + run.attn_out[layer][start:] + edited, layer + 1
-    written = heads_together(model, layer)(edited) if site.name == HEADS else edited
-    return run_mlp(model, layer, written + before), layer + 1
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from actstore.errors import InputError
 from actstore.reader import ActivationStore
+from pipelines.capture import MLP_HIDDEN
 from pipelines.causal.forward import embed, final_norm, run_blocks, unembedding
 from pipelines.causal.subject import Spliced, Subject, open_spliced
 from pipelines.terminal import visible
@@ -55,6 +56,7 @@ class LensConfig:
 def lens(config: LensConfig) -> dict[str, Any]:
     """The tokens one feature promotes and suppresses, or a table of all features with the shape of their weights."""
     spliced = open_spliced(config.run, config.store, config.model, config.device)
+    _require_stream_width(spliced)
     store = ActivationStore(config.store or spliced.record.config["store"])
     if config.feature is not None:
         spliced.require_feature(config.feature)
@@ -72,6 +74,14 @@ def lens(config: LensConfig) -> dict[str, Any]:
     if config.sort != "id":
         rows.sort(key=lambda row: -row[config.sort])
     return {**head, "sort": config.sort, "features": rows[: config.top]}
+
+
+def _require_stream_width(spliced: Spliced) -> None:
+    if spliced.site.name == MLP_HIDDEN:
+        raise InputError(
+            f"site {spliced.site.label}: its directions are of the MLP's neurons, the lens projects those of the residual "
+            "stream; take a run on another site, or `effects`, which takes this one."
+        )
 
 
 @torch.no_grad()

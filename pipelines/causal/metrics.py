@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from actstore.errors import InputError
+from pipelines.causal.compare import divergence
 
 Figure = Callable[[Tensor], Tensor]
 """Logits (…, vocabulary) to one figure each (…)."""
@@ -59,7 +60,7 @@ class Divergence:
         self.fixed = torch.log_softmax(reference.detach().double(), dim=-1)
 
     def __call__(self, found: Tensor) -> Tensor:
-        return (self.fixed.exp() * (self.fixed - torch.log_softmax(found.double(), dim=-1))).sum(dim=-1).clamp_min(0)
+        return divergence(self.fixed, torch.log_softmax(found.double(), dim=-1))
 
 
 def pair_metric(name: str, clean: Tensor, corrupt: Tensor, target: int, against: int) -> Metric:
@@ -87,6 +88,9 @@ def pair_metric(name: str, clean: Tensor, corrupt: Tensor, target: int, against:
 def change_metric(name: str, clean: Tensor, target: int, against: int | None) -> Metric:
     """A metric of an intervention in one run: the change that it brings to a figure, from the run's logits (vocabulary,)."""
     require_metric(name)
+    if name == "kl":  # as it is: a change from 0, and known to `require_slope` as what has no gradient here
+        figure, unit = _figure(name, clean, target)
+        return Metric(name, unit, figure, 0.0, None)
     if name == "logit_difference":
         if against is None:
             raise InputError(
@@ -95,7 +99,7 @@ def change_metric(name: str, clean: Tensor, target: int, against: int | None) ->
         figure, unit = logit_difference_of(target, against), "change of the logit difference"
     else:
         figure, unit = _figure(name, clean, target)
-        unit = unit if name == "kl" else f"change of the {unit}"
+        unit = f"change of the {unit}"
     before = float(figure(clean))
     return Metric(name, unit, lambda found: figure(found) - before, 0.0, None)
 

@@ -19,8 +19,9 @@ from pipelines.capture import Site, blocks_of
 from pipelines.causal.agreement import agreement
 from pipelines.causal.attribution import require_position
 from pipelines.causal.attribution_patching import activation_effects, feature_effects, gradients, integrated_gradients
+from pipelines.causal.edits import HEADS, PATCH_SITES, require_patch_site
 from pipelines.causal.heatmap import heat_lines, require_picture_path, save_heatmap
-from pipelines.causal.interventions import HEADS, PATCH_SITES, trace
+from pipelines.causal.interventions import trace
 from pipelines.causal.metrics import Metric, change_metric, pair_metric, require_metric
 from pipelines.causal.patching import (
     DIRECTIONS,
@@ -114,6 +115,8 @@ def patch(config: PatchConfig) -> dict[str, Any]:
     unequal length, answers that the runs do not tell apart, and whatever else will not do.
     """
     subject, spliced = open_either(config.run, config.store, config.model, config.device)
+    if spliced is not None:
+        require_patch_site(subject.model, spliced.site)
     task, answers = _task(config, subject, spliced)
     notes: list[str] = []
     steps = _steps(config, task, notes)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from actstore.errors import InputError
 from pipelines.capture import Site, blocks_of
+from pipelines.causal.edits import HEADS, require_patch_site
 from pipelines.causal.forward import logits
-from pipelines.causal.interventions import HEADS, Trace, after_edits, edited_logits, require_patch_site, row_edited_logits
+from pipelines.causal.interventions import Trace, after_edits, edited_logits, row_edited_logits
 from pipelines.causal.metrics import Figure
 from pipelines.causal.subject import Prompt
 from pipelines.sae.base import Sae

@@ -8,7 +8,6 @@ a whole text's.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,58 +15,62 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.capture import Site, blocks_of, hooked, site_module
+from pipelines.causal.edits import first_after, is_stream, stream_with
 from pipelines.causal.forward import embed, run_blocks
 from pipelines.sae.base import Codes
-
-STREAM_SITES = {"resid_pre": 0, "resid_post": 1}
-"""Sites that are the residual stream itself, and after how many more blocks than their layer: no block runs twice."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Texts run up to a site: the rows `x` (text, position, d_model) there, and `entry`, the input of block `first`,
-    from which what is edited is run on."""
+    """Texts run up to a site: the rows `x` (text, position, width) there.
 
-    x: Tensor
-    entry: Tensor
-    first: int
+    Where the site is not the stream itself: `before` (text, position, d_model), what entered the site's block, and
+    `attn_out`, what the block's attention wrote.
+    """
+
     site: Site
+    x: Tensor
+    before: Tensor | None = None
+    attn_out: Tensor | None = None
+
+    def take(self, *place: Tensor) -> Reading:
+        """Some of the texts, or with a second index some of their positions."""
+        recorded = (None if found is None else found[place] for found in (self.before, self.attn_out))
+        return Reading(self.site, self.x[place], *recorded)
+
+    def with_rows(self, model: nn.Module, edited: Tensor) -> Tensor:
+        """The stream that goes on with `edited` rows in place of `x`: n of the texts read, or any n if one was."""
+        return stream_with(model, self.site, edited, self.before, self.attn_out)
 
 
 def read_site(model: nn.Module, site: Site, ids: Tensor) -> Reading:
     """Run (text, position) token ids up to a site. Raises InputError for a layer that the model has not."""
     site_module(model, site)
-    if site.name in STREAM_SITES:
-        first = site.layer + STREAM_SITES[site.name]
-        x = run_blocks(model, embed(model, ids), 0, first)
-        return Reading(x, x, first, site)
-    entry = run_blocks(model, embed(model, ids), 0, site.layer)
+    if is_stream(site):
+        return Reading(site, run_blocks(model, embed(model, ids), 0, first_after(site)))
+    before = run_blocks(model, embed(model, ids), 0, site.layer)
     found: list[Tensor] = []
-    with hooked(model, site, found.append):
-        run_blocks(model, entry, site.layer, site.layer + 1)
-    return Reading(found[0], entry, site.layer, site)
+    attention: list[Tensor] = []
+    with hooked(model, site, found.append), hooked(model, Site("attn_out", site.layer), attention.append):
+        run_blocks(model, before, site.layer, site.layer + 1)
+    return Reading(site, found[0], before, attention[0])
 
 
 def finish(model: nn.Module, reading: Reading, edited: Tensor) -> Tensor:
-    """Rows (n, position, d_model) in place of the site's -> the stream (n, position, d_model) after the last block.
+    """Rows (n, position, width) in place of the site's -> the stream (n, position, d_model) after the last block.
 
     n is the number of texts read, or anything if one was.
     """
-    if reading.site.name in STREAM_SITES:
-        return run_blocks(model, edited, reading.first)
-    entry = reading.entry.expand(len(edited), -1, -1)
-    with hooked(model, reading.site, lambda _: edited):
-        after = run_blocks(model, entry, reading.first, reading.first + 1)
-    return run_blocks(model, after, reading.first + 1)
+    return run_blocks(model, reading.with_rows(model, edited), first_after(reading.site))
 
 
 def finish_branches(model: nn.Module, reading: Reading, change: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
     """The stream after the last block: clean (text, position, d_model), and of each branch (text, branch, d_model).
 
-    Branch b of text t is its position `at[t, b]` with `change[t, b]` (d_model,) added to the site's row there; other
+    Branch b of text t is its position `at[t, b]` with `change[t, b]` (width,) added to the site's row there; other
     branches and later positions do not exist for it.
     """
-    n_texts, n_positions = reading.entry.shape[:2]
+    n_texts, n_positions = reading.x.shape[:2]
     text = torch.arange(n_texts, device=at.device)[:, None]
     before = torch.arange(n_positions, device=at.device) < at[..., None]
     itself = torch.eye(at.shape[1], dtype=torch.bool, device=at.device).expand(n_texts, -1, -1)
@@ -75,16 +78,13 @@ def finish_branches(model: nn.Module, reading: Reading, change: Tensor, at: Tens
     mask = torch.zeros(allowed.shape, dtype=change.dtype, device=at.device).masked_fill_(
         ~allowed, torch.finfo(change.dtype).min
     )
-    clean, branch = reading.entry, reading.entry[text, at]
-    is_stream = reading.site.name in STREAM_SITES
-    if is_stream:
-        branch = branch + change
-    for layer, block in enumerate(list(blocks_of(model))[reading.first :], start=reading.first):
+    rows = reading.take(text, at)
+    clean, branch = reading.with_rows(model, reading.x), rows.with_rows(model, rows.x + change)
+    first = first_after(reading.site)
+    for layer, block in enumerate(list(blocks_of(model))[first:], start=first):
         seen = _Seen()
         clean = _run_seen(model, clean, layer, seen)
-        adds = not is_stream and layer == reading.first
-        with hooked(model, reading.site, lambda activation: activation + change) if adds else nullcontext():
-            found: Any = block(branch, attention_mask=mask, past_key_values=seen, use_cache=True, position_ids=at)
+        found: Any = block(branch, attention_mask=mask, past_key_values=seen, use_cache=True, position_ids=at)
         branch = found[0] if isinstance(found, tuple) else found
     return clean, branch
 
@@ -118,6 +118,8 @@ class _Seen:
 def feature_values(codes: Codes, features: Tensor) -> Tensor:
     """(n_rows, len(features)) what chosen features have in the codes of n rows; 0 where one does not fire."""
     active = codes.active
+    if not len(features):
+        return codes.values.new_zeros(active.n_rows, 0)
     order = torch.argsort(features)
     place = torch.searchsorted(features[order], active.features).clamp_max(len(features) - 1)
     hit = features[order][place] == active.features

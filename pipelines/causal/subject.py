@@ -19,6 +19,8 @@ from pipelines.sae.base import Sae
 from pipelines.sae.checkpoint import RunRecord, load_run, require_match
 from pipelines.tokens import TextCodec, load_tokenizer, store_tokenizer
 
+DEFAULT_MODEL = "gpt2"
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -101,8 +103,9 @@ class Spliced:
 def open_subject(model: str, device: str = "auto", *, bos: bool = True, keep_special: bool = False) -> Subject:
     """A model and the tokenizer that lies beside it. Raises InputError when either cannot be loaded."""
     chosen = choose_device(device)
+    loaded = frozen(load_model(model, chosen, "fp32"))  # first: without network it is soon refused, and its reason is clear
     codec, _ = load_tokenizer(resolve_model(model))
-    return Subject(model, frozen(load_model(model, chosen, "fp32")), codec, bos, keep_special, chosen)
+    return Subject(model, loaded, codec, bos, keep_special, chosen)
 
 
 def open_spliced(run: Path, store: str | Path | None = None, model: str | None = None, device: str = "auto") -> Spliced:
@@ -138,10 +141,17 @@ def frozen(model: nn.Module) -> nn.Module:
 def open_either(
     run: Path | None, store: str | Path | None, model: str | None, device: str
 ) -> tuple[Subject, Spliced | None]:
-    """A run's SAE in its model, or without a run a model alone (`gpt2` where none is named)."""
+    """A run's SAE in its model, or without a run a model alone (`DEFAULT_MODEL` where none is named)."""
     if run is None:
         if store is not None:
             raise InputError(f"store {store}: is of use with a run only; name its run with --run.")
-        return open_subject(model or "gpt2", device), None
+        if model is not None:
+            return open_subject(model, device), None
+        try:
+            return open_subject(DEFAULT_MODEL, device), None
+        except InputError as error:
+            raise InputError(
+                f"{str(error).rstrip('.')}; {DEFAULT_MODEL} is the default, --model builtin needs no network."
+            ) from error
     spliced = open_spliced(run, store, model, device)
     return spliced.subject, spliced

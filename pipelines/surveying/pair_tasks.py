@@ -6,6 +6,8 @@ and document at most w places away: in how many rows of a), or "document" (in ho
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,14 +18,15 @@ from actstore.place import open_place
 from actstore.reader import Shard
 from pipelines.analysis import create_arrays
 from pipelines.association import npmi
-from pipelines.pairs import PairTile, count_type
+from pipelines.pairs import BLOCK_CODES, PairTile, count_bytes, count_type
 from pipelines.surveying.job import Job, row_columns, shard_name
 from pipelines.surveying.partials import Bundle, publish_bundle
 
 TILE_BYTES = 128 << 20
 """Of a tile's dense counts, at most; two that are added are 256 MiB."""
-LEAST_TASKS = 16
-BLOCK_ROWS = 262_144
+TILES_OF = 4
+"""Tiles come in a multiple of this, of like size, so that two or four workers share them evenly."""
+LEAST_TASKS, GROUP_ROWS = 8, 1 << 24
 WRITTEN_ROWS = 128
 """Features of a tile that are compared with the threshold at a time: a mask of the whole tile would be as large again."""
 STRONGEST, LEAST_TOGETHER = 10, 5
@@ -31,59 +34,82 @@ STRONGEST, LEAST_TOGETHER = 10, 5
 
 
 def pair_tiles(fires: NDArray[np.int64], tile_bytes: int = TILE_BYTES) -> list[tuple[int, int]]:
-    """Features [start, stop) of each tile. A count needs no wider type than the most frequent feature of the tile.
+    """Features [start, stop) of each tile, of like numbers of bytes. A feature's counts are as wide as its firings ask for.
 
     >>> pair_tiles(np.array([300, 2, 2, 2]), 8)
     [(0, 1), (1, 3), (3, 4)]
+    >>> pair_tiles(np.array([300, 2, 2, 2]), 20)
+    [(0, 4)]
     """
-    tiles, start, most = [], 0, 0
-    for feature, n in enumerate(fires.tolist()):
-        wider = max(most, n)
-        if feature > start and (feature + 1 - start) * len(fires) * count_type(wider).itemsize > tile_bytes:
-            tiles.append((start, feature))
-            start, wider = feature, n
-        most = wider
-    return [*tiles, (start, len(fires))]
+    widths = count_bytes(fires) * len(fires)
+    n_tiles = -(-int(widths.sum()) // tile_bytes)
+    if n_tiles > 1:
+        n_tiles = min(-(-n_tiles // TILES_OF) * TILES_OF, len(fires))
+    ends = np.cumsum(widths)
+    # Feature f goes where the middle of its bytes lies: a tile is at most one feature larger than its share.
+    edges = np.searchsorted(ends - widths / 2, ends[-1] * np.arange(1, n_tiles) / n_tiles).tolist()
+    cuts = sorted({0, *edges, len(fires)})
+    return list(pairwise(cuts))
 
 
-def shard_groups(n_shards: int, n_tiles: int, least_tasks: int = LEAST_TASKS) -> list[range]:
-    """Shards counted together, so that there are tasks for many workers where tiles are few; no matter how many work.
+def shard_groups(n_shards: int, n_tiles: int, n_rows: int = 0, least_tasks: int = LEAST_TASKS) -> list[range]:
+    """Shards counted together: few, for each group fills tiles of its own; more where tiles are few, and for many rows.
 
-    >>> [len(group) for group in shard_groups(5, 8)]
+    It does not matter how many workers there are.
+
+    >>> [len(group) for group in shard_groups(5, 4)]
     [3, 2]
     """
-    n_groups = min(n_shards, -(-least_tasks // n_tiles))
+    n_groups = min(n_shards, max(-(-least_tasks // n_tiles), -(-n_rows // GROUP_ROWS)))
     edges = [-(-n_shards * i // n_groups) for i in range(n_groups + 1)]
     return [range(edges[i], edges[i + 1]) for i in range(n_groups)]
 
 
-def count_pairs(job: Job, tile: int, start: int, stop: int, largest: int, shards: list[Shard]) -> NDArray[Any] | None:
-    """(stop - start, F) counts of a group of shards; None when the tile has been written already."""
+def count_pairs(job: Job, tile: int, start: int, largest: NDArray[np.int64], shards: list[Shard]) -> PairTile | None:
+    """Counts of the features from `start` on, of a group of shards; None when the tile has been written already.
+
+    `largest` says how often each of them can count at most, over all groups.
+    """
     if open_place(job.work_url).exists(done(tile)):
         return None
+    found = PairTile(start, job.extent.n_features, largest)
     if job.within == "document":
-        return _count_documents(job, start, stop, largest)
-    found = PairTile(start, stop, job.extent.n_features, count_type(largest))
-    codes = job.open()
-    for shard in shards:
-        if job.within != "row":
+        found.add_counts(_count_documents(job, found.start, found.stop))
+    elif job.within == "row":
+        for codes in row_codes(job, shards):
+            found.add(codes)
+    else:
+        for shard in shards:
             indices, fired, near, near_fired = widened(job, shard, int(job.within))
             found.add(indices, fired, (near, near_fired))
-            continue
-        for row in range(0, shard.n_rows, BLOCK_ROWS):
-            indices, values = (codes.read(shard, f"codes/{name}", row, row + BLOCK_ROWS) for name in ("index", "value"))
-            found.add(indices, values > 0)
-    return found.counts
+    return found
 
 
-def add_pairs(left: NDArray[Any] | None, right: NDArray[Any] | None) -> NDArray[Any] | None:
-    """The counts of two groups; in their type, which holds those of all rows."""
-    return None if left is None or right is None else left + right
+def row_codes(job: Job, shards: list[Shard]) -> Iterator[NDArray[Any]]:
+    """(n, k) codes of shards one after another, in blocks as large as are counted at once, as the survey left them.
+
+    All blocks are views of one buffer: each is gone when the next is asked for.
+    """
+    work, k = open_place(job.work_url), job.extent.k
+    largest = max(shard.n_rows for shard in shards)
+    n_rows = max(largest, min(sum(shard.n_rows for shard in shards), BLOCK_CODES // k))
+    buffer = np.empty((n_rows, k), np.min_scalar_type(job.extent.n_features))
+    filled = 0
+    for shard in shards:
+        if filled + shard.n_rows > n_rows:
+            yield buffer[:filled]
+            filled = 0
+        buffer[filled : filled + shard.n_rows] = Bundle(work, shard_name(shard)).read("codes").reshape(-1, k)
+        filled += shard.n_rows
+    yield buffer[:filled]
 
 
-def write_pairs(
-    job: Job, tile: int, start: int, stop: int, each: NDArray[np.int64], n_total: int, counts: NDArray[Any] | None
-) -> dict[str, int]:
+def add_pairs(left: PairTile | None, right: PairTile | None) -> PairTile | None:
+    """The counts of two groups; in their types, which hold those of all rows."""
+    return None if left is None or right is None else left.plus(right)
+
+
+def write_pairs(job: Job, tile: int, each: NDArray[np.int64], n_total: int, counts: PairTile | None) -> dict[str, int]:
     """Write a tile's pairs that are together at least `min_together` times, without a feature's pair with itself.
 
     `each` (F,) are the firings of every feature (or its documents) and `n_total` all rows (or documents): by them the
@@ -91,24 +117,27 @@ def write_pairs(
     """
     work = open_place(job.work_url)
     if counts is not None:
-        columns, values, lengths, best = [], [], [], []
-        for first in range(0, stop - start, WRITTEN_ROWS):
-            piece = counts[first : first + WRITTEN_ROWS]
-            row, column = np.nonzero(piece >= job.min_together)
-            is_pair = column != row + start + first
-            row, column = row[is_pair], column[is_pair]
+        columns, values, lengths, best, n_pairs = [], [], [], [], 0
+        for first in range(0, counts.stop - counts.start, WRITTEN_ROWS):
+            piece = counts.rows(first, first + WRITTEN_ROWS)
+            features = np.arange(len(piece)) + counts.start + first
+            piece[np.arange(len(piece)), features] = 0
+            n_pairs += int(np.count_nonzero(piece))
+            kept = piece >= max(job.min_together, 1)
+            lengths.append(np.count_nonzero(kept, axis=1))
+            place = np.flatnonzero(kept)
+            column = place - np.repeat(np.arange(len(piece)) * job.extent.n_features, lengths[-1])
             columns.append(column.astype(np.min_scalar_type(job.extent.n_features - 1)))
-            values.append(piece[row, column])
-            lengths.append(np.bincount(row, minlength=len(piece)))
-            best.append(_strongest(job, row + start + first, column, values[-1], each, n_total))
+            values.append(piece.reshape(-1)[place])
+            best.append(_strongest(job, np.repeat(features, lengths[-1]), column, values[-1], each, n_total))
         arrays = {
             "starts": np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64),
             "columns": np.concatenate(columns),
             "count": np.concatenate(values),
         }
+        arrays["count"] = arrays["count"].astype(count_type(int(arrays["count"].max(initial=0))), copy=False)
         create_arrays(job.result_url, f"cooccurrence/tiles/{tile:06d}", arrays)
         strongest = np.concatenate(best)
-        n_pairs = np.count_nonzero(counts) - np.count_nonzero(np.diagonal(counts, offset=start))
         facts = {"pairs": np.array([n_pairs]), "kept": arrays["starts"][-1:]}
         names = ("feature", "partner", "together")
         publish_bundle(work, done(tile), facts | {name: strongest[:, i] for i, name in enumerate(names)})
@@ -120,12 +149,19 @@ def _strongest(
     job: Job, feature: NDArray[Any], partner: NDArray[Any], together: NDArray[Any], each: NDArray[np.int64], n_total: int
 ) -> NDArray[np.int64]:
     """(n, 3) feature, partner and count of each feature's pairs with the largest NPMI (by count for `within` N)."""
-    enough = together >= LEAST_TOGETHER
+    enough = np.flatnonzero(together >= LEAST_TOGETHER)
     feature, partner, together = feature[enough], partner[enough], together[enough].astype(np.int64)
     strength = together.astype(np.float64)
     if job.within in ("row", "document"):
         strength = npmi(together, each[feature], each[partner], n_total)
-    order = np.lexsort((partner, -strength, feature))
+    starts = np.flatnonzero(np.diff(feature, prepend=-1)).tolist()  # features rise
+    strong = []
+    for first, last in pairwise([*starts, len(feature)]):
+        own = strength[first:last]
+        least = np.partition(own, -STRONGEST)[-STRONGEST] if len(own) > STRONGEST else -np.inf
+        strong.append(first + np.flatnonzero(~(own < least)))  # ties of the last one too: the smallest partners of them stay
+    near = np.concatenate(strong) if strong else np.empty(0, np.int64)
+    order = near[np.lexsort((partner[near], -strength[near], feature[near]))]
     place = np.arange(len(order)) - np.searchsorted(feature[order], feature[order])
     chosen = order[place < STRONGEST]
     return np.stack([feature[chosen], partner[chosen], together[chosen]], axis=1)
@@ -172,7 +208,7 @@ def widened(job: Job, shard: Shard, reach: int) -> tuple[NDArray[Any], NDArray[n
     return indices[mine], fired[mine], np.where(once, wide, 0).astype(indices.dtype), once
 
 
-def _count_documents(job: Job, start: int, stop: int, largest: int) -> NDArray[Any]:
+def _count_documents(job: Job, start: int, stop: int) -> NDArray[Any]:
     """(stop - start, F) documents in which both fire. Holds every (feature, document) pair of the corpus."""
     work = open_place(job.work_url)
     features, documents = [], []
@@ -184,7 +220,7 @@ def _count_documents(job: Job, start: int, stop: int, largest: int) -> NDArray[A
     fired = sp.csr_array((np.ones(len(place[0]), np.int32), place), shape=(job.extent.n_documents, job.extent.n_features))
     fired.data[:] = 1  # fires there, however often and in however many shards
     tile = sp.csr_array(fired[:, start:stop])
-    return np.asarray((tile.T @ fired).toarray()).astype(count_type(largest))
+    return np.asarray((tile.T @ fired).toarray())
 
 
 def done(tile: int) -> str:

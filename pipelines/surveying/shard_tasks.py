@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from actstore.place import open_place
 from actstore.reader import Shard
-from pipelines.statistics import SampledExamples
+from pipelines.statistics import CodeBlock, SampledExamples
 from pipelines.surveying.job import Job, blocks, shard_name
 from pipelines.surveying.partials import Bundle, publish_bundle
 from pipelines.surveying.survey import Survey
@@ -21,13 +23,21 @@ def survey_shard(job: Job, shard: Shard) -> Survey:
     name = shard_name(shard)
     survey = Survey(job.extent, job.n_examples, job.n_random, job.seed)
     if not work.exists(name):
+        codes = []
         for block in blocks(job, shard, BLOCK_ROWS):
             survey.update(block)
-        publish_bundle(work, name, survey.to_arrays())
+            codes.append(marked_codes(block))
+        publish_bundle(work, name, survey.to_arrays() | {"codes": np.concatenate(codes).reshape(-1)})
         for table in survey.tables.values():
             table.clear()
         return survey
     return survey.load_dense(Bundle(work, name).read)
+
+
+def marked_codes(block: CodeBlock) -> NDArray[Any]:
+    """(n, k) indices of what fires, and feature F where nothing does: all that counting pairs needs, tile after tile."""
+    dtype = np.min_scalar_type(block.n_features)
+    return np.where(block.values > 0, block.indices.astype(dtype), dtype.type(block.n_features))
 
 
 def sample_shard(job: Job, shard: Shard, edges: NDArray[np.int64]) -> SampledExamples:
