@@ -372,7 +372,7 @@ def recode(as_json: bool, **options: Any) -> None:
 )
 @click.option("--features", multiple=True, type=int, default=[4096], show_default=True, help="Width of the SAE. *")
 @click.option("--k", multiple=True, type=int, default=[32], show_default=True, help="Features active in each row. *")
-@click.option("--tokens", default=0, help="Rows to train on; 0: as many as --epochs says.")
+@click.option("--tokens", "--rows", "tokens", default=0, help="Rows to train on; 0: as many as --epochs says.")
 @click.option("--epochs", default=1.0, show_default=True, help="Passes over the store's rows.")
 @click.option("--batch", default=4096, show_default=True, help="Rows in a step.")
 @click.option(
@@ -980,7 +980,7 @@ def _shown(command: str, config: Any) -> Any:
     """Say on stderr what a command runs with, defaults included."""
     given = {name: value for name, value in vars(config).items() if value not in (None, ())}
     fields = (f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in given.items())
-    click.echo(f"{command}: {' '.join(fields)}", err=True)
+    click.echo(f"{command}: {' '.join(fields)}".replace("\n", "⏎"), err=True)
     return config
 
 

@@ -174,8 +174,12 @@ class Analysis:
             self.record: dict[str, Any] = record or json.loads(self.place.read(RECORD))
         except (FileNotFoundError, NotADirectoryError, ValueError) as error:
             raise NotAStore(f"{path}: not an analysis (no {RECORD}); pass what `analyze` wrote.") from error
-        if self.record.get("format") != "actstore-analysis" or self.record.get("version") != ANALYSIS_VERSION:
-            raise NotAStore(f"{path}: not an analysis of format version {ANALYSIS_VERSION}; run `analyze` again.")
+        version = self.record.get("version") if self.record.get("format") == "actstore-analysis" else None
+        if version != ANALYSIS_VERSION:
+            raise NotAStore(
+                f"{path}: an analysis of format version {version}, this actstore reads {ANALYSIS_VERSION}; its codes "
+                f"are still good: `actstore analyze {self.record.get('codes', 'CODES')} --out ANOTHER`."
+            )
         self._root = open_arrays(self.place, "r")
         file = f"{paths.TOKENIZER}/tokenizer.json"
         special = self.record["bos_token_id"], self.record["separator_token_id"]

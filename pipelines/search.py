@@ -74,6 +74,7 @@ def _rules(analysis: Analysis, text: str, top: int) -> list[dict[str, Any]]:
     pattern = re.compile(rf"\b{re.escape(words)}\b", re.IGNORECASE) if is_word else None
     found = json.loads(analysis.place.read(FINDINGS))["findings"]
     fitting = [f for f in found if quoted in f["rule"] or (pattern and pattern.search(f["rule"]))]
+    fitting.sort(key=lambda f: (-f["f1"], f["feature"]))
     return [{name: f[name] for name in ("feature", "rule", "precision", "recall", "f1")} for f in fitting[:top]]
 
 
@@ -88,7 +89,9 @@ def search_lines(found: dict[str, Any]) -> list[str]:
             "  no feature fires there"
         ]
     if found["rules"]:
-        lines.append("rules that name it (precision and recall on documents they were not chosen on):")
+        lines.append(
+            "rules that name it, each feature above its own threshold (scored on documents they were not chosen on):"
+        )
         lines += [f"{_scores(rule)}  {rule['rule']}" for rule in found["rules"]]
     return lines
 
