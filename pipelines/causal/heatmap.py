@@ -68,7 +68,8 @@ def save_heatmap(
     axes.set_xticks(range(len(columns)), labels=labels, rotation=60, ha="right")
     axes.set_yticks(range(len(rows)), labels=list(rows))
     axes.set_title(title.replace("$", r"\$"), fontsize=9)
-    figure.colorbar(image, label=unit)
+    figure.colorbar(image)
+    figure.supxlabel(unit, fontsize=8)  # beside the bar, a long unit is cut off where the grid is low
     kept = io.BytesIO()
     figure.savefig(kept, format=path.suffix[1:].lower(), dpi=120)
     publish_bytes(path, kept.getvalue())
