@@ -239,7 +239,7 @@ def test_the_pieces_of_an_object_hold_all_its_entries_whatever_the_runs(
 
 
 @pytest.mark.slow
-def test_two_worker_processes_make_the_same_bytes_as_one_thread(built: Path, tmp_path: Path) -> None:
+def test_two_worker_processes_make_the_same_bytes_as_one_thread(built: Path, tmp_path: Path, small_objects: None) -> None:
     write_made_codes(tmp_path / "codes", made(), 120, 21, n_features=N_FEATURES, shard_rows=50)
     processes = LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0")
     with processes as cluster, Client(cluster) as two:
