@@ -38,6 +38,7 @@ LEVEL_OPTION = click.option(
     "--level", default="full", show_default=True, type=click.Choice(["meta", "crc", "full"]), help="How much is read."
 )
 SUBJECT_STORE_OPTION = click.option("--store", help="Where the store that the run was trained on is, if it was moved.")
+MOVED_MODEL_OPTION = click.option("--model", help="Where the language model is, if it was moved.")
 SCHEDULER_OPTION = click.option("--scheduler", help="Address of a running Dask scheduler, such as tcp://host:8786.")
 COLLECT_OPTIONS = (
     STORE_OUT_OPTION,
@@ -434,7 +435,7 @@ def train(as_json: bool, **options: Any) -> None:
 @STORE_ARGUMENT
 @click.option("--windows", default=128, show_default=True, help="Held-out windows to run the language model on.")
 @click.option("--pca", default=16, show_default=True, help="Components of the PCA that the SAE is compared with.")
-@click.option("--model", help="Where the language model is, if it was moved.")
+@MOVED_MODEL_OPTION
 @DEVICE_OPTION
 @click.option(
     "--baselines", is_flag=True, help="Beside it: PCA, raw dimensions, a random decoder, a model with random weights."
@@ -714,7 +715,7 @@ def search(analysis: str, text: str, top: int, as_json: bool) -> None:
 @click.option("--texts", required=True, type=click.Path(path_type=Path), help="A file with one text on each line.")
 @click.option("--features", default=20, show_default=True, help="How many features to show, by mean activation.")
 @click.option("--tokens", default=5, show_default=True, help="How many firings of each.")
-@click.option("--model", help="Where the language model is, if it was moved.")
+@MOVED_MODEL_OPTION
 @DEVICE_OPTION
 @JSON_OPTION
 def inspect(as_json: bool, **options: Any) -> None:
@@ -836,7 +837,7 @@ def patch(as_json: bool, **options: Any) -> None:
 @click.option("--codes", help="Of this run; for --set-to firing or row.")
 @SEED_OPTION
 @SUBJECT_STORE_OPTION
-@click.option("--model", help="Where the language model is, if it was moved.")
+@MOVED_MODEL_OPTION
 @DEVICE_OPTION
 @JSON_OPTION
 def ablate(as_json: bool, **options: Any) -> None:
@@ -883,7 +884,7 @@ def ablate(as_json: bool, **options: Any) -> None:
 @click.option("--cache/--no-cache", default=True, show_default=True, help="Keep keys and values from step to step.")
 @click.option("--analysis", type=click.Path(path_type=Path), help="Of this run; for --unit peak.")
 @SUBJECT_STORE_OPTION
-@click.option("--model", help="Where the language model is, if it was moved.")
+@MOVED_MODEL_OPTION
 @DEVICE_OPTION
 @JSON_OPTION
 def steer(as_json: bool, **options: Any) -> None:
@@ -914,7 +915,7 @@ def steer(as_json: bool, **options: Any) -> None:
 @click.option("--analysis", type=click.Path(path_type=Path), help="Of this run; adds densities and tokens.")
 @SEED_OPTION
 @SUBJECT_STORE_OPTION
-@click.option("--model", help="Where the language model is, if it was moved.")
+@MOVED_MODEL_OPTION
 @DEVICE_OPTION
 @JSON_OPTION
 def effects(as_json: bool, **options: Any) -> None:
@@ -941,7 +942,7 @@ def effects(as_json: bool, **options: Any) -> None:
     "--windows", default=64, show_default=True, help="Windows that the final LayerNorm's mean scale is taken over."
 )
 @SUBJECT_STORE_OPTION
-@click.option("--model", help="Where the language model is, if it was moved.")
+@MOVED_MODEL_OPTION
 @DEVICE_OPTION
 @JSON_OPTION
 def lens(as_json: bool, **options: Any) -> None:

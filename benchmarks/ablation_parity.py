@@ -10,8 +10,6 @@ logits at the last position are compared. Fails where any differs by more than 1
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -25,7 +23,8 @@ set_environment()  # before torch is loaded, as the commands do
 
 from safetensors.torch import load_file  # noqa: E402
 
-from benchmarks.evaluate_parity import ROOT, save_model  # noqa: E402
+from benchmarks.evaluate_parity import save_model  # noqa: E402
+from benchmarks.peers.environments import run_script  # noqa: E402
 from pipelines.causal.ablation import ablate, read_prompt, set_everywhere  # noqa: E402
 from pipelines.causal.subject import Spliced, open_spliced  # noqa: E402
 from pipelines.sae.checkpoint import WEIGHTS  # noqa: E402
@@ -45,10 +44,10 @@ def compare(spliced: Spliced, run: Path, python: Path, work: Path) -> dict[str, 
     asked = [{"ids": r.prompt.ids.tolist(), "kept": r.prompt.kept.tolist(), "features": r.features.tolist()} for r in reads]
     prompts, out = work / "prompts.json", work / "logits.safetensors"
     prompts.write_text(json.dumps(asked))
-    command = [python, "-m", "benchmarks.peers.transformerlens_ablate", "--model", save_model(work / "model")]
-    command += ["--sae", (run / WEIGHTS).absolute(), "--k", spliced.record.k, "--prompts", prompts, "--out", out]
-    command += ["--hook", f"blocks.{spliced.site.layer}.hook_{spliced.site.name}"]
-    done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ, check=True)
+    options: list[Any] = ["--model", save_model(work / "model")]
+    options += ["--sae", (run / WEIGHTS).absolute(), "--k", spliced.record.k, "--prompts", prompts, "--out", out]
+    options += ["--hook", f"blocks.{spliced.site.layer}.hook_{spliced.site.name}"]
+    said = run_script(python, "transformerlens_ablate", *options)
     theirs = load_file(out)
     worst = {"keep": 0.0, "drop": 0.0}
     for error in worst:
@@ -57,7 +56,7 @@ def compare(spliced: Spliced, run: Path, python: Path, work: Path) -> dict[str, 
             worst[error] = max(worst[error], float((read.logits(found.hidden) - theirs[f"{error}_{i}"]).abs().max()))
     n = sum(len(own["features"]) for own in asked)
     largest = max(float(tensor.abs().max()) for tensor in theirs.values())
-    return {**json.loads(done.stdout.splitlines()[-1]), "ablations": n, "difference": worst, "largest_logit": largest}
+    return {**said, "ablations": n, "difference": worst, "largest_logit": largest}
 
 
 @click.command(help=__doc__)

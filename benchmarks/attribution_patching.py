@@ -35,7 +35,7 @@ from pipelines.causal.attribution_patching import feature_effects, gradients, in
 from pipelines.causal.interventions import Trace, trace
 from pipelines.causal.metrics import change_metric
 from pipelines.causal.patching import dense_codes, feature_cells, run_logits
-from pipelines.causal.subject import Spliced, open_spliced
+from pipelines.causal.subject import Spliced, open_spliced, open_store
 from pipelines.text_metrics import heldout_windows, window_batches
 
 AT_LEAST = 0.9
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     spliced = open_spliced(options.run, options.store, device="cpu")
-    store = ActivationStore(options.store or spliced.record.config["store"])
+    store = open_store(options.run, spliced.record, options.store)
     found = measure(spliced, prompts_of(store, options.prompts, options.tokens))
     print(json.dumps(found, indent=1) if options.json else "\n".join(lines(found)))
     (mean,) = (row["mean"] for row in found["agreement"] if (row["metric"], row["of"]) == ("logit_difference", "by feature"))

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from benchmarks.evaluate_parity import save_model
-from benchmarks.peers.environments import ENVIRONMENT, ROOT
+from benchmarks.peers.environments import run_script
 from pipelines.capture import load_model
 from pipelines.causal.attribution import direct_logit_attribution
 from pipelines.causal.forward import head_weights
@@ -78,19 +77,6 @@ def texts_of(model: nn.Module, n: int, seed: int = 0) -> dict[str, NDArray[np.in
     return {"clean": clean, "corrupt": corrupt, "target": target, "against": against}
 
 
-def run_peer(python: Path, script: str, *options: Any) -> dict[str, Any]:
-    """A script of `benchmarks.peers` by another Python; its JSON."""
-    done = subprocess.run(
-        [str(python), "-m", f"benchmarks.peers.{script}", *map(str, options)],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, **ENVIRONMENT},
-        check=True,
-    )
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
 def compared(figure: str, ours: NDArray[Any], theirs: NDArray[Any]) -> Line:
     """One line: the largest value and the largest difference, and whether that is small."""
     assert ours.shape == theirs.shape, (figure, ours.shape, theirs.shape)
@@ -105,7 +91,7 @@ def attribution_and_patching(work: Path, folder: Path, python: Path, n_texts: in
     texts = texts_of(model, n_texts)
     np.savez(work / "texts.npz", **texts)  # type: ignore[arg-type]
     options = ("--model", folder, "--texts", work / "texts.npz", "--out", work / "found.npz")
-    names = run_peer(python, "transformer_lens_causal", *options)["names"]
+    names = run_script(python, "transformer_lens_causal", *options)["names"]
     theirs = np.load(work / "found.npz")
     mine: dict[str, list[NDArray[Any]]] = {}
     for row in zip(*(texts[name] for name in ("clean", "corrupt", "target", "against")), strict=True):

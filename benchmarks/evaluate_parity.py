@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -32,7 +31,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from actstore.reader import ActivationStore
-from benchmarks.peers.environments import ENVIRONMENT, ROOT
+from benchmarks.peers.environments import run_script
 from pipelines.capture import Site, capture, load_model
 from pipelines.collect import collect
 from pipelines.recipe import CollectConfig
@@ -127,16 +126,8 @@ def ours(sae: Sae, model: torch.nn.Module, site: Site, windows: Windows, chosen:
 
 def theirs(python: Path, model: Path, sae: Path, tokens: Path, *, keep_special: bool) -> dict[str, Any]:
     """SAELens' figures, by its own Python."""
-    command = [python, "-m", "benchmarks.peers.saelens_evaluate", "--model", model, "--sae", sae, "--tokens", tokens]
-    done = subprocess.run(
-        [*map(str, command), *(["--keep-special"] if keep_special else [])],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, **ENVIRONMENT},
-        check=True,
-    )
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    options = ["--model", model, "--sae", sae, "--tokens", tokens, *(["--keep-special"] if keep_special else [])]
+    return run_script(python, "saelens_evaluate", *options)
 
 
 def of_next_tokens(found: dict[str, Any]) -> dict[str, float]:

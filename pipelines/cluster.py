@@ -13,6 +13,7 @@ from actstore.errors import InputError
 from pipelines.progress import track
 
 CONNECT_TIMEOUT_S = 10
+WORKERS_TIMEOUT_S = 30
 
 
 @contextmanager
@@ -21,8 +22,10 @@ def connect(scheduler: str | None, workers: int, *, threads: bool = False) -> It
 
     The address of its dashboard, where one is served, is said on stderr.
 
-    Raises InputError when the scheduler does not answer within ten seconds, or has no worker, or when workers keep
-    dying over one task.
+    A scheduler whose workers are just starting, or starting again after they died, is given half a minute to have one.
+
+    Raises InputError when the scheduler does not answer within ten seconds, or has no worker by then, or when workers
+    keep dying over one task.
     """
     from distributed import KilledWorker
 
@@ -61,8 +64,12 @@ def _client(scheduler: str | None, workers: int, threads: bool) -> Iterator[Any]
             "`dask scheduler` runs there, or leave --scheduler out to use this machine."
         ) from error
     with client:
-        if not client.scheduler_info(n_workers=-1)["workers"]:
-            raise InputError(f"scheduler {scheduler}: has no workers; start `dask worker {scheduler}` first.")
+        try:
+            client.wait_for_workers(1, timeout=WORKERS_TIMEOUT_S)
+        except TimeoutError as error:
+            raise InputError(
+                f"scheduler {scheduler}: has no workers after {WORKERS_TIMEOUT_S} s; start `dask worker {scheduler}` first."
+            ) from error
         yield client
 
 

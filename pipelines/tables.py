@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    import pyarrow as pa
 
-def parquet_bytes(table: list[dict[str, Any]] | dict[str, NDArray]) -> bytes:
-    """A Parquet file of records, a row each and a column a key, or of columns; pandas, polars and DuckDB open it."""
+
+def parquet_bytes(table: list[dict[str, Any]] | dict[str, NDArray] | pa.Table) -> bytes:
+    """A Parquet file of records (a row each, a column a key), columns or a table; pandas, polars and DuckDB open it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if not isinstance(table, pa.Table):
+        table = pa.table(table) if isinstance(table, dict) else pa.Table.from_pylist(table)
     sink = io.BytesIO()
-    pq.write_table(pa.table(table) if isinstance(table, dict) else pa.Table.from_pylist(table), sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()

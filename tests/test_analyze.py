@@ -416,8 +416,10 @@ def test_a_scheduler_and_a_worker_of_their_own_write_the_same_arrays(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both stages, named by relative paths that mean something else in the folder the worker runs in."""
-    with pytest.raises(InputError, match="has no workers; start `dask worker"):
-        encode(EncodeConfig(store=store, run=run, out=tmp_path / "codes", scheduler=scheduler))
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.cluster.WORKERS_TIMEOUT_S", 0.1)
+        with pytest.raises(InputError, match=r"has no workers after 0.1 s; start `dask worker"):
+            encode(EncodeConfig(store=store, run=run, out=tmp_path / "codes", scheduler=scheduler))
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.chdir(home)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from pipelines.causal.forward import final_norm, unembedding
 from pipelines.causal.lens import DIRECT, LensConfig, lens, lens_lines, logit_weights, mean_scale, shape_of, train_batches
 from pipelines.causal.steering import SteerConfig, Steering, generate, steer, steer_lines, steered
 from pipelines.causal.subject import Spliced, open_spliced
+from pipelines.sae.checkpoint import load_run, save_run
 
 TEXT = "The fox went"
 FEATURE = 5
@@ -59,6 +62,23 @@ def test_sampled_text_is_reproduced_by_its_seed(run: Path) -> None:
     first = written(run, temperature=1.0, seed=1)
     assert first == written(run, temperature=1.0, seed=1)
     assert first != written(run, temperature=1.0, seed=2)
+
+
+def test_a_run_moved_together_with_its_store_finds_it(
+    run: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both were named by relative paths, of a working folder that is not this one, and lie elsewhere now."""
+    shutil.copytree(store, tmp_path / "data/store")
+    moved = tmp_path / "data/runs/a"
+    sae, record = load_run(run)
+    save_run(moved, sae, replace(record, config=record.config | {"store": "old/store", "out": "old/runs/a"}))
+    assert written(moved) == written(run)
+    monkeypatch.chdir(moved)
+    assert written(Path()) == written(run)
+    shutil.move(tmp_path / "data/store", tmp_path / "data/other")
+    with pytest.raises(InputError, match=r"its store is not at old/store .*; name it with --store"):
+        written(moved)
+    assert written(moved, store=str(tmp_path / "data/other")) == written(run)
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("add", 3.0), ("clamp", None), ("scale", None)])

@@ -68,6 +68,15 @@ class Peers:
         return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+def run_script(python: Path, script: str, *options: Any) -> dict[str, Any]:
+    """One run of a script of this folder by another Python; its JSON. What it says on stderr is seen."""
+    command = [str(python), "-m", f"benchmarks.peers.{script}", *map(str, options)]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, check=True
+    )
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
 def install(folder: Path, name: str) -> Path:
     """Make an environment, unless it is there; its Python."""
     python = folder / name / "bin" / "python"

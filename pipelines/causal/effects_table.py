@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from actstore.files import publish_bytes
 from pipelines.analysis import Analysis
 from pipelines.causal.firings import Firings
+from pipelines.tables import parquet_bytes
 from pipelines.terminal import visible
 from pipelines.tokens import TextCodec
 
@@ -106,9 +105,7 @@ def document_interval(
 def publish_table(path: Path, rows: list[dict[str, Any]], analysis: Analysis | None) -> None:
     """Write a parquet file with a row for each feature, joined to the analysis where there is one."""
     joined = [row if analysis is None else {**row, **_analysed(analysis, row["feature"])} for row in rows]
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(joined), buffer)
-    publish_bytes(path, buffer.getvalue())
+    publish_bytes(path, parquet_bytes(joined))
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ mean over the draw estimates the mean over all firings.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from actstore.plan import raw_words
 from actstore.reader import Shard
 from pipelines.code_store import CodeStore, read_codes
 from pipelines.progress import track
+from pipelines.tokens import document_half
 from pipelines.windows import Windows
 
 ROWS, WINDOWS = 61, 63
@@ -121,10 +121,9 @@ def _one_of_each(feature: Ints, window: Ints, words: NDArray[np.uint64]) -> tupl
 
 
 def document_halves(codes: CodeStore, segment: int) -> NDArray[np.int64]:
-    """(n_documents,) 0 or 1: one bit of each document's name's hash, the one by which rules of features are chosen and
-    scored on different halves."""
+    """(n_documents,) which half each document of a segment is of, by `document_half`."""
     names = codes.document_names(segment)
-    return np.array([hashlib.sha256(name.encode()).digest()[8] & 1 for name in names], np.int64)
+    return np.array([document_half(name) for name in names], np.int64)
 
 
 def window_ids(codes: CodeStore, segment: int, windows: Ints) -> Ints:
@@ -136,9 +135,11 @@ def window_ids(codes: CodeStore, segment: int, windows: Ints) -> Ints:
 
 def next_tokens(codes: CodeStore, shard: Shard) -> Ints:
     """(n_rows,) the token after each row of a shard; -1 where that is not in its window."""
-    window = codes.read(shard, "rows/window").astype(np.int64)
-    position = codes.read(shard, "rows/position").astype(np.int64)
-    return _next_tokens(codes, shard, window, position)
+    return _next_tokens(codes, shard, *_window_position(codes, shard))
+
+
+def _window_position(codes: CodeStore, shard: Shard) -> tuple[Ints, Ints]:
+    return codes.read(shard, "rows/window").astype(np.int64), codes.read(shard, "rows/position").astype(np.int64)
 
 
 def _next_tokens(codes: CodeStore, shard: Shard, window: Ints, position: Ints) -> Ints:
@@ -153,8 +154,7 @@ def _next_tokens(codes: CodeStore, shard: Shard, window: Ints, position: Ints) -
 def _places(codes: CodeStore, shard: Shard, half: int | None) -> dict[str, Ints]:
     """Of each row of a shard: where it stands, and the token after it, -1 where that is not in its window or the
     document not of the half."""
-    window = codes.read(shard, "rows/window").astype(np.int64)
-    position = codes.read(shard, "rows/position").astype(np.int64)
+    window, position = _window_position(codes, shard)
     document = codes.documents(shard)
     following = _next_tokens(codes, shard, window, position)
     if half is not None:

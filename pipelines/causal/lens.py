@@ -22,7 +22,7 @@ from actstore.errors import InputError
 from actstore.reader import ActivationStore
 from pipelines.capture import MLP_HIDDEN
 from pipelines.causal.forward import embed, final_norm, run_blocks, unembedding
-from pipelines.causal.subject import Spliced, Subject, open_spliced
+from pipelines.causal.subject import Spliced, Subject, open_spliced, open_store
 from pipelines.terminal import visible
 from pipelines.text_metrics import Batch, window_batches
 from pipelines.windows import Windows
@@ -57,7 +57,7 @@ def lens(config: LensConfig) -> dict[str, Any]:
     """The tokens one feature promotes and suppresses, or a table of all features with the shape of their weights."""
     spliced = open_spliced(config.run, config.store, config.model, config.device)
     _require_stream_width(spliced)
-    store = ActivationStore(config.store or spliced.record.config["store"])
+    store = open_store(config.run, spliced.record, config.store)
     if config.feature is not None:
         spliced.require_feature(config.feature)
     sigma = mean_scale(spliced.subject, train_batches(store, config.windows))

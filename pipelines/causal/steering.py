@@ -24,11 +24,10 @@ import torch
 from torch import Tensor
 
 from actstore.errors import IdentityMismatch, InputError
-from actstore.reader import ActivationStore
 from pipelines.analysis import Analysis
 from pipelines.capture import hooked
 from pipelines.causal.splice import feature_values
-from pipelines.causal.subject import Prompt, Spliced, open_spliced
+from pipelines.causal.subject import Prompt, Spliced, open_spliced, open_store
 from pipelines.terminal import visible
 
 MODES = ("add", "clamp", "scale")
@@ -214,7 +213,7 @@ def _unit(config: SteerConfig, spliced: Spliced) -> tuple[float, str]:
     if config.unit == "raw":
         return 1.0, "raw"
     if config.unit == "norm":
-        store = ActivationStore(config.store or spliced.record.config["store"])
+        store = open_store(config.run, spliced.record, config.store)
         return store.statistics(spliced.record.site).mean_norm, "mean norm of the store's rows"
     assert config.analysis is not None
     analysis = Analysis(config.analysis)

@@ -6,6 +6,8 @@ trained on: a position that is no row passes through every intervention as it is
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,13 +117,7 @@ def open_spliced(run: Path, store: str | Path | None = None, model: str | None =
     not there, IdentityMismatch when store or model is another one than the SAE was trained on.
     """
     sae, record = load_run(run)
-    where = record.config["store"] if store is None else store
-    try:
-        opened = ActivationStore(where)
-    except StoreError as error:
-        if store is not None:
-            raise
-        raise InputError(f"{run}: its store is not at {where} ({error}); name it with --store.") from error
+    opened = open_store(run, record, store)
     require_match(run, record, opened)
     chosen = choose_device(device)
     name = model or record.model
@@ -131,6 +127,25 @@ def open_spliced(run: Path, store: str | Path | None = None, model: str | None =
     policy = opened.manifest.policy
     subject = Subject(name, frozen(loaded), store_tokenizer(opened), policy.bos, policy.keep_special, chosen)
     return Spliced(subject, sae.to(chosen), Site.parse(record.site), record)
+
+
+def open_store(run: Path, record: RunRecord, store: str | Path | None = None) -> ActivationStore:
+    """The store at `store`, by default the one the run was trained on.
+
+    That one is looked for where it was then, and where it lay as seen from the run: so the two can be moved together,
+    or be used from another working folder. Raises StoreError, or InputError where the default is at neither place.
+    """
+    if store is not None:
+        return ActivationStore(store)
+    recorded = str(record.config["store"])
+    try:
+        return ActivationStore(recorded)
+    except StoreError as error:
+        if "://" not in recorded:
+            beside = Path(os.path.normpath(run / os.path.relpath(recorded, record.config["out"])))
+            with suppress(StoreError):
+                return ActivationStore(beside)
+        raise InputError(f"{run}: its store is not at {recorded} ({error}); name it with --store.") from error
 
 
 def frozen(model: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 BINS_PER_OCTAVE = 16
 """Of activations: the bin of a value is its float32 exponent and the first four bits of its mantissa."""
-_SHIFT = 23 - 4
+_SHIFT = 23 - (BINS_PER_OCTAVE.bit_length() - 1)
 N_BINS = 1 << (32 - 1 - _SHIFT)
 
 

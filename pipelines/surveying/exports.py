@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from actstore.place import Place, open_place
@@ -17,6 +15,7 @@ from pipelines.statistics.tables import bin_edges
 from pipelines.surveying.job import corpus_parts
 from pipelines.surveying.pair_tasks import done
 from pipelines.surveying.partials import Bundle
+from pipelines.tables import parquet_bytes
 
 TOKENS_A_FEATURE = 50
 
@@ -34,9 +33,7 @@ def write_exports(analysis: Analysis, place: Place, work_url: str) -> None:
         "documents": documents_table(analysis),
     }
     for name, table in tables.items():
-        sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd")
-        place.publish(f"{name}.parquet", sink.getvalue())
+        place.publish(f"{name}.parquet", parquet_bytes(table))
 
 
 def features_table(analysis: Analysis) -> pa.Table:
