@@ -31,7 +31,7 @@ RECORD = "analysis.json"
 SORTS = ("frequency", "mean", "peak", "documents", "burstiness", "id")
 EXAMPLE_KINDS = ("top", "strata", "random")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-CHUNK_ENTRIES = 1 << 16
+CHUNK_ENTRIES, OBJECT_CHUNKS = 1 << 16, 64
 LOADED_ENTRIES = 1 << 25
 """Of a table that is read whole when most of its rows will be looked at: at most about 400 MB."""
 
@@ -79,27 +79,65 @@ def open_arrays(place: Place, mode: Any) -> zarr.Group:
 def create_arrays(url: str, group: str, arrays: dict[str, NDArray[Any]], chunk_bytes: int = 0) -> None:
     """Write whole arrays below a group of the analysis at `url`, over any that were there.
 
-    Long columns are cut into chunks of 65,536 entries, which lie 256 in an object; others by rows, at most `chunk_bytes` a
+    Long columns are cut into chunks of 65,536 entries, which lie 64 in an object; others by rows, at most `chunk_bytes` a
     chunk when given.
     """
     root = open_arrays(open_place(url), "a")
-    compressors = [zarr.codecs.BloscCodec(cname="lz4", shuffle="shuffle"), zarr.codecs.Crc32cCodec()]
     for name, array in arrays.items():
         array = np.ascontiguousarray(array)
         rows = max(1, chunk_bytes // max(array.nbytes // max(len(array), 1), 1)) if chunk_bytes else CHUNK_ENTRIES
-        chunk = (max(1, min(rows, len(array))), *(max(n, 1) for n in array.shape[1:]))
-        n_chunks = -(-len(array) // chunk[0])
-        found = root.create_array(
-            f"{group}/{name}",
-            shape=array.shape,
-            dtype=array.dtype,
-            chunks=chunk,
-            shards=(chunk[0] * min(256, n_chunks), *chunk[1:]) if n_chunks > 1 else None,
-            compressors=compressors,
-            overwrite=True,
-        )
+        found = _create_array(root, f"{group}/{name}", array.shape, array.dtype, rows)
         if array.size:
             found[...] = array
+
+
+def _create_array(root: zarr.Group, name: str, shape: tuple[int, ...], dtype: Any, rows: int) -> Any:
+    chunk = (max(1, min(rows, shape[0])), *(max(n, 1) for n in shape[1:]))
+    n_chunks = -(-shape[0] // chunk[0])
+    return root.create_array(
+        name,
+        shape=shape,
+        dtype=dtype,
+        chunks=chunk,
+        shards=(chunk[0] * min(OBJECT_CHUNKS, n_chunks), *chunk[1:]) if n_chunks > 1 else None,
+        compressors=[zarr.codecs.BloscCodec(cname="lz4", shuffle="shuffle"), zarr.codecs.Crc32cCodec()],
+        overwrite=True,
+    )
+
+
+class ColumnWriter:
+    """Long columns of the same, known length, written piece by piece, in order; holds at most one object's entries.
+
+    What comes out is what `create_arrays` writes of the whole columns.
+    """
+
+    def __init__(self, url: str, group: str, dtypes: dict[str, Any], n_entries: int):
+        root = open_arrays(open_place(url), "a")
+        self._arrays = {
+            name: _create_array(root, f"{group}/{name}", (n_entries,), dtype, CHUNK_ENTRIES)
+            for name, dtype in dtypes.items()
+        }
+        n_held = min(n_entries, OBJECT_CHUNKS * CHUNK_ENTRIES)
+        self._held = {name: np.empty(n_held, dtype) for name, dtype in dtypes.items()}
+        self._n_held, self._n_written, self._n_entries = 0, 0, n_entries
+
+    def add(self, **pieces: NDArray[Any]) -> None:
+        """The next entries of each column."""
+        (n_new,) = {len(piece) for piece in pieces.values()}
+        place = 0
+        while place < n_new:
+            n = min(n_new - place, len(self._held[next(iter(pieces))]) - self._n_held)
+            for name, piece in pieces.items():
+                self._held[name][self._n_held : self._n_held + n] = piece[place : place + n]
+            place, self._n_held = place + n, self._n_held + n
+            if self._n_written + self._n_held == self._n_entries or self._n_held == OBJECT_CHUNKS * CHUNK_ENTRIES:
+                self._flush()
+
+    def _flush(self) -> None:
+        entries = slice(self._n_written, self._n_written + self._n_held)
+        for name, held in self._held.items():
+            self._arrays[name][entries] = held[: self._n_held]
+        self._n_written, self._n_held = entries.stop, 0
 
 
 class SparseRows:

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,7 @@ from actstore.reader import Shard
 from actstore.schema import PARTS
 from pipelines import analyze as analyze_module
 from pipelines import association
-from pipelines.analysis import Analysis, open_place
+from pipelines.analysis import Analysis, ColumnWriter, create_arrays, open_place
 from pipelines.analyze import AnalyzeConfig, analyze, burstiness
 from pipelines.code_store import CodeStore
 from pipelines.surveying import pair_tasks
@@ -396,15 +397,14 @@ def test_workers_killed_at_random_change_nothing(
     with dask_process("worker", "--nthreads", "1", "--nworkers", "2", folder=tmp_path) as workers:
         from distributed import Client
 
-        with Client(scheduler) as client:
-            client.wait_for_workers(2, timeout=60)
-            client.run_on_scheduler(lambda dask_scheduler: setattr(dask_scheduler, "allowed_failures", 100))
-
         def kill() -> None:
+            """Of workers that run: one that dies while it starts is given up by the process that watches it."""
             generator = random.Random(1)
-            while not stop.wait(generator.uniform(0.3, 2)) and len(kills) < 10:
-                if alive := worker_processes(workers.process.pid):
-                    victim = generator.choice(alive)
+            with Client(scheduler) as client:
+                client.run_on_scheduler(lambda dask_scheduler: setattr(dask_scheduler, "allowed_failures", 100))
+                while not stop.wait(generator.uniform(0.3, 2)) and len(kills) < 10:
+                    client.wait_for_workers(2, timeout=60)
+                    victim = generator.choice(worker_processes(workers.process.pid))
                     victim.kill()
                     kills.append(victim.pid)
 
@@ -435,6 +435,28 @@ def test_codes_that_changed_meanwhile_are_refused(made: Path, client: Any, tmp_p
     with pytest.raises(IdentityMismatch):
         CodeStore(copy, snapshot="0" * 16)
     assert not (tmp_path / "analysis").exists()
+
+
+@pytest.mark.parametrize("cuts", [[0, 50], [0, 0, 1, 17, 17, 33, 50], [0, 16, 32, 48, 50], [0, 0]])
+def test_columns_written_piece_by_piece_are_the_files_of_columns_written_whole(
+    cuts: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.analysis.CHUNK_ENTRIES", 4)
+    monkeypatch.setattr("pipelines.analysis.OBJECT_CHUNKS", 4)
+    whole = {"columns": np.arange(cuts[-1], dtype=np.uint16), "count": np.arange(cuts[-1], dtype=np.uint8)[::-1]}
+    create_arrays(str(tmp_path / "whole"), "group", whole)
+    writer = ColumnWriter(str(tmp_path / "pieces"), "group", {name: each.dtype for name, each in whole.items()}, cuts[-1])
+    for first, last in pairwise(cuts):
+        writer.add(**{name: each[first:last].astype(np.int64) for name, each in whole.items()})
+    found, expected = (
+        {
+            str(file.relative_to(tmp_path / side)): file.read_bytes()
+            for file in (tmp_path / side).rglob("*")
+            if file.is_file()
+        }
+        for side in ("pieces", "whole")
+    )
+    assert found == expected
 
 
 # Tables for others

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from actstore.place import open_place
 from actstore.reader import Shard
-from pipelines.analysis import create_arrays
+from pipelines.analysis import ColumnWriter, create_arrays
 from pipelines.association import npmi
 from pipelines.pairs import BLOCK_CODES, PairTile, count_bytes, count_type
 from pipelines.surveying.job import Job, row_columns, shard_name
@@ -27,8 +27,8 @@ TILE_BYTES = 128 << 20
 TILES_OF = 4
 """Tiles come in a multiple of this, of like size, so that two or four workers share them evenly."""
 LEAST_TASKS, GROUP_ROWS = 8, 1 << 24
-WRITTEN_ROWS = 128
-"""Features of a tile that are compared with the threshold at a time: a mask of the whole tile would be as large again."""
+WRITTEN_COUNTS = 1 << 19
+"""Counts of a tile that are compared with the threshold at a time: what is known of each pair takes up to 100 bytes."""
 STRONGEST, LEAST_TOGETHER = 10, 5
 """Partners of each feature in the table of pairs, and how often they must be together to be in it."""
 
@@ -117,32 +117,37 @@ def write_pairs(job: Job, tile: int, each: NDArray[np.int64], n_total: int, coun
     """
     work = open_place(job.work_url)
     if counts is not None:
-        columns, values, lengths, best, n_pairs = [], [], [], [], 0
-        for first in range(0, counts.stop - counts.start, WRITTEN_ROWS):
-            piece = counts.rows(first, first + WRITTEN_ROWS)
-            features = np.arange(len(piece)) + counts.start + first
-            piece[np.arange(len(piece)), features] = 0
+        lengths, n_pairs, largest = [np.zeros(1, np.int64)], 0, 0
+        for _, piece in _without_themselves(counts):
             n_pairs += int(np.count_nonzero(piece))
-            kept = piece >= max(job.min_together, 1)
-            lengths.append(np.count_nonzero(kept, axis=1))
-            place = np.flatnonzero(kept)
-            column = place - np.repeat(np.arange(len(piece)) * job.extent.n_features, lengths[-1])
-            columns.append(column.astype(np.min_scalar_type(job.extent.n_features - 1)))
-            values.append(piece.reshape(-1)[place])
-            best.append(_strongest(job, np.repeat(features, lengths[-1]), column, values[-1], each, n_total))
-        arrays = {
-            "starts": np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64),
-            "columns": np.concatenate(columns),
-            "count": np.concatenate(values),
-        }
-        arrays["count"] = arrays["count"].astype(count_type(int(arrays["count"].max(initial=0))), copy=False)
-        create_arrays(job.result_url, f"cooccurrence/tiles/{tile:06d}", arrays)
+            lengths.append(np.count_nonzero(piece >= max(job.min_together, 1), axis=1))
+            largest = max(largest, int(piece.max(initial=0)))
+        starts = np.cumsum(np.concatenate(lengths), dtype=np.int64)
+        group, n_kept = f"cooccurrence/tiles/{tile:06d}", int(starts[-1])
+        create_arrays(job.result_url, group, {"starts": starts})
+        dtypes = {"columns": np.min_scalar_type(job.extent.n_features - 1), "count": count_type(largest if n_kept else 0)}
+        writer, best = ColumnWriter(job.result_url, group, dtypes, n_kept), []
+        for first, piece in _without_themselves(counts):
+            row, column = np.nonzero(piece >= max(job.min_together, 1))
+            together = piece[row, column]
+            writer.add(columns=column, count=together)
+            best.append(_strongest(job, row + first, column, together, each, n_total))
         strongest = np.concatenate(best)
-        facts = {"pairs": np.array([n_pairs]), "kept": arrays["starts"][-1:]}
+        facts = {"pairs": np.array([n_pairs]), "kept": starts[-1:]}
         names = ("feature", "partner", "together")
         publish_bundle(work, done(tile), facts | {name: strongest[:, i] for i, name in enumerate(names)})
     bundle = Bundle(work, done(tile))
     return {name: int(bundle.read(name)[0]) for name in ("pairs", "kept")}
+
+
+def _without_themselves(counts: PairTile) -> Iterator[tuple[int, NDArray[Any]]]:
+    """(first feature, (n, F) counts with all others) of some features of a tile after others."""
+    step = max(1, WRITTEN_COUNTS // counts.n_features)
+    for first in range(0, counts.stop - counts.start, step):
+        piece = counts.rows(first, first + step)
+        features = np.arange(len(piece)) + counts.start + first
+        piece[np.arange(len(piece)), features] = 0
+        yield counts.start + first, piece
 
 
 def _strongest(
