@@ -43,21 +43,25 @@ def sweep(options: dict[str, Any]) -> dict[str, Any]:
     out = Path(options["out"])
     if (out / SUMMARY).exists():
         raise OutputExists(f"{out}: holds a finished sweep; choose another --out, or move it away.")
-    found = train_together(configs, out)
-    speed = {"sweep": str(out), "rows_per_s": found[0]["rows_per_s"], "data_wait_share": found[0]["data_wait_share"]}
+    results = train_together(configs, out)
+    speed = {"sweep": str(out), "rows_per_s": results[0]["rows_per_s"], "data_wait_share": results[0]["data_wait_share"]}
     if not is_first_process():
         return speed
-    measured_on, figures = compared_figures(configs, found)
-    rows = [
-        {"run": config.out.name, **{name: getattr(config, name) for name in SWEPT}, **own}
-        for config, own in zip(configs, figures, strict=True)
+    diverged = [
+        _named(config) | {"diverged_within": result["diverged_within"]}
+        for config, result in zip(configs, results, strict=True)
+        if "diverged_within" in result
     ]
+    finished = [pair for pair in zip(configs, results, strict=True) if "diverged_within" not in pair[1]]
+    measured_on, figures = compared_figures(*map(list, zip(*finished, strict=True)))
+    rows = [_named(config) | own for (config, _), own in zip(finished, figures, strict=True)]
     rows.sort(key=lambda row: -row["fve"])
     draw_frontier(rows, out / FRONTIER, measured_on)
     summary = {
         "store": str(options["store"]),
         "measured_on": measured_on,
         "runs": rows,
+        "diverged": diverged,
         "frontier": str(out / FRONTIER),
     }
     publish_json(out / SUMMARY, summary)
@@ -80,6 +84,10 @@ def grid(options: dict[str, Any]) -> list[TrainConfig]:
         name = "-".join(own[key] if isinstance(own[key], str) else f"{key}{own[key]}" for key in varied)
         configs.append(TrainConfig(**{**rest, **own, "out": Path(options["out"]) / name}))
     return configs
+
+
+def _named(config: TrainConfig) -> dict[str, Any]:
+    return {"run": config.out.name, **{name: getattr(config, name) for name in SWEPT}}
 
 
 def compared_figures(configs: list[TrainConfig], found: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
@@ -126,9 +134,10 @@ def draw_frontier(rows: list[dict[str, Any]], path: Path, measured_on: str) -> N
 def comparison_lines(summary: dict[str, Any]) -> list[str]:
     """The comparison as a table, best first."""
     rows = summary["runs"]
-    width = max(len(row["run"]) for row in rows)
+    width = max(len(row["run"]) for row in rows + summary["diverged"])
     lines = [f"{'run':<{width}}{'FVE':>9}{'L0':>9}{'dead':>9}"]
     lines += [f"{row['run']:<{width}}{row['fve']:>9.4f}{row['l0']:>9.1f}{row['dead']:>9.1%}" for row in rows]
+    lines += [f"{own['run']:<{width}}  diverged within {own['diverged_within']:,} rows" for own in summary["diverged"]]
     dead = "that fire in none" if summary["measured_on"] == HELDOUT else "silent for long in training"
     return [
         *lines,

@@ -37,10 +37,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
 def train_together(configs: Sequence[TrainConfig], out: Path) -> list[dict[str, Any]]:
     """Train SAEs that differ in their own options only, in one pass over the store; publish each at its own `out`.
 
+    One that diverges (its loss is no finite number any more) is left out, with a line on stderr, and the others go on: its
+    result is `diverged_within`, a number of rows, instead of a run's record.
     `out` is where the state of the training under way is kept: the folder of the run, or one above the runs. The state
     stays there until `finish`: until then the same training can be resumed, to publish the same bits again. Raises
-    InputError, NotAStore, IncompleteStore, DamagedStore, NoSpace, OutputExists, and IdentityMismatch when what lies at
-    `out` is another training.
+    InputError (also when every SAE diverged), NotAStore, IncompleteStore, DamagedStore, NoSpace, OutputExists, and
+    IdentityMismatch when what lies at `out` is another training.
     """
     first = configs[0]
     shared = {replace(config, **{name: getattr(first, name) for name in OWN}) for config in configs}

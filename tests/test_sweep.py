@@ -93,6 +93,73 @@ def test_a_finished_sweep_is_not_touched(options: dict[str, Any], swept: dict[st
         sweep(options)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_an_sae_that_diverges_is_left_out_and_the_others_end_as_ever(
+    first: bool, options: dict[str, Any], swept: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = grid(options)[0], 1e30
+    own = {"layer": (0,), "features": (64,), "seed": (0,), "lr": (bad, good.lr) if first else (good.lr, bad)}
+    found = sweep({**options, **own, "out": tmp_path / "sweep"})
+    (run,), (diverged,) = found["runs"], found["diverged"]
+    assert (diverged["run"], diverged["diverged_within"]) == ("lr1e+30", 5000)
+    assert "lr1e+30: training diverged within 5,000 rows; choose an --lr below 1e+30; the other" in capfd.readouterr().err
+    assert (tmp_path / "sweep" / run["run"] / WEIGHTS).read_bytes() == (good.out / WEIGHTS).read_bytes()
+    assert not (tmp_path / "sweep" / "lr1e+30" / RECORD).exists()
+    assert "lr1e+30  diverged within 5,000 rows" in comparison_lines(found)
+
+
+def test_a_sweep_goes_on_from_its_saved_state_without_the_sae_that_diverged(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {**options, "layer": (0,), "features": (64,), "seed": (0,), "lr": (1e30, 1e-3), "out": tmp_path / "sweep"}
+    whole = sweep({**asked, "out": tmp_path / "whole"})
+    monkeypatch.setattr(session, "LOG_EVERY_STEPS", 2)
+    save = session.save_state
+
+    def saved_then_cut_off(*arguments: Any) -> None:
+        save(*arguments)
+        if arguments[2]["diverged"]:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "save_state", saved_then_cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            sweep({**asked, "checkpoint_minutes": 1e-9})
+    found = sweep({**asked, "resume": True})
+    assert [row["run"] for row in found["diverged"]] == ["lr1e+30"]
+    assert found["diverged"][0]["diverged_within"] < 1000
+    weights = [tmp_path / name / "lr0.001" / WEIGHTS for name in ("sweep", "whole")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert found["runs"][0]["fve"] == whole["runs"][0]["fve"]
+
+
+def test_when_every_sae_diverges_that_is_an_error(options: dict[str, Any], tmp_path: Path) -> None:
+    own = {"layer": (0,), "features": (64,), "seed": (0,)}
+    message = r"diverged within 5,000 rows; choose an --lr below .e\+30, and another --out"
+    with pytest.raises(InputError, match=message):
+        sweep({**options, **own, "lr": (1e30,), "out": tmp_path / "one"})
+    with pytest.raises(InputError, match=message):
+        sweep({**options, **own, "lr": (1e30, 2e30), "out": tmp_path / "two"})
+
+
+def test_a_last_step_that_breaks_the_weights_publishes_nothing(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"layer": (0,), "features": (64,), "seed": (0,), "out": tmp_path / "run"}
+    step = session.Trainee.step
+
+    def breaking(self: session.Trainee, *arguments: Any) -> Any:
+        found = step(self, *arguments)
+        if self.n_steps == 30:
+            self.sae.W_enc.data[0, 0] = float("nan")
+        return found
+
+    monkeypatch.setattr(session.Trainee, "step", breaking)
+    with pytest.raises(InputError, match="diverged within 6,000 rows"):
+        sweep({**options, **own})
+    assert not (tmp_path / "run" / RECORD).exists()
+
+
 def test_a_value_given_twice_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="k 4, 4: a value is given twice"):
         grid({**options, "k": (4, 4)})

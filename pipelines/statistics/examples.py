@@ -37,7 +37,7 @@ class _Kept:
         self._keep(**{name: np.concatenate([getattr(self, name), new[name]]) for name in _COLUMNS})
 
     def _keep(self, **columns: NDArray[Any]) -> None:
-        order = np.lexsort([columns[name] for name in ("position", "window", "rank", "stratum", "feature")])
+        order = stable_order(*(columns[name] for name in ("feature", "stratum", "rank", "window", "position")))
         chosen = order[_place_in_group(columns["feature"][order], columns["stratum"][order]) < self.n]
         for name in _COLUMNS:
             setattr(self, name, columns[name][chosen])
@@ -64,7 +64,7 @@ class TopExamples(_Kept):
         self._add(**_columns(block, row[first], feature[first], value[first], _falling(value[first])))
 
     def _keep(self, **columns: NDArray[Any]) -> None:
-        order = np.lexsort([columns[name] for name in ("position", "rank", "window", "feature")])
+        order = stable_order(*(columns[name] for name in ("feature", "window", "rank", "position")))
         best = order[_is_new(columns["feature"][order], columns["window"][order])]
         super()._keep(**{name: column[best] for name, column in columns.items()})
 

@@ -140,7 +140,7 @@ def stable_order(*keys: NDArray[np.int64]) -> NDArray[np.int64]:
     order = np.arange(len(keys[0]))
     for key in reversed(keys):
         bits = int(key.max(initial=0)).bit_length()
-        for shift in range(0, max(bits, 1), 16):
+        for shift in range(0, bits, 16):
             digits = ((key >> shift) & 0xFFFF).astype(np.uint16)
             order = order[np.argsort(digits[order], kind="stable")]
     return order

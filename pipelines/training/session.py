@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,8 @@ class Session:
     """[rows seen, ranks] at the start, and wherever the number of ranks changed."""
     log_bytes: list[int]
     metrics: list[dict[str, float]] = field(default_factory=list)
+    diverged: dict[int, int] = field(default_factory=dict)
+    """Which SAEs left, each within how many rows; the others go on without them."""
     waited_s: float = 0.0
 
     @classmethod
@@ -101,27 +104,38 @@ class Session:
             n_steps,
             device,
             ranks,
-            _with_start(saved[1]["history"] if saved else [], trainees[0].rows_seen, ranks.n_ranks),
+            _with_start(saved[1]["history"], saved[1]["rows_seen"], ranks.n_ranks) if saved else [[0, ranks.n_ranks]],
             saved[1]["log_bytes"] if saved else [0] * len(configs),
             saved[1]["metrics"] if saved else [{} for _ in configs],
+            {int(index): rows for index, rows in saved[1]["diverged"].items()} if saved else {},
         )
         for stream in streams.values():
             own._place(stream)
-        rows_seen = trainees[0].rows_seen
+        rows_seen = own.lead.rows_seen
         if ranks.mean({"rows_seen": rows_seen}, device)["rows_seen"] != rows_seen:
             raise IdentityMismatch(
                 f"{out}: this rank is at {rows_seen:,} rows, others are not; show all ranks the same disk."
             )
         return own
 
+    @property
+    def alive(self) -> list[int]:
+        """The SAEs that are still trained."""
+        return [index for index in range(len(self.trainees)) if index not in self.diverged]
+
+    @property
+    def lead(self) -> Trainee:
+        """One of those: all are at the same step."""
+        return self.trainees[self.alive[0]]
+
     def _place(self, stream: BatchStream) -> None:
         """Where a training with so many rows behind it goes on. With as many ranks as before, that is exact."""
-        stream.load_state_dict({**stream.state_dict(), "row": self.trainees[0].rows_seen // self.ranks.n_ranks})
+        stream.load_state_dict({**stream.state_dict(), "row": self.lead.rows_seen // self.ranks.n_ranks})
 
     def run(self, stop: Stop) -> list[dict[str, Any]]:
-        """All steps that are left, then the runs."""
+        """All steps that are left, then the runs; of an SAE that diverged, no more than within how many rows."""
         logs = self._logs() if self.ranks.is_first else []
-        started, rows_before = time.monotonic(), self.trainees[0].rows_seen
+        started, rows_before = time.monotonic(), self.lead.rows_seen
         try:
             if rows_before < self.n_steps * self.configs[0].batch:
                 with track("train", self.n_steps * self.configs[0].batch, shown=self.ranks.is_first) as progress:
@@ -130,19 +144,23 @@ class Session:
         finally:
             for log in logs:
                 log.close()
+        self._leave_out_broken()
         seconds = time.monotonic() - started
         timing = {
-            "rows_per_s": round((self.trainees[0].rows_seen - rows_before) / max(seconds, 1e-9)),
+            "rows_per_s": round((self.lead.rows_seen - rows_before) / max(seconds, 1e-9)),
             "data_wait_share": round(self.waited_s / max(seconds, 1e-9), 4),
         }
-        return [self._publish(index) | timing for index in range(len(self.configs))]
+        return [
+            (self._publish(index) if index not in self.diverged else self._left_out(index)) | timing
+            for index in range(len(self.configs))
+        ]
 
     def _logs(self) -> list[MetricsLog]:
         return [
             MetricsLog(
                 config.out,
                 n_bytes,
-                rows_seen=self.trainees[0].rows_seen,
+                rows_seen=self.lead.rows_seen,
                 tensorboard=config.tensorboard,
                 wandb=recorded(config) if config.wandb else None,
             )
@@ -154,19 +172,21 @@ class Session:
         batches = {site: iter(stream) for site, stream in self.streams.items()}
         saved_at = time.monotonic()
         try:
-            for step in range(self.trainees[0].n_steps + 1, self.n_steps + 1):
+            for step in range(self.lead.n_steps + 1, self.n_steps + 1):
                 rows = self._next_rows(batches)
                 note = ""
                 is_logged = step % LOG_EVERY_STEPS == 0 or step == self.n_steps
-                for index, (trainee, site) in enumerate(zip(self.trainees, self.sites, strict=True)):
-                    x, losses = trainee.step(rows[site], batch_rows)
+                for index in self.alive:
+                    trainee = self.trainees[index]
+                    x, losses = trainee.step(rows[self.sites[index]], batch_rows)
                     if is_logged:
                         self.metrics[index] = self.ranks.mean(trainee.metrics(x, losses), self.device)
-                        self._require_finite(index)
+                        if not math.isfinite(self.metrics[index]["loss"]):
+                            self._leave_out(index)
                 if is_logged:
-                    for log, metrics in zip(logs, self.metrics, strict=False):
-                        log.write(metrics)
-                    note = _note(self.metrics)
+                    for index in self.alive if logs else ():
+                        logs[index].write(self.metrics[index])
+                    note = _note([self.metrics[index] for index in self.alive])
                 progress.advance(batch_rows, note)
                 stopping = self.ranks.agree(bool(stop), self.device)
                 is_due = first.checkpoint_minutes > 0 and time.monotonic() - saved_at >= 60 * first.checkpoint_minutes
@@ -187,26 +207,34 @@ class Session:
         self.waited_s += time.monotonic() - started
         return rows
 
-    def _require_finite(self, index: int) -> None:
-        if not math.isfinite(self.metrics[index]["loss"]):
-            self._diverged(index)
-
-    def _diverged(self, index: int) -> NoReturn:
+    def _leave_out(self, index: int) -> None:
+        """Go on without an SAE that diverged. Raises InputError when none is left."""
         config, rows = self.configs[index], self.trainees[index].rows_seen
-        raise InputError(
-            f"{config.out}: training diverged within {rows:,} rows; choose an --lr below {config.lr:g}, and another --out."
-        )
+        said = f"{config.out}: training diverged within {rows:,} rows; choose an --lr below {config.lr:g}"
+        if self.alive == [index]:
+            raise InputError(f"{said}, and another --out.")
+        self.diverged[index], self.metrics[index] = rows, {}
+        if self.ranks.is_first:
+            print(f"{said}; the other SAEs go on.", file=sys.stderr)
+
+    def _leave_out_broken(self) -> None:
+        """Before anything is kept: the last step may have broken what its own loss does not show yet."""
+        for index in self.alive:
+            if not all(bool(parameter.isfinite().all()) for parameter in self.trainees[index].sae.parameters()):
+                self._leave_out(index)
+
+    def _left_out(self, index: int) -> dict[str, Any]:
+        return {"run": str(self.configs[index].out), "diverged_within": self.diverged[index]}
 
     def _save(self, logs: list[MetricsLog]) -> None:
+        self._leave_out_broken()
         if not self.ranks.is_first:
             return
-        for index, trainee in enumerate(self.trainees):
-            if not bool(trainee.sae.W_enc.isfinite().all()):
-                self._diverged(index)
         self.log_bytes = [log.n_bytes for log in logs]
         facts = {
             "snapshot": self.store.snapshot,
-            "rows_seen": self.trainees[0].rows_seen,
+            "rows_seen": self.lead.rows_seen,
+            "diverged": self.diverged,
             "configs": [recorded(config) for config in self.configs],
             "counts": [trainee.counts() for trainee in self.trainees],
             "metrics": self.metrics,

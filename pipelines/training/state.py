@@ -18,7 +18,7 @@ from actstore.errors import DamagedStore
 from pipelines.sae.tensors import making, publish_tensors
 
 STATE = "training.safetensors"
-STATE_VERSION = 1
+STATE_VERSION = 2
 Saved = tuple[list[dict[str, Tensor]], dict[str, Any]]
 """The tensors of every SAE, and what else the training needs."""
 
