@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 from pipelines.statistics.block import CodeBlock
 from pipelines.statistics.tables import stable_order, value_bins
 
-_COLUMNS = ("feature", "stratum", "rank", "value", "window", "position")
+_COLUMNS = {
+    "feature": np.int32,
+    "stratum": np.uint16,
+    "rank": np.uint32,
+    "value": np.float32,
+    "window": np.int64,
+    "position": np.int32,
+}
+"""Small types: a worker holds as many partial results as the tree of merges is deep."""
 
 
 class _Kept:
@@ -18,8 +26,8 @@ class _Kept:
 
     def __init__(self, n: int):
         self.n = n
-        self.feature, self.stratum, self.rank, self.window, self.position = (np.empty(0, np.int64) for _ in range(5))
-        self.value = np.empty(0, np.float32)
+        for name, dtype in _COLUMNS.items():
+            setattr(self, name, np.empty(0, dtype))
 
     def merge(self, other: Any) -> Any:
         self._keep(**{name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in _COLUMNS})
@@ -85,7 +93,7 @@ class SampledExamples(_Kept):
         rank = firing_hash(self.seed, feature, block.windows[row], block.positions[row])
         columns = _columns(block, row, feature, value, rank)
         if self.edges is not None:
-            columns["stratum"] = (value_bins(value)[:, None] > self.edges[feature]).sum(axis=1)
+            columns["stratum"] = (value_bins(value)[:, None] > self.edges[feature]).sum(axis=1, dtype=np.uint16)
         self._add(**columns)
 
 
@@ -115,14 +123,15 @@ def _ordered_firings(block: CodeBlock) -> tuple[NDArray[np.int64], NDArray[np.in
 def _columns(
     block: CodeBlock, row: NDArray[np.int64], feature: NDArray[np.int64], value: NDArray[np.float32], rank: NDArray[np.int64]
 ) -> dict[str, NDArray[Any]]:
-    return {
+    columns: dict[str, NDArray[Any]] = {
         "feature": feature,
-        "stratum": np.zeros(len(row), np.int64),
+        "stratum": np.zeros(len(row), np.uint16),
         "rank": rank,
         "value": value,
         "window": block.windows[row],
         "position": block.positions[row],
     }
+    return {name: column.astype(_COLUMNS[name], copy=False) for name, column in columns.items()}
 
 
 def _falling(value: NDArray[np.float32]) -> NDArray[np.int64]:
