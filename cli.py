@@ -175,7 +175,7 @@ def cli(debug: bool) -> None:
 
 @cli.command()
 @OUT_OPTION
-@click.option("--layer", default=1, show_default=True, help="Block whose residual stream is explained, 0 to 5.")
+@click.option("--layer", default=3, show_default=True, help="Block whose residual stream is explained, 0 to 5.")
 @click.option("--tokens", default=1_100_000, show_default=True, help="Tokens of the corpus to collect.")
 @click.option("--rows", default=3_000_000, show_default=True, help="Rows to train on; a row is seen several times.")
 @click.option("--random-weights", is_flag=True, help="The same model with random weights: what training it adds.")

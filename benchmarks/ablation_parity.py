@@ -1,6 +1,6 @@
 """Logits of ablated features against TransformerLens on the same weights.
 
-    python -m benchmarks.ablation_parity demo-3 --transformerlens-python PYTHON
+    python -m benchmarks.ablation_parity demo-out --transformerlens-python PYTHON
 
 takes a finished demo of the built-in model. Every feature that fires in some prompts is set to 0, with the error term kept
 and with it dropped, here and in TransformerLens (no weight processing; `benchmarks.peers.transformerlens_ablate`); the

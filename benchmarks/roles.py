@@ -1,6 +1,6 @@
 """Do features do what their role says? Roles and target tokens from one half of the corpus, effects on the other.
 
-    python -m benchmarks.roles demo-3 [--live 40] [--firings 200] [--directions 100] [--json]
+    python -m benchmarks.roles demo-out [--live 40] [--firings 200] [--directions 100] [--json]
 
 takes a finished demo. All choices are made on the choosing half of the documents, before anything is ablated:
 

@@ -40,7 +40,7 @@ class DemoConfig:
     """What `demo` is asked for; the names are the command's options."""
 
     out: Path
-    layer: int = 1
+    layer: int = 3
     tokens: int = 1_100_000
     rows: int = 3_000_000
     random_weights: bool = False

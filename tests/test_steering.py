@@ -64,21 +64,33 @@ def test_sampled_text_is_reproduced_by_its_seed(run: Path) -> None:
     assert first != written(run, temperature=1.0, seed=2)
 
 
-def test_a_run_moved_together_with_its_store_finds_it(
-    run: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("named", "there"), [("old/store", "data/store"), ("data/store", "data/store"), ("store", "store")])
+def test_a_run_finds_its_store_near_it(
+    run: Path, store: Path, named: str, there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both were named by relative paths, of a working folder that is not this one, and lie elsewhere now."""
-    shutil.copytree(store, tmp_path / "data/store")
-    moved = tmp_path / "data/runs/a"
+    """Moved together with it, or named by a path that was relative to another working folder."""
+    shutil.copytree(store, tmp_path / there)
+    moved = tmp_path / "data/sweep/a"
     sae, record = load_run(run)
-    save_run(moved, sae, replace(record, config=record.config | {"store": "old/store", "out": "old/runs/a"}))
+    save_run(moved, sae, replace(record, config=record.config | {"store": named}))
     assert written(moved) == written(run)
     monkeypatch.chdir(moved)
     assert written(Path()) == written(run)
-    shutil.move(tmp_path / "data/store", tmp_path / "data/other")
-    with pytest.raises(InputError, match=r"its store is not at old/store .*; name it with --store"):
+    shutil.move(tmp_path / there, tmp_path / "other")
+    (tmp_path / there).mkdir()
+    with pytest.raises(InputError, match=rf"its store is not at {named} .*; name it with --store"):
         written(moved)
-    assert written(moved, store=str(tmp_path / "data/other")) == written(run)
+    assert written(moved, store=str(tmp_path / "other")) == written(run)
+
+
+def test_a_store_of_that_name_near_the_run_that_is_another_one_is_not_taken(
+    run: Path, small_store: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(small_store, tmp_path / "store")
+    sae, record = load_run(run)
+    save_run(tmp_path / "run", sae, replace(record, config=record.config | {"store": "old/store"}))
+    with pytest.raises(InputError, match=r"its store is not at old/store"):
+        written(tmp_path / "run")
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("add", 3.0), ("clamp", None), ("scale", None)])

@@ -6,9 +6,10 @@ trained on: a position that is no row passes through every intervention as it is
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -130,10 +131,9 @@ def open_spliced(run: Path, store: str | Path | None = None, model: str | None =
 
 
 def open_store(run: Path, record: RunRecord, store: str | Path | None = None) -> ActivationStore:
-    """The store at `store`, by default the one the run was trained on.
+    """The store at `store`, by default the one the run was trained on: where it was then, or near the run.
 
-    That one is looked for where it was then, and where it lay as seen from the run: so the two can be moved together,
-    or be used from another working folder. Raises StoreError, or InputError where the default is at neither place.
+    Raises StoreError; InputError where the default is nowhere.
     """
     if store is not None:
         return ActivationStore(store)
@@ -141,11 +141,18 @@ def open_store(run: Path, record: RunRecord, store: str | Path | None = None) ->
     try:
         return ActivationStore(recorded)
     except StoreError as error:
-        if "://" not in recorded:
-            beside = Path(os.path.normpath(run / os.path.relpath(recorded, record.config["out"])))
+        for place in () if "://" in recorded else _near(run, Path(recorded)):
             with suppress(StoreError):
-                return ActivationStore(beside)
+                if (found := ActivationStore(place)).store_id == record.store_id:
+                    return found
         raise InputError(f"{run}: its store is not at {recorded} ({error}); name it with --store.") from error
+
+
+def _near(run: Path, recorded: Path) -> Iterator[Path]:
+    """Where a store lies that was moved together with its run, or named from another working folder."""
+    for folder in islice(run.absolute().parents, 3):
+        yield folder / recorded
+        yield folder / recorded.name
 
 
 def frozen(model: nn.Module) -> nn.Module:
