@@ -17,7 +17,7 @@ class Tracker:
     """What a stage tells of itself: how much is done, and a short note such as `FVE 0.91`."""
 
     def __init__(self, label: str, total: int, unit: str, bar: Progress | None, *, shown: bool = True):
-        self.label, self.total, self.unit, self.done = label, total, unit, 0
+        self.label, self.total, self.unit, self.done, self._before = label, total, unit, 0, 0
         self._shown = shown
         self._bar = bar
         self._task = bar.add_task(label, total=total, note="") if bar else None
@@ -26,7 +26,11 @@ class Tracker:
     @property
     def rate(self) -> float:
         """Units a second since the start."""
-        return self.done / max(time.monotonic() - self._started, 1e-9)
+        return (self.done - self._before) / max(time.monotonic() - self._started, 1e-9)
+
+    def resume(self, n: int) -> None:
+        """So many units were done before this process began."""
+        self.done = self._before = n
 
     def expect(self, n: int) -> None:
         """There are `n` more units to do than was known."""
@@ -36,11 +40,13 @@ class Tracker:
 
     def advance(self, n: int, note: str = "") -> None:
         self.done += n
-        note = f"{self.rate:,.0f} {self.unit}/s  {note}"
+        note = f"{rate_text(self.rate)} {self.unit}/s  {note}"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.done, note=note)
         elif self._shown and (time.monotonic() - self._last >= LOG_INTERVAL_S or self.done >= self.total):
             self._last = time.monotonic()
+            if self.done < self.total and self.rate > 0:
+                note = f"{duration((self.total - self.done) / self.rate)} left, {note}"
             print(f"{self.label}: {self.done:,} of {self.total:,} {self.unit}  {note}", file=sys.stderr, flush=True)
 
 
@@ -60,3 +66,23 @@ def track(label: str, total: int, unit: str = "rows", *, shown: bool = True) -> 
     )
     with Progress(*columns, console=console) as bar:
         yield Tracker(label, total, unit, bar)
+
+
+def rate_text(rate: float) -> str:
+    """A number with two digits at least.
+
+    >>> rate_text(2226.4), rate_text(9.8), rate_text(0.0432)
+    ('2,226', '9.8', '0.043')
+    """
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
+def duration(seconds: float) -> str:
+    """In words, for a person who waits.
+
+    >>> duration(42), duration(600), duration(9000)
+    ('42 s', '10 min', '2.5 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

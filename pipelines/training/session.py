@@ -139,7 +139,7 @@ class Session:
         try:
             if rows_before < self.n_steps * self.configs[0].batch:
                 with track("train", self.n_steps * self.configs[0].batch, shown=self.ranks.is_first) as progress:
-                    progress.done = rows_before
+                    progress.resume(rows_before)
                     self._loop(stop, logs, progress)
         finally:
             for log in logs:
