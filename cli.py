@@ -537,7 +537,7 @@ def analyze(sources: tuple[str, ...], as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("analysis", type=click.Path(path_type=Path))
+@click.argument("analysis")
 @click.option("--codes", help="Where its code store is, if it was moved.")
 @click.option("--run", type=click.Path(path_type=Path), help="Its run, for what decoder directions say.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write it. Default: ANALYSIS/structure.")
@@ -833,7 +833,7 @@ def patch(as_json: bool, **options: Any) -> None:
 )
 @click.option("--top", default=5, show_default=True, help="Next tokens shown.")
 @click.option("--features", default=10, show_default=True, help="Without --feature: how many to list, by effect.")
-@click.option("--analysis", type=click.Path(path_type=Path), help="Of this run; for --set-to mean.")
+@click.option("--analysis", help="Of this run; for --set-to mean.")
 @click.option("--codes", help="Of this run; for --set-to firing or row.")
 @SEED_OPTION
 @SUBJECT_STORE_OPTION
@@ -882,7 +882,7 @@ def ablate(as_json: bool, **options: Any) -> None:
 @click.option("--temperature", default=0.0, show_default=True, help="0: always the most probable token.")
 @SEED_OPTION
 @click.option("--cache/--no-cache", default=True, show_default=True, help="Keep keys and values from step to step.")
-@click.option("--analysis", type=click.Path(path_type=Path), help="Of this run; for --unit peak.")
+@click.option("--analysis", help="Of this run; for --unit peak.")
 @SUBJECT_STORE_OPTION
 @MOVED_MODEL_OPTION
 @DEVICE_OPTION
@@ -912,7 +912,7 @@ def steer(as_json: bool, **options: Any) -> None:
     "--measure", default="firing", show_default=True, help="Predictions at the firing position, or the mean of it and later."
 )
 @click.option("--resamples", default=1000, show_default=True, help="Of documents, for the intervals.")
-@click.option("--analysis", type=click.Path(path_type=Path), help="Of this run; adds densities and tokens.")
+@click.option("--analysis", help="Of this run; adds densities and tokens.")
 @SEED_OPTION
 @SUBJECT_STORE_OPTION
 @MOVED_MODEL_OPTION

@@ -19,7 +19,7 @@ import zarr
 from numpy.typing import NDArray
 
 from actstore import paths
-from actstore.errors import InputError, NotAStore, OutputExists
+from actstore.errors import DamagedStore, InputError, NotAStore, OutputExists
 from actstore.place import Folder, Place, open_place
 from pipelines import association
 from pipelines.statistics import BANDS
@@ -27,7 +27,7 @@ from pipelines.statistics.tables import bin_edges
 from pipelines.tokens import parse_tokenizer
 
 ANALYSIS_VERSION = 2
-RECORD = "analysis.json"
+RECORD, FINDINGS = "analysis.json", "findings.json"
 SORTS = ("frequency", "mean", "peak", "documents", "burstiness", "id")
 EXAMPLE_KINDS = ("top", "strata", "random")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -233,6 +233,26 @@ class Analysis:
 
     def _get(self, name: str) -> NDArray[Any]:
         return np.asarray(self._root[name][:])  # type: ignore[index]
+
+    @cached_property
+    def findings(self) -> list[dict[str, Any]]:
+        """The features that follow a rule, in the order of their file; none when no later stage has looked for any.
+
+        Each has feature, rule, precision, recall, f1 and threshold. Raises DamagedStore when the file is not what that
+        stage writes.
+        """
+        if not self.place.exists(FINDINGS):
+            return []
+        try:
+            return [
+                {"feature": self.require_feature(int(found["feature"])), "rule": str(found["rule"])}
+                | {name: float(found[name]) for name in ("precision", "recall", "f1", "threshold")}
+                for found in json.loads(self.place.read(FINDINGS))["findings"]
+            ]
+        except (KeyError, TypeError, ValueError, InputError) as error:
+            raise DamagedStore(
+                f"{self.place}/{FINDINGS}: not the findings of this analysis ({error}); write it again or move it."
+            ) from error
 
     @property
     def n_features(self) -> int:

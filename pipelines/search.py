@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
@@ -12,7 +11,6 @@ from actstore.errors import InputError
 from pipelines.analysis import Analysis
 from pipelines.terminal import visible
 
-FINDINGS = "findings.json"
 COMMON_WORDS = frozenset({"a", "after", "an", "and", "in", "is", "of", "or", "that", "the", "token"})
 """Of the language that rules are put in: they name nothing."""
 
@@ -67,13 +65,10 @@ def _on(analysis: Analysis, tokens: list[int], top: int) -> dict[str, Any]:
 
 def _rules(analysis: Analysis, text: str, top: int) -> list[dict[str, Any]]:
     """Findings whose rule quotes the text as a token, or has it among its words."""
-    if not analysis.place.exists(FINDINGS):
-        return []
     quoted, words = f"`{visible(text)}`", text.strip()
     is_word = re.fullmatch(r"[\w ]{2,}", words) and words.lower() not in COMMON_WORDS
     pattern = re.compile(rf"\b{re.escape(words)}\b", re.IGNORECASE) if is_word else None
-    found = json.loads(analysis.place.read(FINDINGS))["findings"]
-    fitting = [f for f in found if quoted in f["rule"] or (pattern and pattern.search(f["rule"]))]
+    fitting = [f for f in analysis.findings if quoted in f["rule"] or (pattern and pattern.search(f["rule"]))]
     fitting.sort(key=lambda f: (-f["f1"], f["feature"]))
     return [{name: f[name] for name in ("feature", "rule", "precision", "recall", "f1")} for f in fitting[:top]]
 

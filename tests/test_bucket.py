@@ -598,6 +598,23 @@ def test_an_analysis_in_a_bucket_says_what_one_in_a_folder_says(
         analyze(AnalyzeConfig(codes=in_bucket, out=f"{url}/analysis", **asked), client)
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_structure_of_an_analysis_in_a_bucket_is_that_of_one_in_a_folder(
+    codes: Path, server: Server, url: str, tmp_path: Path
+) -> None:
+    found = []
+    for base, own in ((url, copy_to_bucket(codes, f"{url}/codes")), (tmp_path, codes)):
+        assert invoke("analyze", own, "--out", f"{base}/analysis").exit_code == 0
+        asked = ("structure", f"{base}/analysis", "--draws", 20, "--json", "--seed", 1)
+        if base == url:
+            assert "an analysis in a bucket; say with --out where the result shall go" in invoke(*asked).stderr
+        result = invoke(*asked, "--out", tmp_path / f"structure{len(found)}")
+        assert result.exit_code == 0, result.stderr
+        found.append(result.stdout)
+    assert json.loads(found[0])["pairs"]["tested"] > 0
+    assert found[0] == found[1]
+
+
 @pytest.mark.cluster
 def test_workers_write_to_the_bucket_themselves(small_store: Path, arguments: list[str], server: Server, url: str) -> None:
     result = invoke("collect", "--out", url, *arguments, "--workers", 2)

@@ -72,6 +72,17 @@ def test_planted_groups_are_found_by_every_seed_and_equally_by_the_same_one() ->
     assert np.array_equal(partition(graph, 5), partition(graph, 5))
 
 
+def test_a_seed_gives_the_same_groups_whatever_was_sought_before() -> None:
+    """On a graph without groups, where every random choice of the method shows."""
+    generator = np.random.default_rng(0)
+    pairs = np.unique(np.sort(generator.integers(0, 60, (400, 2)), axis=1), axis=0)
+    left, right = pairs[pairs[:, 0] < pairs[:, 1]].T
+    graph = adjacency(left, right, generator.random(len(left)), 60)
+    first, again = ([partition(graph, seed).tolist() for seed in range(30)] for _ in range(2))
+    assert first == again
+    assert len({tuple(labels) for labels in first}) > 20
+
+
 def test_seeds_do_not_agree_on_a_graph_without_groups() -> None:
     graph, _ = planted(1, 150, 0.06, 0.06, 1)
     found = communities(graph, 0, 6)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from actstore.errors import InputError
-from pipelines.analysis import Analysis
-from pipelines.search import FINDINGS, search, search_lines
+from pipelines.analysis import FINDINGS, Analysis
+from pipelines.search import search, search_lines
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_a_token_that_is_not_in_the_corpus_has_no_features(opened: Analysis) -> 
 
 def test_rules_that_quote_the_text_or_have_it_as_a_word_are_listed(analysis: Path, tmp_path: Path) -> None:
     own = Path(shutil.copytree(analysis, tmp_path / "analysis"))
-    scores = {"precision": 0.5, "recall": 0.25, "f1": 1 / 3, "kind": "place"}
+    scores = {"precision": 0.5, "recall": 0.25, "f1": 1 / 3, "threshold": 0.5, "kind": "place"}
     rules = ["the token after ` the`", "inside a string", "the token `string`", "a substring", "the token `the`"]
     (own / FINDINGS).write_text(json.dumps({"findings": [{"feature": i, "rule": r, **scores} for i, r in enumerate(rules)]}))
     opened = Analysis(own)

@@ -44,7 +44,7 @@ class AblateConfig:
     error: str = "keep"
     top: int = 5
     features: int = 10
-    analysis: Path | None = None
+    analysis: str | Path | None = None
     codes: str | Path | None = None
     seed: int = 0
     store: str | None = None

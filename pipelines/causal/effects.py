@@ -60,7 +60,7 @@ class EffectsConfig:
     firings: int = 64
     measure: str = "firing"
     resamples: int = 1000
-    analysis: Path | None = None
+    analysis: str | Path | None = None
     seed: int = 0
     store: str | None = None
     model: str | None = None
@@ -179,7 +179,7 @@ def _begin(out: Path, plan: dict[str, Any], needed_bytes: int) -> str:
     return content_hash(plan)[:16]
 
 
-def _analysis(path: Path, spliced: Spliced) -> Analysis:
+def _analysis(path: str | Path, spliced: Spliced) -> Analysis:
     analysis = Analysis(path)
     if analysis.record["run_id"] != spliced.record.run_id:
         raise IdentityMismatch(

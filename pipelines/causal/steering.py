@@ -54,7 +54,7 @@ class SteerConfig:
     temperature: float = 0.0
     seed: int = 0
     cache: bool = True
-    analysis: Path | None = None
+    analysis: str | Path | None = None
     store: str | None = None
     model: str | None = None
     device: str = "auto"

@@ -18,7 +18,6 @@ A level is a value in 99ths of the feature's peak, rounded up: 0 only where the 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +27,11 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore.errors import DamagedStore, InputError, OutputExists
+from actstore.errors import InputError, OutputExists
 from actstore.files import publish_bytes, require_free_space
 from pipelines.analysis import Analysis, Example
 from pipelines.statistics import BANDS
 
-FINDINGS = "findings.json"
 DETAILED_FEATURES = 5_000
 """The page stays bounded: rarer features keep their row in the list and lose tokens, partners and examples."""
 DETAILED_TOKENS, DETAILED_PARTNERS = 10, 8
@@ -64,7 +62,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
     if config.out.exists():
         raise OutputExists(f"{config.out}: exists; choose another --out, or move it away.")
     analysis = Analysis(config.analysis)
-    page = render(analysis, read_findings(analysis), config.examples).encode()
+    page = render(analysis, analysis.findings, config.examples).encode()
     require_free_space(config.out, len(page), "the page")
     publish_bytes(config.out, page)
     return {"page": str(config.out), "features": analysis.n_features, "bytes": len(page)}
@@ -90,25 +88,6 @@ def render(analysis: Analysis, findings: list[dict[str, Any]], n_examples: int) 
         n_detailed=min(analysis.n_features - analysis.record["bands"]["dead"], DETAILED_FEATURES),
         data=page_data(analysis, findings, n_examples),
     )
-
-
-def read_findings(analysis: Analysis) -> list[dict[str, Any]]:
-    """The features that follow a rule, in the order of their file; none when no later stage has looked for any.
-
-    Raises DamagedStore when the file is not what that stage writes.
-    """
-    path = f"{analysis.place}/{FINDINGS}"
-    if not analysis.place.exists(FINDINGS):
-        return []
-    try:
-        findings = [
-            {"feature": analysis.require_feature(int(found["feature"])), "rule": str(found["rule"])}
-            | {name: float(found[name]) for name in ("precision", "recall", "f1", "threshold")}
-            for found in json.loads(analysis.place.read(FINDINGS))["findings"]
-        ]
-    except (KeyError, TypeError, ValueError, InputError) as error:
-        raise DamagedStore(f"{path}: not the findings of this analysis ({error}); write it again or move it.") from error
-    return findings
 
 
 def page_data(analysis: Analysis, findings: list[dict[str, Any]], n_examples: int) -> dict[str, Any]:

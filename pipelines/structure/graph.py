@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,13 +22,14 @@ def adjacency(left: NDArray, right: NDArray, weights: NDArray, n_nodes: int) -> 
 def partition(graph: sp.csr_matrix, seed: int) -> NDArray[np.int64]:
     """(n,) labels from 0 by Leiden's method (Traag et al. 2019, doi:10.1038/s41598-019-41695-z); nodes in a random order.
 
-    A node without an edge gets -1.
+    A node without an edge gets -1. The same seed gives the same labels, with the same C library.
     """
     from sknetwork.clustering import Leiden
 
     connected = np.flatnonzero(np.diff(graph.indptr))
     labels = np.full(graph.shape[0], -1, np.int64)
     if len(connected):
+        ctypes.CDLL(None).srand(seed)  # its refinement draws from C's rand(), which random_state does not seed
         own = graph[connected][:, connected]
         labels[connected] = Leiden(random_state=seed, shuffle_nodes=True).fit_predict(own)
     return labels

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +13,6 @@ from pipelines.structure.sample import Sample
 from pipelines.terminal import visible
 from pipelines.tokens import TextCodec
 
-RULES = "findings.json"
 MIN_F1 = 0.5
 """A feature is called by its rule where that is at least so good; else by its most frequent tokens."""
 BEFORE, AFTER = 16, 4
@@ -29,12 +27,8 @@ class Naming:
 
     @cached_property
     def _rules(self) -> dict[int, str]:
-        """Of each feature with a good rule, the rule; none where the analysis has no `findings.json`."""
-        path = self.analysis.path / RULES
-        if not path.exists():
-            return {}
-        found = json.loads(path.read_text(encoding="utf-8"))["findings"]
-        return {finding["feature"]: finding["rule"] for finding in found if finding["f1"] >= MIN_F1}
+        """Of each feature with a good rule, the rule."""
+        return {finding["feature"]: finding["rule"] for finding in self.analysis.findings if finding["f1"] >= MIN_F1}
 
     def name(self, feature: int) -> str:
         """A feature's rule, or the tokens that it fires on most often."""

@@ -48,7 +48,7 @@ MAX_ROWS = 1 << 24
 class StructureConfig:
     """What `structure` is asked for; the names are the command's options."""
 
-    analysis: Path
+    analysis: str | Path
     codes: str | None = None
     run: Path | None = None
     out: Path | None = None
@@ -72,7 +72,12 @@ class StructureConfig:
 
     @property
     def folder(self) -> Path:
-        return self.analysis / FOLDER if self.out is None else self.out
+        """Where the result goes: into the analysis, unless said otherwise."""
+        if self.out is not None:
+            return self.out
+        if "://" in str(self.analysis):
+            raise InputError(f"{self.analysis}: an analysis in a bucket; say with --out where the result shall go.")
+        return Path(self.analysis) / FOLDER
 
 
 def structure(config: StructureConfig, client: Any = None) -> dict[str, Any]:
@@ -167,7 +172,7 @@ def _directions(run: Path, analysis: Analysis) -> NDArray[np.float32]:
     sae, record = load_run(run)
     if record.run_id != analysis.record["run_id"]:
         raise IdentityMismatch(
-            f"{run}: is run {record.run_id}, {analysis.path} was made from {analysis.record['run_id']}; pass that one."
+            f"{run}: is run {record.run_id}, {analysis.place} was made from {analysis.record['run_id']}; pass that one."
         )
     rows = sae.W_dec.numpy().astype(np.float32)
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)

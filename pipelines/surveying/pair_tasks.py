@@ -22,8 +22,8 @@ from pipelines.pairs import BLOCK_CODES, PairTile, count_bytes, count_type
 from pipelines.surveying.job import Job, row_columns, shard_name
 from pipelines.surveying.partials import Bundle, publish_bundle
 
-TILE_BYTES = 128 << 20
-"""Of a tile's dense counts, at most; two that are added are 256 MiB."""
+TILE_BYTES = 64 << 20
+"""Of a tile's dense counts, at most; two that are added are 128 MiB."""
 TILES_OF = 4
 """Tiles come in a multiple of this, of like size, so that two or four workers share them evenly."""
 LEAST_TASKS, GROUP_ROWS = 8, 1 << 24
