@@ -33,20 +33,21 @@ from pipelines.analysis import (
     open_arrays,
     require_new_analysis,
 )
-from pipelines.cluster import connect, reduce_groups, reduce_tasks, run_tasks
+from pipelines.cluster import connect, reduce_groups, reduce_tasks, run_tasks, share
 from pipelines.code_store import CodeStore
 from pipelines.statistics import frequency_bands
+from pipelines.statistics.examples import COLUMNS
 from pipelines.statistics.tables import N_BINS, quantile_bins
-from pipelines.surveying.contexts import contexts, example_documents
+from pipelines.surveying.contexts import Columns, contexts, example_documents
 from pipelines.surveying.exports import write_exports
 from pipelines.surveying.job import Job, corpus_parts, document_names
 from pipelines.surveying.pair_tasks import add_pairs, count_pairs, pair_tiles, shard_groups, write_pairs
 from pipelines.surveying.shard_tasks import sample_shard, survey_shard
-from pipelines.surveying.survey import TABLES, Extent, Survey, merged
+from pipelines.surveying.survey import KEPT, TABLES, Extent, Survey, merged
 from pipelines.surveying.tile_tasks import merge_tables, table_tiles
 from pipelines.tokens import store_tokenizer
 
-KEY = "key.json"
+KEY, PARTIAL_VERSION = "key.json", 2
 JOINT = 20
 LARGE_FEATURES, LARGE_MIN_TOGETHER = 32_768, 3
 MOST_REACH = 64
@@ -110,9 +111,9 @@ def _analyze(config: AnalyzeConfig, codes: CodeStore, work: Place, client: Any) 
         shards = [shard for part in PARTS for shard in codes.shards(part)]
         survey: Survey = reduce_tasks(client, "survey", survey_shard, merged, [(job, shard) for shard in shards])
         fires = survey.counts.fires
-        features = _merge_tables(job, fires, shards, survey, client)
+        features, kept = _merge_tables(job, fires, shards, survey, client)
         pairs = _count_pairs(job, features, survey.rows.documents, shards, client)
-        examples = _examples(config, job, shards, survey, features, client)
+        examples = _examples(config, job, shards, kept, client)
         record = _record(config, codes, survey) | pairs
         return _publish(config, job, codes, record, features, survey, examples)
 
@@ -147,7 +148,8 @@ def _keep_or_clear(work: Place, config: AnalyzeConfig, job: Job) -> None:
     """Partial results of the same codes and options stay; those of others are removed; anything else is refused."""
     asked = {name: getattr(job, name) for name in ("n_examples", "n_random", "n_strata", "seed", "within", "min_together")}
     key = record_bytes(
-        {"format": "actstore-analysis-partial", "version": ANALYSIS_VERSION, "holds": "codes", "snapshot": job.snapshot}
+        {"format": "actstore-analysis-partial", "version": [ANALYSIS_VERSION, PARTIAL_VERSION]}
+        | {"holds": "codes", "snapshot": job.snapshot}
         | asked
     )
     if work.exists(KEY):
@@ -169,8 +171,8 @@ def _clear(work: Place) -> None:
 
 def _merge_tables(
     job: Job, fires: NDArray[np.int64], shards: list[Shard], survey: Survey, client: Any
-) -> dict[str, NDArray[Any]]:
-    """Write the tables tile by tile; gives the (F,) columns of every feature."""
+) -> tuple[dict[str, NDArray[Any]], dict[str, Columns]]:
+    """Write the tables tile by tile; gives the (F,) columns of every feature, and its kept examples by kind."""
     tiles = table_tiles(fires)
     tasks = [(job, i, start, stop, shards) for i, (start, stop) in enumerate(tiles)]
     facts = run_tasks(client, "tables", merge_tables, tasks)
@@ -183,7 +185,8 @@ def _merge_tables(
     for table in TABLES:
         if table != "documents":
             create_arrays(job.result_url, table, {"tile_starts": first})
-    return features
+    kept = {kind: {name: found[f"{kind}/{name}"] for name in COLUMNS} for kind in KEPT}
+    return features, kept
 
 
 def burstiness(
@@ -232,20 +235,19 @@ def _examples(
     config: AnalyzeConfig,
     job: Job,
     shards: list[Shard],
-    survey: Survey,
-    features: dict[str, NDArray[Any]],
+    kept: dict[str, Columns],
     client: Any,
 ) -> dict[str, NDArray[Any]]:
     """(F, slots, ...) arrays of all kept examples with their text: the strongest, one of each stratum, random ones."""
-    edges = stratum_edges(job)
+    edges = share(client, stratum_edges(job))
     tasks = [(job, shard, edges) for shard in shards]
     strata = reduce_tasks(client, "strata", sample_shard, merged, tasks).finalize()
-    top, random = survey.top.finalize(), survey.random.finalize()
+    kinds = {"top": kept["top"], "strata": strata, "random": kept["random"]}
     slots = []
-    for kind, found in (("top", top), ("strata", strata), ("random", random)):
+    for kind, found in kinds.items():
         place = np.arange(len(found["feature"])) - np.searchsorted(found["feature"], found["feature"])
         slots.append(_slots(config)[kind][0] + (found["stratum"] if kind == "strata" else place))
-    found = {name: np.concatenate([kept[name] for kept in (top, strata, random)]) for name in top}
+    found = {name: np.concatenate([columns[name] for columns in kinds.values()]) for name in COLUMNS}
     slot = np.concatenate(slots)
     tokens, values = contexts(job, found, config.before, config.after, client)
     shape = (job.extent.n_features, _slots(config)["random"][1], config.before + 1 + config.after)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipelines.statistics import BANDS, CodeBlock, FeatureCounts, FiringTable, SampledExamples, TopExamples, frequency_bands
-from pipelines.statistics.examples import firing_hash
+from pipelines.statistics.examples import COLUMNS, firing_hash
 from pipelines.statistics.tables import bin_edges, quantile_bins, stable_order, value_bins
-from pipelines.surveying.survey import TABLES, Extent, Survey
+from pipelines.surveying.survey import KEPT, TABLES, Extent, Survey
 
 N_VOCABULARY = 7
 N_DOCUMENTS, N_PARTS = 5, 2
@@ -291,6 +291,8 @@ def test_a_survey_comes_back_from_its_arrays() -> None:
     survey = codes.survey(slice(None))
     arrays = survey.to_arrays()
     again = Survey(codes.extent, N_EXAMPLES, N_RANDOM, SEED).load_dense(arrays.__getitem__)
+    for kind in KEPT:
+        getattr(again, kind).add_kept({name: arrays[f"{kind}/{name}"] for name in COLUMNS})
     for name, table in again.tables.items():
         columns = [arrays[f"{name}/{column}"] for column in ("starts", "columns", "count", "total")]
         table.add_rows(slice(0, codes.n_features), *columns)

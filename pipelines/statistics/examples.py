@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pipelines.statistics.block import CodeBlock
 from pipelines.statistics.tables import stable_order, value_bins
 
-_COLUMNS = {
+COLUMNS = {
     "feature": np.int32,
     "stratum": np.uint16,
     "rank": np.uint32,
@@ -18,7 +18,6 @@ _COLUMNS = {
     "window": np.int64,
     "position": np.int32,
 }
-"""Small types: a worker holds as many partial results as the tree of merges is deep."""
 
 
 class _Kept:
@@ -26,28 +25,36 @@ class _Kept:
 
     def __init__(self, n: int):
         self.n = n
-        for name, dtype in _COLUMNS.items():
-            setattr(self, name, np.empty(0, dtype))
+        self.clear()
 
     def merge(self, other: Any) -> Any:
-        self._keep(**{name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in _COLUMNS})
+        return self.add_kept(other.finalize())
+
+    def add_kept(self, *columns: dict[str, NDArray[Any]]) -> Any:
+        """Merge what others kept, as their `finalize` gives it."""
+        self._keep(**{name: np.concatenate([getattr(self, name), *(c[name] for c in columns)]) for name in COLUMNS})
         return self
+
+    def clear(self) -> None:
+        """Forget all firings."""
+        for name, dtype in COLUMNS.items():
+            setattr(self, name, np.empty(0, dtype))
 
     def finalize(self) -> dict[str, NDArray[Any]]:
         """Columns of equal length, by feature, stratum and rank: feature, stratum, rank, value, window, position."""
-        return {name: getattr(self, name) for name in _COLUMNS}
+        return {name: getattr(self, name) for name in COLUMNS}
 
     def _add(self, **columns: NDArray[Any]) -> None:
         """Firings in the order of (window, position): first what of them alone is kept, then beside what was."""
         order = stable_order(columns["feature"], columns["stratum"], columns["rank"])
         chosen = order[_place_in_group(columns["feature"][order], columns["stratum"][order]) < self.n]
         new = {name: column[chosen] for name, column in columns.items()}
-        self._keep(**{name: np.concatenate([getattr(self, name), new[name]]) for name in _COLUMNS})
+        self._keep(**{name: np.concatenate([getattr(self, name), new[name]]) for name in COLUMNS})
 
     def _keep(self, **columns: NDArray[Any]) -> None:
         order = stable_order(*(columns[name] for name in ("feature", "stratum", "rank", "window", "position")))
         chosen = order[_place_in_group(columns["feature"][order], columns["stratum"][order]) < self.n]
-        for name in _COLUMNS:
+        for name in COLUMNS:
             setattr(self, name, columns[name][chosen])
 
 
@@ -131,7 +138,7 @@ def _columns(
         "window": block.windows[row],
         "position": block.positions[row],
     }
-    return {name: column.astype(_COLUMNS[name], copy=False) for name, column in columns.items()}
+    return {name: column.astype(COLUMNS[name], copy=False) for name, column in columns.items()}
 
 
 def _falling(value: NDArray[np.float32]) -> NDArray[np.int64]:

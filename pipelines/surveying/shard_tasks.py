@@ -18,7 +18,10 @@ BLOCK_ROWS = 32_768
 
 
 def survey_shard(job: Job, shard: Shard) -> Survey:
-    """All statistics of one shard, its tables left in the work folder; read from there when they are there already."""
+    """The dense counts of one shard; what is kept by feature is left in the work folder, for `merge_tables`.
+
+    Read from there when they are there already.
+    """
     work = open_place(job.work_url)
     name = shard_name(shard)
     survey = Survey(job.extent, job.n_examples, job.n_random, job.seed)
@@ -28,9 +31,7 @@ def survey_shard(job: Job, shard: Shard) -> Survey:
             survey.update(block)
             codes.append(marked_codes(block))
         publish_bundle(work, name, survey.to_arrays() | {"codes": np.concatenate(codes).reshape(-1)})
-        for table in survey.tables.values():
-            table.clear()
-        return survey
+        return survey.clear_by_feature()
     return survey.load_dense(Bundle(work, name).read)
 
 

@@ -13,6 +13,7 @@ from pipelines.statistics import CodeBlock, FeatureCounts, FiringTable, RowCount
 from pipelines.statistics.tables import N_BINS, value_bins
 
 T = TypeVar("T")
+KEPT = ("top", "random")
 TABLES = ("tokens", "positions", "parts", "documents", "bins")
 
 
@@ -38,7 +39,7 @@ class Extent:
 
 
 class Survey:
-    """Dense counts and kept examples, small; and sparse tables of firings, which grow with the corpus."""
+    """Dense counts, small; and by feature kept examples and sparse tables of firings, which grow with the corpus."""
 
     def __init__(self, extent: Extent, n_examples: int, n_random: int, seed: int):
         self.counts = FeatureCounts(extent.n_features)
@@ -59,35 +60,43 @@ class Survey:
     def merge(self, other: Survey) -> Survey:
         self.counts.merge(other.counts)
         self.rows.merge(other.rows)
-        self.top.merge(other.top)
-        self.random.merge(other.random)
+        for kind in KEPT:
+            getattr(self, kind).merge(getattr(other, kind))
         for name, table in other.tables.items():
             self.tables[name].merge(table)
         return self
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
-        """One-dimensional arrays that say all of it; tables feature by feature."""
+        """One-dimensional arrays that say all of it; kept examples and tables feature by feature."""
         arrays = {"n_rows": np.array([self.counts.n_rows])}
         arrays |= {f"counts/{name}": getattr(self.counts, name) for name in ("fires", "total", "peak")}
         arrays |= {f"rows/{name}": counts for name, counts in self.rows.finalize().items()}
-        for kind in ("top", "random"):
-            arrays |= {f"{kind}/{name}": column for name, column in getattr(self, kind).finalize().items()}
+        for kind in KEPT:
+            columns = getattr(self, kind).finalize()
+            arrays |= {f"{kind}/{name}": column for name, column in columns.items()}
+            features = np.arange(len(self.counts.fires) + 1)
+            arrays[f"{kind}/starts"] = np.searchsorted(columns["feature"], features).astype(np.int64)
         for name, table in self.tables.items():
             counts, total = table.finalize()
             arrays |= {f"{name}/starts": counts.indptr.astype(np.int64), f"{name}/columns": counts.indices.astype(np.uint32)}
             arrays |= {f"{name}/count": counts.data.astype(np.uint32), f"{name}/total": total}
         return arrays
 
+    def clear_by_feature(self) -> Survey:
+        """Forget what is kept by feature."""
+        for kind in KEPT:
+            getattr(self, kind).clear()
+        for table in self.tables.values():
+            table.clear()
+        return self
+
     def load_dense(self, read: Any) -> Survey:
-        """Everything but the tables, as `read(name)` gives the arrays of `to_arrays`; the tables stay empty."""
+        """The dense counts, as `read(name)` gives the arrays of `to_arrays`; what is kept by feature stays empty."""
         self.counts.n_rows = int(read("n_rows")[0])
         for name in ("fires", "total", "peak"):
             setattr(self.counts, name, read(f"counts/{name}"))
         for name in self.rows.finalize():
             setattr(self.rows, name, read(f"rows/{name}"))
-        for kept, kind in ((self.top, "top"), (self.random, "random")):
-            for name in kept.finalize():
-                setattr(kept, name, read(f"{kind}/{name}"))
         return self
 
 

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from actstore.place import open_place
 from actstore.reader import Shard
 from pipelines.analysis import QUANTILES, create_arrays
-from pipelines.statistics import FiringTable
+from pipelines.statistics import FiringTable, SampledExamples, TopExamples
+from pipelines.statistics.examples import COLUMNS
 from pipelines.statistics.tables import quantile_bins
 from pipelines.surveying.job import Job, shard_name
 from pipelines.surveying.partials import Bundle, publish_bundle
-from pipelines.surveying.survey import TABLES
+from pipelines.surveying.survey import KEPT, TABLES
 
 TILE_FIRINGS = 4_000_000
 """Firings of a tile's features, at most (a feature alone may have more): bounds what a task holds of a table."""
@@ -36,10 +37,11 @@ def table_tiles(fires: NDArray[np.int64], tile_firings: int = TILE_FIRINGS) -> l
 
 
 def merge_tables(job: Job, tile: int, start: int, stop: int, shards: list[Shard]) -> dict[str, NDArray[Any]]:
-    """Write the tables of the features [start, stop); returns (stop - start,) facts of each feature.
+    """Write the tables of the features [start, stop); returns (stop - start,) facts of each feature, and its kept examples.
 
     `quantile_bins` (n, quantiles), `n_documents` in which it fires, `same_document` ordered pairs of its firings that lie
-    in one document. The document table itself is not kept: it grows with the corpus.
+    in one document; `top/feature`, `random/value` and so on, what `Survey.top` and `random` have over all shards. The
+    document table itself is not kept: it grows with the corpus.
     """
     work = open_place(job.work_url)
     name = f"tables/{tile:06d}"
@@ -59,9 +61,13 @@ def merge_tables(job: Job, tile: int, start: int, stop: int, shards: list[Shard]
             create_arrays(
                 job.result_url, f"{table}/tiles/{tile:06d}", arrays | ({"total": total} if table == "tokens" else {})
             )
+        for kind, kept in (("top", TopExamples(job.n_examples)), ("random", SampledExamples(job.n_random, job.seed))):
+            kept.add_kept(*(_kept(bundle, kind, start, stop) for bundle in bundles))
+            facts |= {f"{kind}/{column}": values for column, values in kept.finalize().items()}
         publish_bundle(work, name, facts)
     bundle = Bundle(work, name)
-    found = {key: bundle.read(key) for key in ("n_documents", "same_document", "quantile_bins")}
+    columns = [f"{kind}/{column}" for kind in KEPT for column in COLUMNS]
+    found = {key: bundle.read(key) for key in ("n_documents", "same_document", "quantile_bins", *columns)}
     found["quantile_bins"] = found["quantile_bins"].reshape(stop - start, len(QUANTILES))
     return found
 
@@ -73,6 +79,11 @@ def csr_arrays(counts: Any, n_columns: int) -> dict[str, NDArray[Any]]:
         "columns": counts.indices.astype(np.min_scalar_type(n_columns - 1)),
         "count": counts.data.astype(np.min_scalar_type(int(counts.data.max(initial=0)))),
     }
+
+
+def _kept(bundle: Bundle, kind: str, start: int, stop: int) -> dict[str, NDArray[Any]]:
+    first, last = bundle.read(f"{kind}/starts", start, stop + 1)[[0, -1]].tolist()
+    return {name: bundle.read(f"{kind}/{name}", first, last) for name in COLUMNS}
 
 
 def _merged(job: Job, name: str, start: int, stop: int, bundles: list[Bundle]) -> tuple[Any, NDArray[np.float64]]:
