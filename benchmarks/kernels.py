@@ -19,10 +19,10 @@ from statistics import median  # noqa: E402
 
 import torch  # noqa: E402
 
+from pipelines.memory import keep_freed_memory  # noqa: E402
 from pipelines.sae.base import Objective  # noqa: E402
 from pipelines.sae.kernels import KERNELS, choose_kernel  # noqa: E402
 from pipelines.sae.topk import TopKSae  # noqa: E402
-from pipelines.training.memory import keep_freed_memory  # noqa: E402
 from pipelines.training.trainee import Recipe, Trainee  # noqa: E402
 
 SHAPES = (

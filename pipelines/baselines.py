@@ -37,6 +37,7 @@ from pipelines.evaluate import (
     require_heldout,
     save_evaluation,
 )
+from pipelines.memory import keep_freed_memory
 from pipelines.progress import track
 from pipelines.recipe import CollectConfig
 from pipelines.row_metrics import RowMetrics, heldout_metrics, heldout_rows
@@ -44,7 +45,6 @@ from pipelines.sae.base import Sae
 from pipelines.sae.checkpoint import RunRecord, load_run
 from pipelines.text_metrics import Replace, heldout_text, reconstructing
 from pipelines.training.config import TrainConfig
-from pipelines.training.memory import keep_freed_memory
 from pipelines.training.ranks import Ranks
 from pipelines.training.start import Samples, default_learning_rate, new_trainee
 

@@ -10,10 +10,13 @@ from multiprocessing import resource_tracker
 from typing import Any
 
 from actstore.errors import InputError
+from pipelines.memory import keep_freed_memory
 from pipelines.progress import track
 
 CONNECT_TIMEOUT_S = 10
 WORKERS_TIMEOUT_S = 30
+KEPT_BYTES = 8 << 20
+"""Of memory that a task frees, the largest block that its worker keeps for the next: most arrays of a shard's statistics."""
 
 
 @contextmanager
@@ -33,6 +36,7 @@ def connect(scheduler: str | None, workers: int, *, threads: bool = False) -> It
         raise InputError(f"workers {workers}: need at least 1.")
     try:
         with _client(scheduler, workers, threads) as client:
+            client.register_plugin(_keeping_memory())
             if client.dashboard_link and client.scheduler_info(n_workers=0)["services"]:
                 print(f"dashboard: {client.dashboard_link}", file=sys.stderr)
             yield client
@@ -41,6 +45,19 @@ def connect(scheduler: str | None, workers: int, *, threads: bool = False) -> It
             f"workers: died again and again over one task ({error.task}), most likely for want of memory; "
             "use fewer --workers, or machines with more memory; what was committed is kept."
         ) from error
+
+
+def _keeping_memory() -> Any:
+    """For every worker, also those that come later."""
+    from distributed import WorkerPlugin
+
+    class KeepsMemory(WorkerPlugin):
+        name = "actstore-memory"
+
+        def setup(self, worker: Any) -> None:
+            keep_freed_memory(KEPT_BYTES)
+
+    return KeepsMemory()
 
 
 @contextmanager

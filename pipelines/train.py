@@ -13,11 +13,11 @@ from typing import Any
 
 from actstore.errors import InputError, OutputExists
 from pipelines.capture import choose_device
+from pipelines.memory import keep_freed_memory
 from pipelines.sae.checkpoint import RECORD, WEIGHTS
 from pipelines.sae.tensors import making
 from pipelines.training.config import OWN, TrainConfig
 from pipelines.training.log import METRICS
-from pipelines.training.memory import keep_freed_memory
 from pipelines.training.ranks import device_of_rank, is_first_process, ranks_of_environment
 from pipelines.training.session import Session
 from pipelines.training.state import STATE, discard_state, load_state

@@ -30,6 +30,7 @@ LEAVES = frozenset(
         "hub",
         "index_build",
         "made_store",
+        "memory",
         "pairs",
         "progress",
         "recipe",

@@ -16,10 +16,10 @@ from torch import Tensor  # noqa: E402
 
 from actstore import __version__  # noqa: E402
 from benchmarks.peers.steps import Task, Trainer, main  # noqa: E402
+from pipelines.memory import keep_freed_memory  # noqa: E402
 from pipelines.sae.base import Objective  # noqa: E402
 from pipelines.sae.median import geometric_median  # noqa: E402
 from pipelines.sae.topk import TopKSae  # noqa: E402
-from pipelines.training.memory import keep_freed_memory  # noqa: E402
 from pipelines.training.start import default_learning_rate  # noqa: E402
 from pipelines.training.trainee import AUXK, Recipe, Trainee  # noqa: E402
 
