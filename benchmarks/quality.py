@@ -45,9 +45,9 @@ from pipelines.text_metrics import heldout_text, reconstructing
 OTHERS = ("saelens", "dictionary_learning")
 TRAINERS = ("ours", *OTHERS)
 LEARNING_RATES = {
-    "ours": (3e-3, 6e-3, 1e-2),
-    "saelens": (1e-3, 3e-3, 5e-3),
-    "dictionary_learning": (3e-3, 6e-3, 1e-2),
+    "ours": (6e-3, 1e-2, 1.6e-2),
+    "saelens": (3e-3, 5e-3, 8e-3),
+    "dictionary_learning": (6e-3, 1e-2, 1.6e-2),
 }
 """Around the best of each in 390 steps. SAELens' decoder rows begin at norm 0.1, where a step goes ten times as far."""
 COLLECT_TOKENS = 1_100_000

@@ -41,7 +41,7 @@ from pipelines.statistics.tables import N_BINS, quantile_bins
 from pipelines.surveying.contexts import Columns, contexts, example_documents
 from pipelines.surveying.exports import write_exports
 from pipelines.surveying.job import Job, corpus_parts, document_names
-from pipelines.surveying.pair_tasks import add_pairs, count_pairs, pair_tiles, shard_groups, write_pairs
+from pipelines.surveying.pair_tasks import add_pairs, count_pairs, heaviest_first, pair_tiles, shard_groups, write_pairs
 from pipelines.surveying.shard_tasks import sample_shard, survey_shard
 from pipelines.surveying.survey import KEPT, TABLES, Extent, Survey, merged
 from pipelines.surveying.tile_tasks import merge_tables, table_tiles
@@ -217,7 +217,8 @@ def _count_pairs(
     if of_documents:
         groups = [range(len(shards))]
     tasks, finish = [], []
-    for i, (start, stop) in enumerate(tiles):
+    for i in heaviest_first(tiles, features["fires"]):
+        start, stop = tiles[i]
         tasks.append([(job, i, start, most[start:stop], [shards[s] for s in group]) for group in groups])
         finish.append((job, i, most, n_total))
     found = reduce_groups(client, "pairs", count_pairs, add_pairs, write_pairs, tasks, finish)
