@@ -5,8 +5,8 @@ time, the codes of the rows of these firings are gathered (each row is k contigu
 the result that belong to their features: a piece and the rows it adds to stay in a core's cache, and a piece is one call,
 however many features it touches. Each feature's counts are of the smallest type that can hold them.
 
-Measured in one run of `benchmarks/analyze.py` (F = 24,576, k = 32, Zipf codes, 1M rows, one thread): 357,000 rows/s, 24 times
-a scipy sparse product BᵀB; a dense one on two threads does 147 rows/s.
+Measured in one run of `benchmarks/analyze.py` (F = 24,576, k = 32, Zipf codes, 1M rows, one thread): 357,000 rows/s, 24
+times a scipy sparse product BᵀB; a dense one on two threads does 147 rows/s.
 """
 
 from __future__ import annotations
