@@ -17,6 +17,7 @@ import numpy as np
 import scipy.sparse as sp
 import zarr
 from numpy.typing import NDArray
+from zarr.errors import ContainsGroupError
 
 from actstore import paths
 from actstore.errors import DamagedStore, InputError, NotAStore, OutputExists
@@ -69,11 +70,17 @@ def require_new_analysis(path: str | Path) -> None:
 
 
 def open_arrays(place: Place, mode: Any) -> zarr.Group:
-    """The Zarr group of an analysis."""
+    """The Zarr group of an analysis. Several may ask for it with mode "a" at once: one of them creates it."""
+    where: Any
     if isinstance(place, Folder):
-        return zarr.open_group(place.path / paths.DATA, mode=mode)
-    data: Any = open_place(f"{place.url}/{paths.DATA}")
-    return zarr.open_group(zarr.storage.ObjectStore(data.objects), mode=mode)
+        where = place.path / paths.DATA
+    else:
+        data: Any = open_place(f"{place.url}/{paths.DATA}")
+        where = zarr.storage.ObjectStore(data.objects)
+    try:
+        return zarr.open_group(where, mode=mode)
+    except ContainsGroupError:  # not there when it was looked for, there when it was to be created
+        return zarr.open_group(where, mode="r+")
 
 
 def create_arrays(url: str, group: str, arrays: dict[str, NDArray[Any]], chunk_bytes: int = 0) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +30,7 @@ from actstore.reader import Shard
 from actstore.schema import PARTS
 from pipelines import analyze as analyze_module
 from pipelines import association
-from pipelines.analysis import Analysis, ColumnWriter, create_arrays, open_place
+from pipelines.analysis import Analysis, ColumnWriter, create_arrays, open_arrays, open_place
 from pipelines.analyze import AnalyzeConfig, analyze, burstiness
 from pipelines.code_store import CodeStore
 from pipelines.surveying import pair_tasks
@@ -457,6 +458,20 @@ def test_columns_written_piece_by_piece_are_the_files_of_columns_written_whole(
         for side in ("pieces", "whole")
     )
     assert found == expected
+
+
+def test_tiles_that_are_the_first_to_write_may_do_so_at_once(tmp_path: Path) -> None:
+    barrier = threading.Barrier(8)
+
+    def write(tile: int, place: Path) -> None:
+        barrier.wait()
+        create_arrays(str(place), f"table/tiles/{tile}", {"count": np.arange(3)})
+
+    with ThreadPoolExecutor(8) as pool:
+        for attempt in range(20):
+            place = tmp_path / str(attempt)
+            list(pool.map(write, range(8), [place] * 8))
+            assert sorted(open_arrays(open_place(place), "r")["table/tiles"].group_keys()) == [str(i) for i in range(8)]
 
 
 # Tables for others
