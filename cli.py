@@ -519,15 +519,14 @@ def analyze(sources: tuple[str, ...], as_json: bool, **options: Any) -> None:
       actstore analyze codes --out analysis
       actstore analyze gpt2.store run --out analysis --scheduler tcp://head:8786
     """
-    from pipelines.analysis import require_new_analysis
-    from pipelines.analyze import AnalyzeConfig
+    from pipelines.analyze import AnalyzeConfig, require_place
     from pipelines.analyze import analyze as stage
     from pipelines.codes import EncodeConfig
     from pipelines.codes import encode as encode_stage
 
     if len(sources) > 2:
         raise click.UsageError("pass CODES, or STORE and RUN.")
-    require_new_analysis(options["out"])
+    require_place(options["out"])
     codes: str | Path = sources[0]
     if len(sources) == 2:
         codes = f"{options['out'].rstrip('/')}.codes"

@@ -93,15 +93,28 @@ def analyze(config: AnalyzeConfig, client: Any = None) -> dict[str, Any]:
     to use instead of the one the configuration asks for. Raises NotAStore, IncompleteStore, DamagedStore, OutputExists,
     NoSpace; nothing is published then.
     """
-    require_new_analysis(config.out)
+    require_place(config.out)
     codes = CodeStore(config.codes)
-    work = open_place(f"{str(config.out).rstrip('/')}.partial")
+    work = _work(config.out)
     slots = config.examples + config.random_examples + config.strata
     open_place(config.out).require_space(codes.n_features * slots * (config.before + config.after + 1) * 8, "the examples")
     if client is not None:
         return _analyze(config, codes, work, client)
     with connect(config.scheduler, config.workers, threads=config.threads) as own_client:
         return _analyze(config, codes, work, own_client)
+
+
+def require_place(out: str | Path) -> None:
+    """Raises OutputExists when anything lies at `out`, but for parts of a result that was interrupted in a bucket, where it
+    grows in its place."""
+    place = open_place(out)
+    is_begun = not isinstance(place, Folder) and _work(out).exists(KEY)
+    if not is_begun or not all(e in (paths.DATA, paths.TOKENIZER) or e.endswith(".parquet") for e in place.entries()):
+        require_new_analysis(out)
+
+
+def _work(out: str | Path) -> Place:
+    return open_place(f"{str(out).rstrip('/')}.partial")
 
 
 def _analyze(config: AnalyzeConfig, codes: CodeStore, work: Place, client: Any) -> dict[str, Any]:
@@ -155,14 +168,17 @@ def _keep_or_clear(work: Place, config: AnalyzeConfig, job: Job) -> None:
     if work.exists(KEY):
         if work.read(KEY) == key:
             return
-        _clear(work)
+        _clear(work, open_place(job.result_url))
     elif work.entries() - {"lock", "lease"}:
         raise OutputExists(f"{work}: exists and is not left from an analysis; move it away.")
     work.publish(KEY, key)
 
 
-def _clear(work: Place) -> None:
+def _clear(work: Place, result: Place | None = None) -> None:
     """Remove partial results: the key last, so that what remains after a kill is still known for what it is."""
+    if result is not None:
+        for name in result.names():
+            result.remove(name)
     for name in work.names():
         if name != KEY and not name.startswith("lease/"):
             work.remove(name)

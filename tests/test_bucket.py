@@ -41,6 +41,7 @@ from actstore.schema import PARTS
 from actstore.stream import BatchStream
 from actstore.writer import StoreWriter
 from cli import cli
+from pipelines import analyze as analyze_module
 from pipelines import cluster
 from pipelines import collect as stage
 from pipelines.analysis import Analysis
@@ -596,6 +597,47 @@ def test_an_analysis_in_a_bucket_says_what_one_in_a_folder_says(
     assert result.exit_code == 0, result.stderr
     with pytest.raises(OutputExists, match="exists"):
         analyze(AnalyzeConfig(codes=in_bucket, out=f"{url}/analysis", **asked), client)
+
+
+@pytest.mark.parametrize("first", [{"examples": 2}, {"examples": 3, "min_together": 5}])
+def test_an_interrupted_analysis_in_a_bucket_is_finished_by_the_next(
+    first: dict[str, int],
+    codes: Path,
+    client: Any,
+    server: Server,
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the same command, or by one with other options, which uses nothing of it."""
+    in_bucket, asked = copy_to_bucket(codes, f"{url}/codes"), {"examples": 2}
+    analyze(AnalyzeConfig(codes=codes, out=tmp_path / "analysis", **asked), client)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(analyze_module, "_examples", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            analyze(AnalyzeConfig(codes=in_bucket, out=f"{url}/analysis", **first), client)
+    assert server.objects(f"{url}/analysis")
+    with pytest.raises(NotAStore, match="not an analysis"):
+        Analysis(f"{url}/analysis")
+    analyze(AnalyzeConfig(codes=in_bucket, out=f"{url}/analysis", **asked), client)
+    found, expected = server.objects(f"{url}/analysis"), objects_of(tmp_path / "analysis")
+    assert found.pop("analysis.json")
+    assert expected.pop("analysis.json")
+    assert found == expected
+
+
+def test_what_is_not_part_of_an_interrupted_analysis_is_left_alone(
+    codes: Path, client: Any, server: Server, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_place(f"{url}/analysis.partial").publish(analyze_module.KEY, b"left by another one")
+    open_place(f"{url}/analysis").publish("notes.txt", b"mine")
+    with pytest.raises(OutputExists, match="exists"):
+        analyze(AnalyzeConfig(codes=codes, out=f"{url}/analysis"), client)
+    assert server.objects(f"{url}/analysis") == {"notes.txt": b"mine"}
 
 
 @pytest.mark.usefixtures("one_thread")
