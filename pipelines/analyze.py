@@ -28,11 +28,9 @@ from pipelines.analysis import (
     QUANTILES,
     RECORD,
     Analysis,
-    SparseRows,
-    create_arrays,
-    open_arrays,
     require_new_analysis,
 )
+from pipelines.analysis_arrays import SparseRows, create_arrays, open_arrays
 from pipelines.cluster import connect, reduce_groups, reduce_tasks, run_tasks, share
 from pipelines.code_store import CodeStore
 from pipelines.statistics import frequency_bands

@@ -47,12 +47,9 @@ def sweep(options: dict[str, Any]) -> dict[str, Any]:
     speed = {"sweep": str(out), "rows_per_s": results[0]["rows_per_s"], "data_wait_share": results[0]["data_wait_share"]}
     if not is_first_process():
         return speed
-    diverged = [
-        _named(config) | {"diverged_within": result["diverged_within"]}
-        for config, result in zip(configs, results, strict=True)
-        if "diverged_within" in result
-    ]
-    finished = [pair for pair in zip(configs, results, strict=True) if "diverged_within" not in pair[1]]
+    pairs = list(zip(configs, results, strict=True))
+    finished = [(config, result) for config, result in pairs if "diverged_within" not in result]
+    diverged = [_named(config) | {"diverged_within": n} for config, own in pairs if (n := own.get("diverged_within"))]
     measured_on, figures = compared_figures(*map(list, zip(*finished, strict=True)))
     rows = [_named(config) | own for (config, _), own in zip(finished, figures, strict=True)]
     rows.sort(key=lambda row: -row["fve"])

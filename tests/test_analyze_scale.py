@@ -30,7 +30,8 @@ from actstore.reader import Shard
 from actstore.schema import PARTS
 from pipelines import analyze as analyze_module
 from pipelines import association
-from pipelines.analysis import Analysis, ColumnWriter, create_arrays, open_arrays, open_place
+from pipelines.analysis import Analysis, open_place
+from pipelines.analysis_arrays import ColumnWriter, create_arrays, open_arrays
 from pipelines.analyze import AnalyzeConfig, analyze, burstiness
 from pipelines.code_store import CodeStore
 from pipelines.surveying import pair_tasks
@@ -442,8 +443,8 @@ def test_codes_that_changed_meanwhile_are_refused(made: Path, client: Any, tmp_p
 def test_columns_written_piece_by_piece_are_the_files_of_columns_written_whole(
     cuts: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.analysis.CHUNK_ENTRIES", 4)
-    monkeypatch.setattr("pipelines.analysis.OBJECT_CHUNKS", 4)
+    monkeypatch.setattr("pipelines.analysis_arrays.CHUNK_ENTRIES", 4)
+    monkeypatch.setattr("pipelines.analysis_arrays.OBJECT_CHUNKS", 4)
     whole = {"columns": np.arange(cuts[-1], dtype=np.uint16), "count": np.arange(cuts[-1], dtype=np.uint8)[::-1]}
     create_arrays(str(tmp_path / "whole"), "group", whole)
     writer = ColumnWriter(str(tmp_path / "pieces"), "group", {name: each.dtype for name, each in whole.items()}, cuts[-1])

@@ -19,6 +19,7 @@ STORE_LIBRARIES = frozenset({"numpy", "zarr", "numcodecs", "google_crc32c", "obs
 LEAVES = frozenset(
     {
         "analysis",
+        "analysis_arrays",
         "association",
         "builtin",
         "capture",

@@ -15,7 +15,8 @@ import scipy.sparse as sp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from actstore.errors import DamagedStore, InputError, NotAStore, OutputExists
-from pipelines.analysis import ANALYSIS_VERSION, Analysis, create_arrays
+from pipelines.analysis import ANALYSIS_VERSION, Analysis
+from pipelines.analysis_arrays import create_arrays
 from pipelines.report import page
 from pipelines.report.page import ReportConfig, report
 from pipelines.statistics import frequency_bands

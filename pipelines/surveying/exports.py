@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from actstore.place import Place, open_place
 from pipelines import association
-from pipelines.analysis import EXAMPLE_KINDS, QUANTILES, Analysis, SparseRows
+from pipelines.analysis import EXAMPLE_KINDS, QUANTILES, Analysis
+from pipelines.analysis_arrays import SparseRows
 from pipelines.statistics.tables import bin_edges
 from pipelines.surveying.job import corpus_parts
 from pipelines.surveying.pair_tasks import done

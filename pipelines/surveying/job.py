@@ -14,7 +14,7 @@ from actstore.reader import Shard
 from actstore.schema import PARTS
 from pipelines.code_store import CodeStore, open_codes
 from pipelines.statistics import CodeBlock
-from pipelines.surveying.survey import Extent
+from pipelines.surveying.survey import Extent, Survey
 
 MOST_PARTS = 256
 """Corpus parts counted apart; documents of any further ones are counted as the last."""
@@ -38,6 +38,10 @@ class Job:
 
     def open(self) -> CodeStore:
         return open_codes(self.codes_url, self.snapshot)
+
+    def survey(self) -> Survey:
+        """One of nothing yet."""
+        return Survey(self.extent, self.n_examples, self.n_random, self.seed)
 
 
 def shard_name(shard: Shard) -> str:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from actstore.place import open_place
 from actstore.reader import Shard
-from pipelines.analysis import ColumnWriter, create_arrays
+from pipelines.analysis_arrays import ColumnWriter, create_arrays
 from pipelines.association import npmi
 from pipelines.pairs import BLOCK_CODES, PairTile, count_bytes, count_type
 from pipelines.surveying.job import Job, row_columns, shard_name
@@ -126,10 +126,11 @@ def write_pairs(job: Job, tile: int, each: NDArray[np.int64], n_total: int, coun
     """
     work = open_place(job.work_url)
     if counts is not None:
+        least = max(job.min_together, 1)
         lengths, n_pairs, largest = [np.zeros(1, np.int64)], 0, 0
         for _, piece in _without_themselves(counts):
             n_pairs += int(np.count_nonzero(piece))
-            lengths.append(np.count_nonzero(piece >= max(job.min_together, 1), axis=1))
+            lengths.append(np.count_nonzero(piece >= least, axis=1))
             largest = max(largest, int(piece.max(initial=0)))
         starts = np.cumsum(np.concatenate(lengths), dtype=np.int64)
         group, n_kept = f"cooccurrence/tiles/{tile:06d}", int(starts[-1])
@@ -137,7 +138,7 @@ def write_pairs(job: Job, tile: int, each: NDArray[np.int64], n_total: int, coun
         dtypes = {"columns": np.min_scalar_type(job.extent.n_features - 1), "count": count_type(largest if n_kept else 0)}
         writer, best = ColumnWriter(job.result_url, group, dtypes, n_kept), []
         for first, piece in _without_themselves(counts):
-            row, column = np.nonzero(piece >= max(job.min_together, 1))
+            row, column = np.nonzero(piece >= least)
             together = piece[row, column]
             writer.add(columns=column, count=together)
             best.append(_strongest(job, row + first, column, together, each, n_total))

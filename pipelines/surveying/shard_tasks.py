@@ -24,7 +24,7 @@ def survey_shard(job: Job, shard: Shard) -> Survey:
     """
     work = open_place(job.work_url)
     name = shard_name(shard)
-    survey = Survey(job.extent, job.n_examples, job.n_random, job.seed)
+    survey = job.survey()
     if not work.exists(name):
         codes = []
         for block in blocks(job, shard, BLOCK_ROWS):

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from actstore.place import open_place
 from actstore.reader import Shard
-from pipelines.analysis import QUANTILES, create_arrays
-from pipelines.statistics import FiringTable, SampledExamples, TopExamples
+from pipelines.analysis import QUANTILES
+from pipelines.analysis_arrays import create_arrays
+from pipelines.statistics import FiringTable
 from pipelines.statistics.examples import COLUMNS
 from pipelines.statistics.tables import quantile_bins
 from pipelines.surveying.job import Job, shard_name
@@ -61,8 +62,9 @@ def merge_tables(job: Job, tile: int, start: int, stop: int, shards: list[Shard]
             create_arrays(
                 job.result_url, f"{table}/tiles/{tile:06d}", arrays | ({"total": total} if table == "tokens" else {})
             )
-        for kind, kept in (("top", TopExamples(job.n_examples)), ("random", SampledExamples(job.n_random, job.seed))):
-            kept.add_kept(*(_kept(bundle, kind, start, stop) for bundle in bundles))
+        survey = job.survey()
+        for kind in KEPT:
+            kept = getattr(survey, kind).add_kept(*(_kept(bundle, kind, start, stop) for bundle in bundles))
             facts |= {f"{kind}/{column}": values for column, values in kept.finalize().items()}
         publish_bundle(work, name, facts)
     bundle = Bundle(work, name)
