@@ -7,9 +7,12 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import psutil
 import pytest
 from commandkit import Command
 from daskkit import worker_processes
@@ -77,13 +80,14 @@ class Kills:
         """Kill some of a command's workers, one after another, and then the command."""
         for _ in range(n_worker_kills):
             self._wait(command)
-            victims = worker_processes(command.pid)
-            if victims:
+            if victims := worker_processes(command.pid):
                 self.moments.choice(victims).kill()
                 self.n_workers += 1
-                self.check()
+                with held_still(command.pid):
+                    self.check()
         self._wait(command)
-        assert not command.has_ended, "the collection was finished before it could be killed so often"
+        if command.has_ended:
+            pytest.fail(f"the collection ended before it could be killed so often: {command.result()}; {self}")
         self.n_while_locked += self.is_locked
         os.kill(command.pid, signal.SIGKILL)
         assert command.join() == -signal.SIGKILL
@@ -93,18 +97,23 @@ class Kills:
         self.shards_at_resume.append(len(self.records))
 
     def _wait(self, command: Command) -> None:
-        """Until a random moment: of the start, of the work on the first shards, or right after some shard."""
+        """Until a random moment: of the start, of the work on the first shards, or right after some shard.
+
+        However fast the machine, few shards are committed meanwhile: what is left to do must last for all the kills.
+        """
+        n_before = len(self.records)
         if self.moments.random() < 0.1:
-            time.sleep(self.moments.uniform(0, self.start_s))
-            return
-        deadline, n_before = time.monotonic() + PATIENCE_S, len(self.records)
-        n_more = self.moments.choice([0, 0, 0, 1, 1, 2])
-        while not self.is_locked or len(self.records) < n_before + n_more:
-            assert time.monotonic() < deadline
-            if command.has_ended:
-                return
+            seconds, n_more = self.moments.uniform(0, self.start_s), 1
+        else:
+            n_more = self.moments.choice([0, 0, 0, 1, 1, 2])
+            self._sleep(command, PATIENCE_S, lambda: self.is_locked and len(self.records) >= n_before + n_more)
+            seconds = self.moments.uniform(0, self.start_s / 15)
+        self._sleep(command, seconds, lambda: len(self.records) > n_before + n_more)
+
+    def _sleep(self, command: Command, seconds: float, is_enough: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not command.has_ended and not is_enough():
             time.sleep(0.002)
-        time.sleep(self.moments.uniform(0, self.start_s / 15))
 
     @property
     def records(self) -> list[Path]:
@@ -150,6 +159,23 @@ class Kills:
             f"while they held the store, {self.n_half_written} left something half-written; committed shards at each "
             f"resume: {' '.join(map(str, self.shards_at_resume))}"
         )
+
+
+@contextmanager
+def held_still(pid: int) -> Iterator[None]:
+    """A process and all below it do nothing meanwhile."""
+    above = psutil.Process(pid)
+    above.suspend()  # first: it starts others
+    held = [above, *above.children(recursive=True)]
+    try:
+        for process in held[1:]:
+            with suppress(psutil.NoSuchProcess):  # the one just killed
+                process.suspend()
+        yield
+    finally:
+        for process in held:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
 
 
 def test_whenever_a_command_is_killed_no_committed_shard_is_lost(model_folder: Path, tmp_path: Path) -> None:
