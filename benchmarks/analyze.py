@@ -6,7 +6,8 @@ Codes of 24,576 features, k = 32, drawn by Zipf's law without repetition in a ro
 one table are of one run.
 
 **Counting alone**, from the same codes in memory to every count of the F x F: ours on one thread of this process and on one
-and two worker processes, each with the codes in its memory; beside it
+and two worker processes, by the tasks of `analyze`: shard by shard the codes and the rows in which each feature fires are
+left on disk; tile by tile they are read and counted. Beside it
 
 - the textbook form, a dense float32 (n, F) indicator A and AᵀA added up in place by torch, one block of rows on one and on
   two threads: each further block would take as long, so the rate is that of all rows;
@@ -47,6 +48,8 @@ import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 
+from actstore.place import open_place
+from actstore.reader import Shard
 from actstore.schema import PARTS, CorpusIdentity, PartRecord, RowArray, SegmentRecord
 from actstore.writer import StoreWriter, write_shard
 from pipelines.analyze import AnalyzeConfig, analyze
@@ -54,8 +57,11 @@ from pipelines.builtin import model_path
 from pipelines.cluster import connect, run_tasks
 from pipelines.code_store import CodeStore
 from pipelines.made_store import _manifest
-from pipelines.pairs import PairTile
-from pipelines.surveying.pair_tasks import heaviest_first, pair_tiles
+from pipelines.pairs import PairTile, firings_of, marked_codes
+from pipelines.surveying.job import Job, shard_name
+from pipelines.surveying.pair_tasks import count_pairs, countable, heaviest_first, pair_tiles
+from pipelines.surveying.partials import publish_bundle
+from pipelines.surveying.survey import Extent
 from pipelines.tokens import load_tokenizer
 
 REPETITIONS = 3
@@ -211,10 +217,10 @@ def blockwise_rate(
 def require_equal(together: NDArray[Any], indices: NDArray[Any], fired: NDArray[np.bool_]) -> None:
     """Every count is that of ours."""
     fires = np.bincount(indices[fired], minlength=FEATURES)
-    codes = marked(indices, fired)
+    codes = marked_codes(indices, fired, FEATURES)
     for start, stop in pair_tiles(fires):
         tile = PairTile(start, FEATURES, fires[start:stop])
-        tile.add(codes)
+        tile.add(codes, firings_of(codes, FEATURES).of(start, stop))
         for first in range(0, stop - start, 256):
             rows = slice(start + first, min(start + first + 256, stop))
             assert (tile.rows(first, first + 256) == together[rows]).all(), f"features {rows}"
@@ -235,51 +241,63 @@ def other_rates(indices: NDArray[Any], fired: NDArray[np.bool_], fires: NDArray[
 # Ours
 
 
-def marked(indices: NDArray[Any], fired: NDArray[np.bool_]) -> NDArray[Any]:
-    """Codes that do not fire as feature F, as the tasks of `analyze` have them."""
-    dtype = np.min_scalar_type(FEATURES)
-    return np.where(fired, indices.astype(dtype), dtype.type(FEATURES))
+def counting_job(codes: CodeStore, folder: Path) -> Job:
+    """What the tasks of `analyze` that count pairs are told."""
+    extent = Extent(FEATURES, K, n_vocabulary=0, context=CONTEXT, n_documents=0, n_parts=0)
+    return Job(codes.url, codes.snapshot, str(folder), str(folder), extent, 0, 0, 0, 0, within="row", min_together=1)
 
 
-def count_tile(codes: NDArray[Any], start: int, largest: NDArray[np.int64]) -> int:
+def list_shard(job: Job, codes: NDArray[Any], shard: Shard) -> None:
+    """Leave the codes of one shard and the rows in which each feature fires, as the survey does."""
+    own = codes[shard.start : shard.stop]
+    publish_bundle(open_place(job.work_url), shard_name(shard), countable(own, FEATURES))
+
+
+def count_tile(job: Job, start: int, largest: NDArray[np.int64], shards: list[Shard]) -> int:
     """Counts of some features against all; gives their sum, for a count that is thrown away could be left out."""
-    tile = PairTile(start, FEATURES, largest)
-    tile.add(codes)
+    tile = count_pairs(job, 0, start, largest, shards)
+    assert tile is not None
     return sum(int(part[:, :-1].sum(dtype=np.int64)) for part in tile._parts)
 
 
-def thread_rate(indices: NDArray[Any], fired: NDArray[np.bool_], fires: NDArray[np.int64]) -> Timed:
-    """All tiles one after another on this thread."""
+def tile_tasks(job: Job, fires: NDArray[np.int64], shards: list[Shard]) -> list[tuple[Any, ...]]:
+    tiles = pair_tiles(fires)
+    return [(job, tiles[i][0], fires[slice(*tiles[i])], shards) for i in heaviest_first(tiles, fires)]
+
+
+def thread_rate(job: Job, shards: list[Shard], codes: NDArray[Any], fires: NDArray[np.int64]) -> Timed:
+    """All shards and tiles one after another on this thread."""
     sums = []
 
     def count() -> None:
-        codes = marked(indices, fired)
-        for start, stop in pair_tiles(fires):
-            sums.append(count_tile(codes, start, fires[start:stop]))
+        for shard in shards:
+            list_shard(job, codes, shard)
+        sums.extend(count_tile(*task) for task in tile_tasks(job, fires, shards))
 
-    rate = timed(len(indices), count)
-    n_together = fired.sum(axis=1, dtype=np.int64)
+    rate = timed(len(codes), count)
+    n_together = (codes < FEATURES).sum(axis=1, dtype=np.int64)
     assert sum(sums) == (n_together**2).sum()
     return rate
 
 
-def process_rate(codes: NDArray[Any], fires: NDArray[np.int64], workers: int) -> Timed:
-    """All tiles, shared by worker processes that are there already, the codes in each one's memory; the best of three."""
-    n_rows = len(codes)
+def process_rate(job: Job, shards: list[Shard], codes: NDArray[Any], fires: NDArray[np.int64], workers: int) -> Timed:
+    """All of them, shared by worker processes that are there already, with the codes in their memory; the best of three."""
     with connect(None, workers) as client:
         held = client.scatter(codes, broadcast=True)
-        tiles = pair_tiles(fires)
-        tasks = [(held, tiles[i][0], fires[slice(*tiles[i])]) for i in heaviest_first(tiles, fires)]
-        run_tasks(client, "warm", count_tile, [(held, 0, fires[:1])] * (4 * workers))
+        lists = [(job, held, shard) for shard in shards]
+        counts = tile_tasks(job, fires, shards)
+        run_tasks(client, "warm", list_shard, lists)
+        run_tasks(client, "warm", count_tile, [(job, 0, fires[:1], shards)] * (4 * workers))
         found = []
         for _ in range(REPETITIONS):
             busy = sum(client.run(time.process_time).values())
             wall = time.perf_counter()
-            run_tasks(client, "pairs", count_tile, tasks)
+            run_tasks(client, "lists", list_shard, lists)
+            run_tasks(client, "pairs", count_tile, counts)
             wall = time.perf_counter() - wall
             found.append((wall, sum(client.run(time.process_time).values()) - busy))
     wall, busy = min(found)
-    return {"rows": n_rows, "rows_per_s": n_rows / wall, "rows_per_cpu_s": n_rows / busy, "tiles": len(tasks)}
+    return {"rows": len(codes), "rows_per_s": len(codes) / wall, "rows_per_cpu_s": len(codes) / busy, "tiles": len(counts)}
 
 
 def whole(codes: CodeStore, folder: Path, workers: int) -> Timed:
@@ -325,9 +343,11 @@ def measure(n_rows: int, memory_rows: list[int], folder: Path) -> dict[str, Any]
         del values
         fires = np.bincount(indices[fired], minlength=FEATURES)
         rates = result["counting"]
-        rates["ours, 1 thread"] = thread_rate(indices, fired, fires)
+        job, marked = counting_job(codes, folder / "counting"), marked_codes(indices, fired, FEATURES)
+        rates["ours, 1 thread"] = thread_rate(job, shards, marked, fires)
         for workers in (1, 2):
-            rates[f"ours, {workers} process(es)"] = process_rate(marked(indices, fired), fires, workers)
+            rates[f"ours, {workers} process(es)"] = process_rate(job, shards, marked, fires, workers)
+        del marked
         rates |= other_rates(indices, fired, fires)
         result["whole"] = {f"{n} worker(s)": whole(codes, folder, n) for n in (1, 2)}
         speed = {name: rate["rows_per_s"] for name, rate in rates.items()}

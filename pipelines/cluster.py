@@ -132,9 +132,11 @@ def run_tasks(client: Any, label: str, function: Callable[..., Any], tasks: Sequ
     futures = [client.submit(function, *task, pure=False) for task in tasks]
     with track(label, len(futures), "shards") as progress:
         for future in as_completed(futures):
-            future.result()
+            if future.status != "finished":
+                future.result()
             progress.advance(1)
-    return [future.result() for future in futures]
+    results: list[Any] = client.gather(futures)
+    return results
 
 
 def reduce_tasks(
@@ -185,4 +187,5 @@ def reduce_groups(
             if future.status != "finished":
                 future.result()
             progress.advance(1)
-    return [root.result() for root in roots]
+    results: list[Any] = client.gather(roots)
+    return results

@@ -1,9 +1,9 @@
 """In how many rows each pair of features fires together: exact counts of some features against all.
 
-Work is rows · k², not rows · F². The codes are brought into the order of features once; then, a few thousand firings at a
-time, the codes of the rows of these firings are gathered (each row is k contiguous numbers) and added into the rows of
-the result that belong to their features: a piece and the rows it adds to stay in a core's cache, and a piece is one call,
-however many features it touches. Each feature's counts are of the smallest type that can hold them.
+Work is rows · k², not rows · F². The rows in which each feature fires are listed once, feature after feature; then, a few
+thousand firings at a time, the codes of their rows are gathered (each row is k contiguous numbers) and added into the rows
+of the result that belong to their features: a piece and the rows it adds to stay in a core's cache, and a piece is one
+call, however many features it touches. Each feature's counts are of the smallest type that can hold them.
 
 Measured in one run of `benchmarks/analyze.py` (F = 24,576, k = 32, Zipf codes, 1M rows, one thread): 357,000 rows/s, 24
 times a scipy sparse product BᵀB; a dense one on two threads does 147 rows/s.
@@ -11,18 +11,54 @@ times a scipy sparse product BᵀB; a dense one on two threads does 147 rows/s.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy.sparse import _sparsetools
 
-BLOCK_CODES = 1 << 25
-"""Codes brought into order at a time. Each block goes once through the memory of all counts: few large ones are faster."""
-SCANNED_CODES = 1 << 21
-"""Codes searched for the tile's features at a time: bounds memory, and the masks stay in the cache."""
 PIECE_CODES = 1 << 16
 """Codes gathered at a time: they and their counts stay in a core's own cache."""
+
+
+class Firings(NamedTuple):
+    """The rows in which each of some consecutive features fires: feature i of them in rows[starts[i]:starts[i + 1]]."""
+
+    rows: NDArray[np.integer]
+    starts: NDArray[np.integer]
+    first_row: int = 0
+    """What is to be added to `rows`."""
+
+    def of(self, start: int, stop: int) -> Firings:
+        """Those of the features [start, stop)."""
+        starts = self.starts[start : stop + 1]
+        return Firings(self.rows[starts[0] : starts[-1]], starts - starts[0], self.first_row)
+
+
+def firings_of(codes: NDArray[Any], n_features: int) -> Firings:
+    """Those of all features in codes (n, k); feature F is none.
+
+    >>> rows, starts, _ = firings_of(np.array([[0, 2], [2, 1]]), 3)
+    >>> rows.tolist(), starts.tolist()
+    ([0, 1, 0, 1], [0, 1, 2, 4])
+    """
+    row_starts = np.arange(len(codes) + 1) * codes.shape[1]
+    entries = (np.ones(codes.size, np.uint8), codes.reshape(-1), row_starts)
+    by_feature = sp.csr_array(entries, shape=(len(codes), n_features + 1)).tocsc()
+    starts = by_feature.indptr[:-1]
+    return Firings(by_feature.indices[: starts[-1]], starts)
+
+
+def marked_codes(indices: NDArray[Any], fired: NDArray[np.bool_] | None, n_features: int) -> NDArray[Any]:
+    """(n, k) indices of what fires (None: all of them), and feature F where nothing does: all that counting needs.
+
+    >>> marked_codes(np.array([[0, 2]]), np.array([[True, False]]), 3).tolist()
+    [[0, 3]]
+    """
+    dtype = np.min_scalar_type(n_features)
+    codes = np.asarray(indices, dtype)
+    return codes if fired is None else np.where(fired, codes, dtype.type(n_features))
 
 
 def pair_counts(
@@ -37,8 +73,9 @@ def pair_counts(
     [[0, 1, 1], [2, 1, 3]]
     """
     start, stop, _ = features.indices(n_features)
+    codes = marked_codes(indices, fired, n_features)
     tile = PairTile(start, n_features, np.full(max(stop - start, 0), len(indices)))
-    tile.add(indices, fired)
+    tile.add(codes, firings_of(codes, n_features).of(tile.start, tile.stop))
     return tile.rows()
 
 
@@ -64,6 +101,8 @@ def count_bytes(largest: NDArray[np.integer]) -> NDArray[np.int64]:
 class PairTile:
     """Counts of some consecutive features against all, to which rows are added block by block; holds no F x F.
 
+    Each block goes once through the memory of all counts: few large ones are faster.
+
     `largest` (n,) says of each feature from `start` on how often it can count with any other: its firings in all rows that
     are added, or more. A feature alone that needs a wide type leaves the others' counts narrow.
     """
@@ -71,10 +110,9 @@ class PairTile:
     def __init__(self, start: int, n_features: int, largest: NDArray[np.integer]):
         self.start, self.stop, self.n_features = start, start + len(largest), n_features
         widths = count_bytes(largest)
-        order = np.argsort(widths, kind="stable")
-        self._rank = np.empty(len(order), np.int64)  # features by (width, number)
-        self._rank[order] = np.arange(len(order))
-        self._edges = np.searchsorted(widths[order], [1, 2, 4, 8, 9])
+        self._order = np.argsort(widths, kind="stable")  # features by (width, number)
+        self._rank = np.argsort(self._order)
+        self._edges = np.searchsorted(widths[self._order], [1, 2, 4, 8, 9])
         # one more column takes the codes that do not count
         n_columns = n_features + 1
         self._parts = [np.zeros((n, n_columns), f"u{1 << i}") for i, n in enumerate(np.diff(self._edges).tolist())]
@@ -102,61 +140,38 @@ class PairTile:
         for kind, part in enumerate(self._parts):
             part[:, :-1] += counts[kinds == kind].astype(part.dtype)
 
-    def add(
-        self,
-        indices: NDArray[Any],
-        fired: NDArray[np.bool_] | None = None,
-        near: tuple[NDArray[Any], NDArray[np.bool_]] | None = None,
-    ) -> None:
-        """Count the rows of codes (n, k); see `pair_counts`.
+    def add(self, codes: NDArray[Any], *firings: Firings) -> None:
+        """Count, for each firing of a feature of the tile, the features of its row of `codes` (n, k), but for feature F.
 
-        `near` is another (indices, fired), each (n, K): what counts as together with a row, instead of the row itself.
+        `firings` are those of the tile's features, one list of them or several of different rows.
         """
-        n_rows, k = (indices if near is None else near[0]).shape
-        block_rows = max(1, BLOCK_CODES // max(k, 1))
-        for row in range(0, n_rows, block_rows):
-            rows = slice(row, row + block_rows)
-            own = self._marked(indices[rows], None if fired is None else fired[rows])
-            self._add_block(own, own if near is None else self._marked(near[0][rows], near[1][rows]))
-
-    def _marked(self, indices: NDArray[Any], fired: NDArray[np.bool_] | None) -> NDArray[Any]:
-        """Codes that do not count become feature F."""
-        if fired is None or fired.all():
-            return np.require(indices, requirements=["C", "A"])  # of anything else, `take` copies all for every piece
-        return np.where(fired, indices, np.min_scalar_type(self.n_features).type(self.n_features))
-
-    def _add_block(self, codes: NDArray[Any], others: NDArray[Any]) -> None:
-        rows, starts = self._by_rank(codes)
-        piece_rows = max(1, PIECE_CODES // others.shape[1])
-        piece = np.empty((piece_rows, others.shape[1]), others.dtype)
+        codes = np.require(codes, requirements=["C", "A"])  # of anything else, `take` copies all for every piece
+        rows, starts = self._by_rank(firings)
+        piece_rows = max(1, PIECE_CODES // max(codes.shape[1], 1))
+        piece = np.empty((piece_rows, codes.shape[1]), codes.dtype)
         columns = np.empty(piece.shape, np.int32)
         for part, low, high in zip(self._parts, self._edges[:-1], self._edges[1:], strict=True):
             ones = np.ones(piece.size, part.dtype)
             for first in range(int(starts[low]), int(starts[high]), piece_rows):
                 n = min(piece_rows, int(starts[high]) - first)
-                np.take(others, rows[first : first + n], axis=0, out=piece[:n], mode="clip")  # "raise" copies once more
+                np.take(codes, rows[first : first + n], axis=0, out=piece[:n], mode="clip")  # "raise" copies once more
                 columns[:n] = piece[:n]
                 touched = slice(
                     int(np.searchsorted(starts, first, side="right")) - 1, int(np.searchsorted(starts, first + n))
                 )
-                bounds = np.clip(starts[touched.start : touched.stop + 1] - first, 0, n) * others.shape[1]
+                bounds = np.clip(starts[touched.start : touched.stop + 1] - first, 0, n) * codes.shape[1]
                 _add_rows(part[touched.start - low : touched.stop - low], bounds, columns, ones)
 
-    def _by_rank(self, codes: NDArray[Any]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def _by_rank(self, firings: tuple[Firings, ...]) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
         """(rows, starts): the rows in which the feature of rank i fires are rows[starts[i]:starts[i + 1]]."""
-        n, flat = self.stop - self.start, codes.reshape(-1)
-        rank = self._rank.astype(np.min_scalar_type(max(n - 1, 0)))
-        ranks, rows = [rank[:0]], [np.empty(0, np.int32)]
-        for first in range(0, len(flat), SCANNED_CODES):
-            piece = flat[first : first + SCANNED_CODES]
-            place = np.flatnonzero((piece >= self.start) & (piece < self.stop))
-            ranks.append(rank[piece[place] - flat.dtype.type(self.start)])
-            rows.append(((place + first) // codes.shape[1]).astype(np.int32))
-        found = np.concatenate(ranks)
-        order = np.argsort(found, kind="stable")  # a radix sort for up to 16 bits
-        starts = np.zeros(n + 1, np.int64)
-        np.cumsum(np.bincount(found, minlength=n), out=starts[1:])
-        return np.concatenate(rows)[order], starts
+        before = np.cumsum([0, *(len(one.rows) for one in firings)])
+        begins = np.stack([one.starts[self._order] + n for one, n in zip(firings, before, strict=False)], axis=1)
+        n_each = np.stack([np.diff(one.starts)[self._order] for one in firings], axis=1)
+        starts = np.zeros(len(self._order) + 1, np.int64)
+        np.cumsum(n_each.sum(axis=1), out=starts[1:])
+        lists, ends = n_each.reshape(-1), np.cumsum(n_each)
+        place = np.arange(int(starts[-1])) + np.repeat(begins.reshape(-1) - (ends - lists), lists)
+        return np.concatenate([np.add(one.rows, one.first_row, dtype=np.intp) for one in firings])[place], starts
 
 
 def _add_rows(counts: NDArray[Any], bounds: NDArray[np.int64], columns: NDArray[np.int32], ones: NDArray[Any]) -> None:

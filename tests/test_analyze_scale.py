@@ -553,9 +553,18 @@ def test_codes_are_counted_shard_after_shard_in_bounded_blocks(
     shards = [Shard(0, "train", i, 0, n, n) for i, n in enumerate((10, 10, 7, 10, 3))]
     rows = np.random.default_rng(0).integers(0, 301, (40, 3)).astype(np.uint16)
     for shard, own in zip(shards, np.split(rows, [10, 20, 27, 37]), strict=True):
-        publish_bundle(open_place(tmp_path), shard_name(shard), {"codes": own.reshape(-1)})
+        publish_bundle(open_place(tmp_path), shard_name(shard), pair_tasks.countable(own, 300))
     monkeypatch.setattr(pair_tasks, "BLOCK_CODES", block_codes)
     job: Any = SimpleNamespace(work_url=str(tmp_path), extent=SimpleNamespace(n_features=300, k=3))
-    blocks = [block.copy() for block in pair_tasks.row_codes(job, shards)]
-    np.testing.assert_array_equal(np.concatenate(blocks), rows)
-    assert max(map(len, blocks)) <= max(10, block_codes // 3)
+    first = 0
+    for block, firings in pair_tasks.row_blocks(job, shards, 20, 290):
+        np.testing.assert_array_equal(block, rows[first : first + len(block)])
+        assert len(block) <= max(10, block_codes // 3)
+        assert sum(len(own.starts) for own in firings) == 271 * len(firings)
+        for feature in range(20, 290):
+            fires_in = np.concatenate(
+                [own.rows[own.starts[feature - 20] : own.starts[feature - 19]] + own.first_row for own in firings]
+            )
+            np.testing.assert_array_equal(fires_in, np.nonzero(block == feature)[0])
+        first += len(block)
+    assert first == len(rows)

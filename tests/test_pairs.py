@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines import pairs
-from pipelines.pairs import PairTile, pair_counts
+from pipelines.pairs import PairTile, firings_of, marked_codes, pair_counts
 
 
 def dense_counts(indices: np.ndarray, fired: np.ndarray | None, n_features: int) -> np.ndarray:
@@ -29,6 +29,11 @@ def codes(seed: int, n_rows: int, n_features: int, k: int) -> tuple[np.ndarray, 
     indices = np.argsort(rng.random((n_rows, n_features)), axis=1)[:, :k]
     fired = rng.random((n_rows, k)) < 0.7
     return np.where(fired, indices, 0), fired
+
+
+def add(tile: PairTile, indices: np.ndarray, fired: np.ndarray) -> None:
+    codes = marked_codes(indices, fired, tile.n_features)
+    tile.add(codes, firings_of(codes, tile.n_features).of(tile.start, tile.stop))
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "int32", "int64"])
@@ -66,16 +71,26 @@ def test_tiles_side_by_side_and_blocks_one_after_another_give_the_same(seed: int
     for start, stop in pairwise(edges):
         tile = PairTile(start, 13, np.full(stop - start, 30))
         for row in range(0, 30, block):
-            tile.add(indices[row : row + block], fired[row : row + block])
+            add(tile, indices[row : row + block], fired[row : row + block])
         tiles.append(tile.rows())
     np.testing.assert_array_equal(np.concatenate(tiles), dense_counts(indices, fired, 13))
 
 
-@pytest.mark.parametrize(
-    ("name", "size"), [("BLOCK_CODES", 10), ("SCANNED_CODES", 6), ("PIECE_CODES", 12), ("PIECE_CODES", 1)]
-)
-def test_long_inputs_are_counted_in_bounded_pieces(monkeypatch: pytest.MonkeyPatch, name: str, size: int) -> None:
-    monkeypatch.setattr(pairs, name, size)
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 1000), cuts=st.sets(st.integers(1, 30)))
+def test_firings_listed_shard_by_shard_count_as_those_of_all_rows(seed: int, cuts: set[int]) -> None:
+    rng = np.random.default_rng(seed)
+    indices, fired = codes(seed, 30, 13, 4)
+    every = marked_codes(indices, fired, 13)
+    tile = PairTile(3, 13, rng.choice([30, 255, 256, 70_000], 7))  # features out of their order
+    shards = [firings_of(every[a:b], 13).of(3, 10)._replace(first_row=a) for a, b in pairwise([0, *sorted(cuts), 30])]
+    tile.add(every, *shards)
+    np.testing.assert_array_equal(tile.rows(), dense_counts(indices, fired, 13)[3:10])
+
+
+@pytest.mark.parametrize("size", [1, 12])
+def test_long_inputs_are_counted_in_bounded_pieces(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(pairs, "PIECE_CODES", size)
     indices, fired = codes(5, 33, 11, 4)
     np.testing.assert_array_equal(pair_counts(indices, fired, 11, slice(2, 9)), dense_counts(indices, fired, 11)[2:9])
 
@@ -93,8 +108,8 @@ def test_each_feature_counts_in_the_type_it_needs_wherever_it_stands() -> None:
     fires = common.sum(axis=0)
     tile, other = PairTile(0, 6, fires), PairTile(0, 6, fires)
     assert sorted({part.itemsize for part in tile._parts if len(part)}) == [1, 2, 4]
-    tile.add(indices[:40_000], common[:40_000])
-    other.add(indices[40_000:], common[40_000:])
+    add(tile, indices[:40_000], common[:40_000])
+    add(other, indices[40_000:], common[40_000:])
     total = tile.plus(other)
     np.testing.assert_array_equal(total.rows(), expected)
     np.testing.assert_array_equal(total.rows(2, 5), expected[2:5])

@@ -48,16 +48,18 @@ class Bundle:
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Elements [start, stop) of an array."""
-        dtype, n, offset = self._entries[key]
-        stop = n if stop is None else stop
-        found = np.empty(stop - start, np.dtype(dtype))
-        if found.nbytes:
-            n_bytes = self._place.read_into(
-                self._name, self._data + offset + start * found.itemsize, found.view(np.uint8).data
-            )
-            if n_bytes != found.nbytes:
-                raise self._damaged()
+        dtype, n, _ = self._entries[key]
+        found = np.empty((n if stop is None else stop) - start, np.dtype(dtype))
+        self.read_into(found, key, start)
         return found
+
+    def read_into(self, out: NDArray[Any], key: str, start: int = 0) -> None:
+        """Fill `out`, of the array's type and contiguous, with as many elements from `start` on."""
+        offset = self._entries[key][2] + start * out.itemsize
+        if out.nbytes:
+            n_bytes = self._place.read_into(self._name, self._data + offset, out.reshape(-1).view(np.uint8).data)
+            if n_bytes != out.nbytes:
+                raise self._damaged()
 
     def _damaged(self) -> DamagedStore:
         return DamagedStore(

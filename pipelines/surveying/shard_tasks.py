@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from actstore.place import open_place
 from actstore.reader import Shard
-from pipelines.statistics import CodeBlock, SampledExamples
+from pipelines.pairs import marked_codes
+from pipelines.statistics import SampledExamples
 from pipelines.surveying.job import Job, blocks, shard_name
+from pipelines.surveying.pair_tasks import countable
 from pipelines.surveying.partials import Bundle, publish_bundle
 from pipelines.surveying.survey import Survey
 
@@ -29,16 +29,10 @@ def survey_shard(job: Job, shard: Shard) -> Survey:
         codes = []
         for block in blocks(job, shard, BLOCK_ROWS):
             survey.update(block)
-            codes.append(marked_codes(block))
-        publish_bundle(work, name, survey.to_arrays() | {"codes": np.concatenate(codes).reshape(-1)})
+            codes.append(marked_codes(block.indices, block.values > 0, block.n_features))
+        publish_bundle(work, name, survey.to_arrays() | countable(np.concatenate(codes), job.extent.n_features))
         return survey.clear_by_feature()
     return survey.load_dense(Bundle(work, name).read)
-
-
-def marked_codes(block: CodeBlock) -> NDArray[Any]:
-    """(n, k) indices of what fires, and feature F where nothing does: all that counting pairs needs, tile after tile."""
-    dtype = np.min_scalar_type(block.n_features)
-    return np.where(block.values > 0, block.indices.astype(dtype), dtype.type(block.n_features))
 
 
 def sample_shard(job: Job, shard: Shard, edges: NDArray[np.int64]) -> SampledExamples:
