@@ -220,7 +220,7 @@ def require_equal(together: NDArray[Any], indices: NDArray[Any], fired: NDArray[
     codes = marked_codes(indices, fired, FEATURES)
     for start, stop in pair_tiles(fires):
         tile = PairTile(start, FEATURES, fires[start:stop])
-        tile.add(codes, firings_of(codes, FEATURES).of(start, stop))
+        tile.add(codes, firings_of(codes, FEATURES)[start:stop])
         for first in range(0, stop - start, 256):
             rows = slice(start + first, min(start + first + 256, stop))
             assert (tile.rows(first, first + 256) == together[rows]).all(), f"features {rows}"
