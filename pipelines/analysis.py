@@ -6,6 +6,7 @@ alone: two short reads of each array.
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +27,7 @@ from pipelines.statistics.tables import bin_edges
 from pipelines.tokens import parse_tokenizer
 
 ANALYSIS_VERSION = 2
-RECORD, FINDINGS = "analysis.json", "findings.json"
+RECORD, FINDINGS, STRUCTURE_PAIRS = "analysis.json", "findings.json", "structure/pairs.parquet"
 SORTS = ("frequency", "mean", "peak", "documents", "burstiness", "id")
 EXAMPLE_KINDS = ("top", "strata", "random")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -328,6 +329,24 @@ class Analysis:
         part, count = columns[order], counts[order].astype(np.int64)
         lift = association.lift(count, self.fires[feature], self._part_rows[part], self.n_rows)
         return list(zip([self.part_names[p] for p in part], count.tolist(), lift.tolist(), strict=True))
+
+    def partners_beyond_chance(self, feature: int, n: int = 5) -> list[tuple[int, int, float, float]] | None:
+        """(feature, rows together, rows expected, lift) of the replicated partners with the largest lift over the null.
+
+        Counted on the second half of the documents, by the `structure` that lies in the analysis; None where none does.
+        """
+        if not self.place.exists(STRUCTURE_PAIRS):
+            return None
+        import pyarrow.parquet as pq
+
+        of_feature = [[("left", "=", feature)], [("right", "=", feature)]]
+        names = ["left", "right", "count_2", "expected_2", "lift_2", "replicated"]
+        table = pq.read_table(io.BytesIO(self.place.read(STRUCTURE_PAIRS)), columns=names, filters=of_feature).to_pydict()
+        rows = [row for row in zip(*table.values(), strict=True) if row[-1] and row[-2] > 1]
+        rows.sort(key=lambda row: -row[-2])
+        return [
+            (right if left == feature else left, count, expected, lift) for left, right, count, expected, lift, _ in rows[:n]
+        ]
 
     @cached_property
     def _part_rows(self) -> NDArray[np.int64]:

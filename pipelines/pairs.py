@@ -28,7 +28,7 @@ def firings_of(codes: NDArray[Any], n_features: int) -> sp.csr_array:
     >>> firings_of(np.array([[0, 2], [2, 3]]), 3).toarray().tolist()
     [[1, 0], [0, 0], [1, 1]]
     """
-    row_starts = np.arange(len(codes) + 1) * codes.shape[1]
+    row_starts = np.arange(len(codes) + 1, dtype=np.int32 if codes.size < 1 << 31 else np.int64) * codes.shape[1]
     entries = (np.ones(codes.size, np.uint8), codes.reshape(-1), row_starts)
     by_feature = sp.csr_array(entries, shape=(len(codes), n_features + 1)).tocsc()
     return firing_lists(by_feature.indices, by_feature.indptr[:-1], len(codes))

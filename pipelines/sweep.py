@@ -49,7 +49,9 @@ def sweep(options: dict[str, Any]) -> dict[str, Any]:
         return speed
     pairs = list(zip(configs, results, strict=True))
     finished = [(config, result) for config, result in pairs if "diverged_within" not in result]
-    diverged = [_named(config) | {"diverged_within": n} for config, own in pairs if (n := own.get("diverged_within"))]
+    diverged = [
+        _named(config) | {"diverged_within": own["diverged_within"]} for config, own in pairs if "diverged_within" in own
+    ]
     measured_on, figures = compared_figures(*map(list, zip(*finished, strict=True)))
     rows = [_named(config) | own for (config, _), own in zip(finished, figures, strict=True)]
     rows.sort(key=lambda row: -row["fve"])

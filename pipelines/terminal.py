@@ -99,9 +99,16 @@ def feature_card(analysis: Analysis, feature: int, examples: str = "top") -> dic
         "parts": [{"part": name, "rows": n, "lift": lift} for name, n, lift in analysis.top_parts(feature)],
         "tokens": [vars(token) for token in analysis.top_tokens(feature, 8)],
         "partners": [{"feature": f, "rows": n, "lift": _number(lift)} for f, n, lift in analysis.partners(feature)],
+        "partners_beyond_chance": _beyond_chance(analysis, feature),
         "examples_kind": examples,
         "examples": [vars(example) for example in analysis.examples(feature, examples)],
     }
+
+
+def _beyond_chance(analysis: Analysis, feature: int) -> list[dict[str, Any]] | None:
+    found = analysis.partners_beyond_chance(feature)
+    names = ("feature", "rows", "expected", "lift")
+    return None if found is None else [dict(zip(names, partner, strict=True)) for partner in found]
 
 
 def feature_lines(card: dict[str, Any]) -> list[str]:
@@ -129,6 +136,12 @@ def feature_lines(card: dict[str, Any]) -> list[str]:
         lines += [
             f"  feature {p['feature']:<8} {p['rows']:>8,}" + (f" {p['lift']:>8.1f}x" if p["lift"] is not None else "")
             for p in card["partners"]
+        ]
+    if card["partners_beyond_chance"]:
+        lines.append("together beyond the null of structure (rows on its second half; expected; times that):")
+        lines += [
+            f"  feature {p['feature']:<8} {p['rows']:>8,} {p['expected']:>10,.1f} {p['lift']:>8.1f}x"
+            for p in card["partners_beyond_chance"]
         ]
     if card["examples"]:
         lines.append(EXAMPLE_TITLES[card["examples_kind"]])

@@ -107,6 +107,7 @@ class Kills:
         else:
             n_more = self.moments.choice([0, 0, 0, 1, 1, 2])
             self._sleep(command, PATIENCE_S, lambda: self.is_locked and len(self.records) >= n_before + n_more)
+            assert command.has_ended or len(self.records) >= n_before + n_more, f"no shard in {PATIENCE_S} s; {self}"
             seconds = self.moments.uniform(0, self.start_s / 15)
         self._sleep(command, seconds, lambda: len(self.records) > n_before + n_more)
 

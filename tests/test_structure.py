@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
@@ -181,6 +183,19 @@ def result(made: Path, tmp_path_factory: pytest.TempPathFactory, client: Any) ->
     out = tmp_path_factory.mktemp("found") / "structure"
     structure(config_of(made, out), client)
     return out
+
+
+def test_a_feature_is_shown_with_its_replicated_partners(made: Path, result: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "analysis", tmp_path / "analysis")
+    shutil.copytree(result, tmp_path / "analysis/structure")
+    analysis, pairs = Analysis(tmp_path / "analysis"), pd.read_parquet(result / "pairs.parquet")
+    pairs = pairs[pairs.replicated & (pairs.lift_2 > 1)]
+    assert len(pairs) > 3
+    for feature in range(analysis.n_features):
+        own = pairs[(pairs.left == feature) | (pairs.right == feature)].sort_values("lift_2", ascending=False, kind="stable")
+        partner = (own.left + own.right - feature).tolist()
+        expected = list(zip(partner, own.count_2, own.expected_2, own.lift_2, strict=True))
+        assert analysis.partners_beyond_chance(feature, len(own)) == expected
 
 
 def test_the_halves_are_whole_documents_in_the_order_of_the_text(made: Path, client: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tablekit import codes_manifest, dense_codes, text_table, write_table_store
 from actstore.errors import InputError
 from pipelines.analysis import Analysis
 from pipelines.analyze import AnalyzeConfig, analyze
+from pipelines.tables import parquet_bytes
 from pipelines.terminal import feature_card, feature_lines, feature_rows, features_lines, joint_lines, joint_rows
 
 TEXTS = {"one.txt": " fox owl fox mole\n", "two.txt": " owl fox\n owl fox"}
@@ -73,6 +75,30 @@ def test_the_card_of_a_feature_is_this(analysis: Analysis) -> None:
         "  3.000  one.txt",
         "     fox[ owl] fox",
         "    ▃▃▃▃██████▃▃▃▃",
+    ]
+
+
+def test_the_card_tells_which_partners_are_beyond_the_null_of_structure(analysis: Analysis, tmp_path: Path) -> None:
+    shutil.copytree(str(analysis.place), tmp_path / "analysis")
+    found = Analysis(tmp_path / "analysis")
+    assert feature_card(found, 1)["partners_beyond_chance"] is None
+    pairs = {
+        "left": [0, 1, 1, 1, 0],
+        "right": [1, 2, 3, 4, 2],
+        "count_2": [40, 90, 70, 1, 5],
+        "expected_2": [4.0, 15.0, 7.0, 9.0, 1.0],
+        "lift_2": [10.0, 6.0, 10.5, 0.1, 5.0],
+        "replicated": [True, True, False, True, True],
+    }
+    (tmp_path / "analysis/structure").mkdir()
+    (tmp_path / "analysis/structure/pairs.parquet").write_bytes(parquet_bytes({n: np.array(v) for n, v in pairs.items()}))
+    assert found.partners_beyond_chance(1) == [(0, 40, 4.0, 10.0), (2, 90, 15.0, 6.0)]
+    assert found.partners_beyond_chance(1, 1) == [(0, 40, 4.0, 10.0)]
+    lines = feature_lines(feature_card(found, 1))
+    at = lines.index("together beyond the null of structure (rows on its second half; expected; times that):")
+    assert lines[at + 1 : at + 3] == [
+        f"  feature 0        {40:>8,} {4.0:>10.1f} {10.0:>8.1f}x",
+        f"  feature 2        {90:>8,} {15.0:>10.1f} {6.0:>8.1f}x",
     ]
 
 
