@@ -1,6 +1,6 @@
 """How long one feature's firings take from the feature index of a code store, beside reading all codes for them.
 
-    python -m benchmarks.feature_lookup [--rows 10000000] [--folder /var/tmp] [--analysis ANALYSIS] [--json]
+    python -m benchmarks.feature_lookup [--rows 10000000] [--folder /var/tmp] [--json]
 
 Made-up codes with Zipf frequencies are written and indexed as `encode` does it, with two workers; the page cache is warm.
 A lookup is what `feature ID` needs of the codes: all firings of a feature, and where its 20 strongest stand in the text;
