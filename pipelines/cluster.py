@@ -15,6 +15,7 @@ from pipelines.progress import track
 
 CONNECT_TIMEOUT_S = 10
 WORKERS_TIMEOUT_S = 30
+NO_WORKERS_S = 60
 KEPT_BYTES = 8 << 20
 """Of memory that a task frees, the largest block that its worker keeps for the next: most arrays of a shard's statistics."""
 
@@ -27,10 +28,11 @@ def connect(scheduler: str | None, workers: int, *, threads: bool = False) -> It
 
     A scheduler whose workers are just starting, or starting again after they died, is given half a minute to have one.
 
-    Raises InputError when the scheduler does not answer within ten seconds, or has no worker by then, or when workers
-    keep dying over one task.
+    Raises InputError when the scheduler does not answer within ten seconds, or has no worker by then, when workers keep
+    dying over one task, or when a minute long none of the local ones is left: Dask gives up one that dies while it starts.
     """
     from distributed import KilledWorker
+    from distributed.scheduler import NoWorkerError
 
     if workers < 1:
         raise InputError(f"workers {workers}: need at least 1.")
@@ -44,6 +46,11 @@ def connect(scheduler: str | None, workers: int, *, threads: bool = False) -> It
         raise InputError(
             f"workers: died again and again over one task ({error.task}), most likely for want of memory; "
             "use fewer --workers, or machines with more memory; what was committed is kept."
+        ) from error
+    except NoWorkerError as error:
+        raise InputError(
+            f"workers: none was left for {NO_WORKERS_S} s, they died while they started, most likely for want of memory; "
+            "run the same command again, with fewer --workers; what was committed is kept."
         ) from error
 
 
@@ -62,11 +69,12 @@ def _keeping_memory() -> Any:
 
 @contextmanager
 def _client(scheduler: str | None, workers: int, threads: bool) -> Iterator[Any]:
+    import dask
     from distributed import Client, LocalCluster
 
     if scheduler is None:
         with ExitStack() as stack:
-            with _spared_interrupts():
+            with _spared_interrupts(), dask.config.set({"distributed.scheduler.no-workers-timeout": NO_WORKERS_S}):
                 shape = {"n_workers": 1, "threads_per_worker": workers, "processes": False}
                 if not threads:
                     shape = {"n_workers": workers, "threads_per_worker": 1}

@@ -27,6 +27,7 @@ from actstore.errors import IdentityMismatch, InputError
 from actstore.reader import ActivationStore
 from cli import cli
 from pipelines import collect as stage
+from pipelines.cluster import connect, run_tasks
 from pipelines.collect import collect
 from pipelines.recipe import CollectConfig
 from pipelines.shards import ShardMaker
@@ -196,6 +197,19 @@ def test_a_value_that_does_not_fit_on_a_worker_is_the_commands_one_line(
     result = CliRunner().invoke(cli, ["collect", "--out", str(tmp_path / "store"), *map(str, arguments)])
     assert result.exit_code == 1
     assert_names_the_value(result.stderr.splitlines()[-1], tmp_path / "store", token)
+
+
+def test_a_command_that_has_lost_all_its_workers_ends_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dask gives up a worker that dies while it starts: with the last one gone, tasks would wait for ever."""
+    monkeypatch.setattr("pipelines.cluster.NO_WORKERS_S", 1)
+
+    def lose_all() -> None:
+        with connect(None, 1) as client:
+            client.sync(client.cluster.workers[0].close)
+            run_tasks(client, "tasks", abs, [(-1,), (-2,)])
+
+    with pytest.raises(InputError, match=r"workers: none was left for 1 s.* run the same command again"):
+        lose_all()
 
 
 @pytest.mark.slow
