@@ -27,7 +27,9 @@ from pipelines.statistics.tables import bin_edges
 from pipelines.tokens import parse_tokenizer
 
 ANALYSIS_VERSION = 2
-RECORD, FINDINGS, STRUCTURE_PAIRS = "analysis.json", "findings.json", "structure/pairs.parquet"
+RECORD, FINDINGS = "analysis.json", "findings.json"
+STRUCTURE, PAIRS = "structure", "pairs.parquet"
+"""The folder in which `structure` leaves its result, unless told otherwise, and its table of pairs."""
 SORTS = ("frequency", "mean", "peak", "documents", "burstiness", "id")
 EXAMPLE_KINDS = ("top", "strata", "random")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -335,14 +337,15 @@ class Analysis:
 
         Counted on the second half of the documents, by the `structure` that lies in the analysis; None where none does.
         """
-        if not self.place.exists(STRUCTURE_PAIRS):
+        table = f"{STRUCTURE}/{PAIRS}"
+        if not self.place.exists(table):
             return None
         import pyarrow.parquet as pq
 
         of_feature = [[("left", "=", feature)], [("right", "=", feature)]]
         names = ["left", "right", "count_2", "expected_2", "lift_2", "replicated"]
-        table = pq.read_table(io.BytesIO(self.place.read(STRUCTURE_PAIRS)), columns=names, filters=of_feature).to_pydict()
-        rows = [row for row in zip(*table.values(), strict=True) if row[-1] and row[-2] > 1]
+        found = pq.read_table(io.BytesIO(self.place.read(table)), columns=names, filters=of_feature).to_pydict()
+        rows = [row for row in zip(*found.values(), strict=True) if row[-1] and row[-2] > 1]
         rows.sort(key=lambda row: -row[-2])
         return [
             (right if left == feature else left, count, expected, lift) for left, right, count, expected, lift, _ in rows[:n]

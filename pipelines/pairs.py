@@ -31,14 +31,13 @@ def firings_of(codes: NDArray[Any], n_features: int) -> sp.csr_array:
     row_starts = np.arange(len(codes) + 1, dtype=np.int32 if codes.size < 1 << 31 else np.int64) * codes.shape[1]
     entries = (np.ones(codes.size, np.uint8), codes.reshape(-1), row_starts)
     by_feature = sp.csr_array(entries, shape=(len(codes), n_features + 1)).tocsc()
-    return firing_lists(by_feature.indices, by_feature.indptr[:-1], len(codes))
+    starts = by_feature.indptr[:-1]
+    return firing_lists(by_feature.indices[: starts[-1]], starts, len(codes))
 
 
 def firing_lists(rows: NDArray[np.integer], starts: NDArray[np.integer], n_rows: int) -> sp.csr_array:
     """(features, n_rows) the rows in which each feature fires: of feature i, rows[starts[i]:starts[i + 1]]."""
-    rows = rows[starts[0] : starts[-1]]
-    entries = (np.ones(len(rows), np.uint8), rows, starts - starts[0])
-    return sp.csr_array(entries, shape=(len(starts) - 1, n_rows))
+    return sp.csr_array((np.ones(len(rows), np.uint8), rows, starts), shape=(len(starts) - 1, n_rows))
 
 
 def marked_codes(indices: NDArray[Any], fired: NDArray[np.bool_] | None, n_features: int) -> NDArray[Any]:

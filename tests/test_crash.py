@@ -110,15 +110,19 @@ class Kills:
             seconds, n_more = self.moments.uniform(0, self.start_s), 1
         else:
             n_more = self.moments.choice([0, 0, 0, 1, 1, 2])
-            self._sleep(command, PATIENCE_S, lambda: self.is_locked and len(self.records) >= n_before + n_more)
-            assert command.has_ended or len(self.records) >= n_before + n_more, f"no shard in {PATIENCE_S} s; {self}"
+            is_so_far = self._sleep(command, PATIENCE_S, lambda: self.is_locked and len(self.records) >= n_before + n_more)
+            assert is_so_far, f"no lock or no shard in {PATIENCE_S} s; {self}"
             seconds = self.moments.uniform(0, self.start_s / 15)
         self._sleep(command, seconds, lambda: len(self.records) > n_before + n_more)
 
-    def _sleep(self, command: Command, seconds: float, is_enough: Callable[[], bool]) -> None:
+    def _sleep(self, command: Command, seconds: float, is_enough: Callable[[], bool]) -> bool:
+        """Until there is enough, or the command has ended; False when neither came about in time."""
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and not command.has_ended and not is_enough():
+        while not command.has_ended and not is_enough():
+            if time.monotonic() >= deadline:
+                return False
             time.sleep(0.002)
+        return True
 
     @property
     def records(self) -> list[Path]:

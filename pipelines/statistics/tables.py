@@ -135,12 +135,12 @@ def _runs(ordered: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int
     return ordered[starts], np.diff(starts, append=len(ordered))
 
 
-def stable_order(*keys: NDArray[np.integer]) -> NDArray[np.int64]:
+def stable_order(*keys: NDArray[np.int64]) -> NDArray[np.int64]:
     """`np.lexsort(keys[::-1])` of non-negative integers, by radix passes of 16 bits, several times as fast."""
     order = np.arange(len(keys[0]))
     for key in reversed(keys):
         bits = int(key.max(initial=0)).bit_length()
         for shift in range(0, bits, 16):
-            digits = (key >> shift).astype(np.uint16)  # of the low 16 bits
+            digits = ((key >> shift) & 0xFFFF).astype(np.uint16)
             order = order[np.argsort(digits[order], kind="stable")]
     return order

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from actstore.errors import IdentityMismatch, InputError, OutputExists
 from actstore.files import publish_bytes, publish_folder, publish_json, require_free_space
-from pipelines.analysis import Analysis
+from pipelines.analysis import PAIRS, STRUCTURE, Analysis
 from pipelines.cluster import connect
 from pipelines.code_store import CodeStore
 from pipelines.structure import choose, facts
@@ -30,13 +30,7 @@ from pipelines.tables import parquet_bytes
 from pipelines.tokens import store_tokenizer
 
 STRUCTURE_VERSION = 1
-FOLDER, RECORD, PAGE, PAIRS, COMMUNITIES = (
-    "structure",
-    "structure.json",
-    "findings.md",
-    "pairs.parquet",
-    "communities.parquet",
-)
+RECORD, PAGE, COMMUNITIES = "structure.json", "findings.md", "communities.parquet"
 NULL_DRAWS = 20
 """Further draws that are judged as if they were observed."""
 MIN_DRAWS = 20
@@ -77,7 +71,7 @@ class StructureConfig:
             return self.out
         if "://" in str(self.analysis):
             raise InputError(f"{self.analysis}: an analysis in a bucket; say with --out where the result shall go.")
-        return Path(self.analysis) / FOLDER
+        return Path(self.analysis) / STRUCTURE
 
 
 def structure(config: StructureConfig, client: Any = None) -> dict[str, Any]:
