@@ -64,7 +64,7 @@ COLLECT_OPTIONS = (
     click.option("--encoding", default="fp16", show_default=True, help="How rows are kept: fp16, fp32, bf16 or int8."),
     click.option("--compute-dtype", default="fp32", show_default=True, help="What the model computes in: fp32 or bf16."),
     DEVICE_OPTION,
-    click.option("--batch-windows", default=32, show_default=True, help="Windows in one forward pass."),
+    click.option("--batch-windows", default=32, show_default=True, help="Windows in one forward pass, at most."),
     SEED_OPTION,
     click.option(
         "--packing",

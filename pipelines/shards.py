@@ -183,9 +183,12 @@ class ShardMaker:
         }
 
     def _activations(self, windows: Windows, chosen: Ints) -> Iterator[tuple[Ints, NDArray[np.bool_], dict[str, Rows]]]:
-        """(window ids, kept positions, kept rows of each site in float32), batch after batch; the last may be short."""
-        for start in range(0, len(chosen), self.batch_windows):
-            batch = chosen[start : start + self.batch_windows]
+        """(window ids, kept positions, kept rows of each site in float32), batch after batch.
+
+        Batches have near-equal numbers of windows: a small last one would cost more a window than the others.
+        """
+        n_batches = -(-len(chosen) // self.batch_windows)
+        for batch in np.array_split(chosen, n_batches) if n_batches else []:
             inputs, kept = windows.batch(batch)
             found = capture(self.model, self.sites, torch.from_numpy(inputs).to(self.device))
             mask = torch.from_numpy(kept).to(self.device)
