@@ -45,7 +45,7 @@ from pipelines.surveying.survey import KEPT, TABLES, Extent, Survey, merged
 from pipelines.surveying.tile_tasks import merge_tables, table_tiles
 from pipelines.tokens import store_tokenizer
 
-KEY, PARTIAL_VERSION = "key.json", 3
+KEY, PARTIAL_VERSION = "key.json", 4
 JOINT = 20
 LARGE_FEATURES, LARGE_MIN_TOGETHER = 32_768, 3
 MOST_REACH = 64

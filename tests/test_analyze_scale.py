@@ -362,8 +362,44 @@ def test_a_partial_result_that_is_cut_is_not_read(tmp_path: Path) -> None:
     whole = (tmp_path / "b").read_bytes()
     for n in (3, 20, len(whole) - 1):
         (tmp_path / "b").write_bytes(whole[:n])
-        with pytest.raises(DamagedStore, match="not whole"):
+        with pytest.raises(DamagedStore, match="not as it was written"):
             Bundle(place, "b")
+
+
+def test_a_flipped_bit_of_a_partial_result_is_never_read(tmp_path: Path) -> None:
+    place, generator = open_place(tmp_path), np.random.default_rng(0)
+    arrays = {"x": generator.integers(0, 1 << 40, 40_000), "none": np.arange(0), "y": np.arange(9, dtype=np.uint16)}
+    publish_bundle(place, "b", arrays)
+
+    def read_all() -> None:
+        bundle = Bundle(place, "b")
+        for key in arrays:
+            bundle.read(key)
+
+    bundle = Bundle(place, "b")
+    for start, stop in ((0, 0), (0, 40_000), (8191, 8193), (8192, 8192), (39_990, 40_000)):
+        assert (bundle.read("x", start, stop) == arrays["x"][start:stop]).all()
+    whole = bytearray((tmp_path / "b").read_bytes())
+    header = len(whole) - 40_000 * 8 - 18 - 4 * 6
+    ends = [*range(header), *range(len(whole) - 50, len(whole))]
+    for place_of_bit in [8 * byte + int(generator.integers(8)) for byte in [*ends, *generator.integers(0, len(whole), 100)]]:
+        whole[place_of_bit // 8] ^= 1 << place_of_bit % 8
+        (tmp_path / "b").write_bytes(whole)
+        with pytest.raises(DamagedStore, match="not as it was written"):
+            read_all()
+        whole[place_of_bit // 8] ^= 1 << place_of_bit % 8
+
+
+def test_a_part_of_a_partial_result_is_checked_by_its_own_blocks(tmp_path: Path) -> None:
+    place = open_place(tmp_path)
+    publish_bundle(place, "b", {"x": np.arange(40_000)})
+    whole = bytearray((tmp_path / "b").read_bytes())
+    whole[len(whole) - 4 * 5 - 8 * 100] ^= 1  # one of the last hundred numbers
+    (tmp_path / "b").write_bytes(whole)
+    bundle = Bundle(place, "b")
+    assert (bundle.read("x", 0, 32_768) == np.arange(32_768)).all()
+    with pytest.raises(DamagedStore, match="not as it was written"):
+        bundle.read("x", 32_768, 32_769)
 
 
 @pytest.mark.slow

@@ -89,6 +89,7 @@ def count_pairs(job: Job, tile: int, start: int, largest: NDArray[np.int64], sha
     elif job.within == "row":
         for codes, firings in row_blocks(job, shards, found.start, found.stop):
             found.add(codes, firings)
+            del firings  # before the next block's are made
     else:
         for shard in shards:
             indices, fired, near, near_fired = widened(job, shard, int(job.within))
@@ -117,15 +118,22 @@ def row_blocks(job: Job, shards: list[Shard], start: int, stop: int) -> Iterator
     filled, firings = 0, list[sp.csr_array]()
     for shard in shards:
         if filled + shard.n_rows > n_rows:
-            yield buffer[:filled], sp.hstack(firings, format="csr")
-            filled, firings = 0, []
+            yield buffer[:filled], _joined(firings)
+            filled = 0
         bundle = Bundle(work, shard_name(shard))
         bundle.read_into(buffer[filled : filled + shard.n_rows], "codes")
         starts = bundle.read("firings/starts", start, stop + 1)
         rows = bundle.read("firings/rows", int(starts[0]), int(starts[-1]))
         firings.append(firing_lists(rows, starts - starts[0], shard.n_rows))
         filled += shard.n_rows
-    yield buffer[:filled], sp.hstack(firings, format="csr")
+    yield buffer[:filled], _joined(firings)
+
+
+def _joined(firings: list[sp.csr_array]) -> sp.csr_array:
+    """The firings of shards as one, and the list empty: they are held once while they are counted."""
+    joined = sp.hstack(firings, format="csr")
+    firings.clear()
+    return joined
 
 
 def add_pairs(left: PairTile | None, right: PairTile | None) -> PairTile | None:
