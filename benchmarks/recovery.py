@@ -1,12 +1,16 @@
 """Whether a trained SAE finds the features that rows were made of.
 
-    python -m benchmarks.recovery [--problem independent] [--seeds 0 1 2] [--tokens 8000000] [--lr 0.002] [--json]
+    python -m benchmarks.recovery [--problem independent] [--seeds 0 1 2] [--tokens 8000000] [--json]
+                                  [--tool actstore saelens dictionary_learning --install FOLDER]
 
 Two problems of 1,024 true features in 192 dimensions (`pipelines.synthetic`): independent ones, whose frequencies fall
 as rank^-0.5, and 128 parents with 7 children each, one of which fires with its parent in the mean (rank^-1). SAEs of
 as many features as there are, and of twice as many, are trained from a store of each; directions are compared with the
 truth, codes on held-out rows. `pipelines.recovery` has the definitions. A seed is that of the SAE and its batches; the
 problem stays the same.
+
+The other tools train on the same rows in the same batches, with their own recipes (see `benchmarks.quality`), each with
+the best of the learning rates that was found for it (`LEARNING_RATES`; `--lr` is for all).
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,8 +34,12 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix, vstack
 
+from actstore.reader import ActivationStore
+from benchmarks.peers.environments import Peers, add_options, choose
+from benchmarks.quality import dead_rows, load_sae, write_rows
 from pipelines.recovery import Recovery, measure
 from pipelines.sae.checkpoint import load_run
+from pipelines.sae.topk import TopKSae
 from pipelines.synthetic import Superposition, write_synthetic_store
 from pipelines.train import TrainConfig, train
 
@@ -38,6 +47,9 @@ BATCH_ROWS = 1024
 """Four times the steps of the default batch from the same rows; rare features need steps more than exact gradients."""
 HELDOUT_ROWS = 20_000
 ENCODE_ROWS = 4096
+
+LEARNING_RATES = {"actstore": 2e-3, "saelens": 1e-3, "dictionary_learning": 2e-3}
+PEERS = ("saelens", "dictionary_learning")
 
 Encode = Callable[[NDArray[np.float32]], tuple[NDArray[Any], NDArray[Any]]]
 
@@ -68,19 +80,40 @@ PROBLEMS = {
 }
 
 
-def train_actstore(store: Path, out: Path, features: int, k: int, tokens: int, lr: float, seed: int) -> Dictionary:
-    train(TrainConfig(store, out, features=features, k=k, tokens=tokens, batch=BATCH_ROWS, lr=lr, seed=seed))
-    sae, _ = load_run(out)
+@dataclass(frozen=True)
+class Run:
+    """What a tool is to train: its SAE of `features` features on the first `tokens` rows of a store's shuffled stream."""
 
+    store: Path
+    out: Path
+    features: int
+    k: int
+    tokens: int
+    lr: float
+    seed: int
+
+
+def train_actstore(run: Run) -> Dictionary:
+    train(TrainConfig(**vars(run), order_seed=run.seed, batch=BATCH_ROWS))
+    return dictionary_of(load_run(run.out)[0])
+
+
+def train_peer(peers: Peers, tool: str, run: Run) -> Dictionary:
+    store, rows, weights = ActivationStore(run.store), run.out.with_suffix(".npy"), run.out.with_suffix(".npz")
+    write_rows(store, store.sites[0], run.tokens, BATCH_ROWS, run.seed, rows)
+    asked = ["--features", run.features, "--k", run.k, "--batch", BATCH_ROWS, "--seed", run.seed, "--lr", run.lr]
+    asked += ["--dead-rows", dead_rows(run.tokens, run.features, run.k)]
+    peers.run(tool, "--rows", rows, "--out", weights, *asked)
+    rows.unlink()
+    return dictionary_of(load_sae(weights))
+
+
+def dictionary_of(sae: TopKSae) -> Dictionary:
     def encode(rows: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any]]:
         values, indices = sae.encode(torch.from_numpy(rows))
         return values.numpy(), indices.numpy()
 
     return Dictionary(sae.W_dec.numpy(), encode)
-
-
-TRAINERS = {"actstore": train_actstore}
-"""`train_sae(store, out, features, k, tokens, lr, seed)` of each tool."""
 
 
 def sparse_codes(dictionary: Dictionary, rows: NDArray[np.float32]) -> csr_matrix:
@@ -100,7 +133,7 @@ def recovery_of(dictionary: Dictionary, truth: Superposition, first_row: int) ->
     return measure(dictionary.decoder, codes, truth.directions, truth.codes(first_row, last_row), truth.parents)
 
 
-def measured(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+def measured(options: argparse.Namespace, peers: Peers, folder: Path) -> list[dict[str, Any]]:
     """One line for each problem, tool, dictionary size and seed."""
     found = []
     for name in options.problem:
@@ -109,19 +142,23 @@ def measured(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         for tool in options.tool:
             for times in options.times:
                 for seed in options.seeds:
-                    out, features = folder / f"{name}-{tool}-{times}-{seed}", times * truth.n_features
+                    lr, features = options.lr or LEARNING_RATES[tool], times * truth.n_features
+                    out = folder / f"{name}-{tool}-{times}-{seed}"
+                    run = Run(store, out, features, round(truth.k), options.tokens, lr, seed)
                     start = time.perf_counter()
-                    dictionary = TRAINERS[tool](store, out, features, round(truth.k), options.tokens, options.lr, seed)
+                    dictionary = train_actstore(run) if tool == "actstore" else train_peer(peers, tool, run)
                     seconds = time.perf_counter() - start
                     figures = asdict(recovery_of(dictionary, truth, options.rows))
-                    found.append({"problem": name, "tool": tool, "times": times, "seed": seed, "s": seconds, **figures})
+                    line = {"problem": name, "tool": tool, "times": times, "seed": seed, "lr": lr, "s": seconds, **figures}
+                    print(json.dumps(line), file=sys.stderr)
+                    found.append(line)
     return found
 
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Every run, and under the runs of a kind their mean."""
     shown = [
-        f"{'problem':13}{'tool':11}{'F/true':>6}{'seed':>6}{'MMCS':>8}{'matched':>9}{'recall':>8}"
+        f"{'problem':13}{'tool':21}{'F/true':>6}{'seed':>6}{'MMCS':>8}{'matched':>9}{'recall':>8}"
         f"{'dead':>6}{'split':>7}{'absorbed':>10}{'s':>6}"
     ]
     for kind in dict.fromkeys((line["problem"], line["tool"], line["times"]) for line in lines):
@@ -130,12 +167,13 @@ def table(lines: list[dict[str, Any]]) -> str:
         average = {"seed": "mean", **{name: mean(line[name] for line in own) for name in figures}}
         for line in [*own, average]:
             shown.append(
-                f"{kind[0]:13}{kind[1]:11}{kind[2]:>6}{line['seed']:>6}{line['mmcs']:>8.3f}{line['matched_cosine']:>9.3f}"
+                f"{kind[0]:13}{kind[1]:21}{kind[2]:>6}{line['seed']:>6}{line['mmcs']:>8.3f}{line['matched_cosine']:>9.3f}"
                 f"{line['recall']:>8.3f}{line['n_dead']:>6.0f}{line['n_split']:>7.0f}{line['n_absorbed']:>10.0f}{line['s']:>6.0f}"
             )
-        problem = PROBLEMS[kind[0]]
-        verdict = "met" if average[problem.figure] >= problem.asked else "missed"
-        shown.append(f"{'':13}asked: {problem.figure.replace('_', ' ')} >= {problem.asked:g}: {verdict}")
+        if kind[1] == "actstore":
+            problem = PROBLEMS[kind[0]]
+            verdict = "met" if average[problem.figure] >= problem.asked else "missed"
+            shown.append(f"{'':13}asked: {problem.figure.replace('_', ' ')} >= {problem.asked:g}: {verdict}")
     return "\n".join(shown)
 
 
@@ -156,20 +194,24 @@ def holds(lines: list[dict[str, Any]]) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problem", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
-    parser.add_argument("--tool", nargs="+", choices=TRAINERS, default=list(TRAINERS))
+    parser.add_argument("--tool", nargs="+", choices=["actstore", *PEERS], default=["actstore"])
     parser.add_argument("--times", nargs="+", type=int, default=[1, 2], help="features of the SAE over true features")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the store")
     parser.add_argument("--tokens", type=int, default=8_000_000, help="rows to train on")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, help="for all tools alike, in place of each one's own")
     parser.add_argument("--json", action="store_true")
+    add_options(parser, PEERS)
     options = parser.parse_args()
+    peers = choose(options, tuple(tool for tool in options.tool if tool in PEERS))
+    if peers.skipped:
+        parser.error("; ".join(f"{tool}: {reason}" for tool, reason in peers.skipped.items()))
     with tempfile.TemporaryDirectory() as folder:
-        lines = measured(options, Path(folder))
+        lines = measured(options, peers, Path(folder))
     if options.json:
-        print(json.dumps({"options": {**vars(options)}, "runs": lines}, indent=1))
+        print(json.dumps({"runs": lines}, indent=1))
     else:
-        print(f"{options.tokens:,} rows in batches of {BATCH_ROWS}, learning rate {options.lr:g}, k = the true mean")
+        print(f"{options.tokens:,} rows in batches of {BATCH_ROWS}, k = the true mean")
         print(table(lines))
     raise SystemExit(0 if holds(lines) else 1)
 
