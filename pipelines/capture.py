@@ -22,6 +22,7 @@ from actstore.errors import InputError
 from actstore.schema import ModelIdentity
 from pipelines.builtin import model_path
 from pipelines.hub import go_offline_if_unreachable
+from pipelines.products import speed_up
 from pipelines.tokens import first_line
 
 
@@ -97,8 +98,9 @@ class _Captured(Exception):
 def load_model(name: str, device: str, compute_dtype: str) -> nn.Module:
     """A causal language model of a known family: `builtin`, a hub id, or a local folder.
 
-    GPT-2's composed tanh-GELU is replaced by PyTorch's own (relative difference 4e-7, 1.3x the speed). Raises
-    InputError when there is no such model, no network for a hub id, or a weight is missing or of another shape.
+    GPT-2's composed tanh-GELU is replaced by PyTorch's own (relative difference 4e-7, 1.3x the speed), and dense float32
+    layers on a CPU are computed by oneDNN (`pipelines.products`). Raises InputError when there is no such model, no network
+    for a hub id, or a weight is missing or of another shape.
     """
     source = resolve_model(name)
     if not Path(source).exists():
@@ -125,6 +127,7 @@ def load_model(name: str, device: str, compute_dtype: str) -> nn.Module:
         ) from error
     if missing := sorted(loaded["missing_keys"]):  # transformers would go on with random ones
         raise InputError(f"model {name}: {len(missing)} weights are missing, such as {missing[0]}; restore its files.")
+    speed_up(model)
     return model.to(device=device, dtype=getattr(torch, DTYPES[compute_dtype])).eval()
 
 

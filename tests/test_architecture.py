@@ -33,6 +33,7 @@ LEAVES = frozenset(
         "made_store",
         "memory",
         "pairs",
+        "products",
         "progress",
         "recipe",
         "row_metrics",
