@@ -4,9 +4,9 @@
 
 GPT-2 small's shape: made-up rows of 768 values, an SAE of 24,576 features, k = 32. `encode` is the whole stage on one worker
 in this process: reading, searching, scoring, writing, committing, and the feature index; what it takes to load the
-run, once in the stage and once in each worker, is told apart. The bound is x · W_encᵀ in the
-same dtype, with as many threads, into a buffer that stays, before and after it in each repetition. On a machine that
-others use, the ratio of processor times says more than that of the clock; both are given.
+run, once in the stage and once in each worker, is told apart. The bound is x · W_encᵀ in the same dtype by the same
+library, with as many threads, before and after it in each repetition. On a machine that others use, the ratio of
+processor times says more than that of the clock; both are given.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from actstore.reader import ActivationStore
 from benchmarks.madestore import SITE, make_store
 from pipelines.code_store import CodeStore, read_codes
 from pipelines.codes import EXACT_KERNEL, FAST_KERNEL, EncodeConfig, encode
+from pipelines.products import product
 from pipelines.sae.checkpoint import RunRecord, load_run, save_run
 from pipelines.sae.select import BLOCK_ROWS
 from pipelines.sae.topk import TopKSae
@@ -79,16 +80,16 @@ def save_made_run(path: Path, store: ActivationStore) -> None:
 
 def bare_product(store: ActivationStore, weight: torch.Tensor, dtype: torch.dtype) -> Callable[[], None]:
     """x · W_encᵀ of as many rows as the store has."""
-    rows = torch.from_numpy(store.read(store.shards()[0], f"acts/{SITE}", 0, BLOCK_ROWS)).to(dtype)
-    weight, n_blocks = weight.to(dtype), -(-store.n_rows() // BLOCK_ROWS)
-    out = torch.empty(len(rows), len(weight), dtype=dtype)
+    block_rows = BLOCK_ROWS * 2 // dtype.itemsize
+    rows = torch.from_numpy(store.read(store.shards()[0], f"acts/{SITE}", 0, block_rows)).to(dtype)
+    weight, n_blocks = weight.to(dtype), -(-store.n_rows() // block_rows)
 
-    def product() -> None:
+    def all_blocks() -> None:
         with torch.inference_mode():
             for _ in range(n_blocks):
-                torch.mm(rows, weight.T, out=out)
+                product(rows, weight)
 
-    return product
+    return all_blocks
 
 
 def differing_rows(one: CodeStore, other: CodeStore) -> int:

@@ -10,7 +10,7 @@ from multiprocessing import resource_tracker
 from typing import Any
 
 from actstore.errors import InputError
-from pipelines.memory import keep_freed_memory
+from pipelines.memory import keep_freed_memory, release_freed_memory
 from pipelines.progress import track
 
 CONNECT_TIMEOUT_S = 10
@@ -55,7 +55,8 @@ def connect(scheduler: str | None, workers: int, *, threads: bool = False) -> It
 
 
 def _keeping_memory() -> Any:
-    """For every worker, also those that come later."""
+    """For every worker, also those that come later: freed memory is kept within a task, for its next block, and given back
+    after it; else what a worker holds would grow with the number of its tasks."""
     from distributed import WorkerPlugin
 
     class KeepsMemory(WorkerPlugin):
@@ -63,6 +64,10 @@ def _keeping_memory() -> Any:
 
         def setup(self, worker: Any) -> None:
             keep_freed_memory(KEPT_BYTES)
+
+        def transition(self, key: Any, start: str, finish: str, **named: Any) -> None:
+            if start == "executing":
+                release_freed_memory()
 
     return KeepsMemory()
 

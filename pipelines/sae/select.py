@@ -17,6 +17,7 @@ from pipelines.products import product
 from pipelines.sae.sparse import Active, sampled_product
 
 BLOCK_ROWS = 512
+"""Of a bfloat16 product; of float32, half as many, which are as many bytes."""
 SPARE = 2
 """Candidates beyond k, as a share: k / SPARE."""
 ROUNDING = 2.0**-7
@@ -105,7 +106,7 @@ def row_search(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, fast: bool) -
 def _preactivations(x: Tensor, weight: Tensor, bias: Tensor, *, fast: bool) -> Iterator[Tensor]:
     """x · weightᵀ + bias, a block of rows at a time; in bfloat16, each in the place of the one before."""
     if not fast:
-        yield from (product(block, weight, bias) for block in x.split(BLOCK_ROWS))
+        yield from (product(block, weight, bias) for block in x.split(BLOCK_ROWS // 2))
         return
     joined = x.device.type == "cpu"
     if joined:  # the bias as one more input that is always 1: added on its own, it takes 6 % of the product's time
