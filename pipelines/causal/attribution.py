@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from actstore.errors import InputError
 from pipelines.capture import Site, blocks_of
-from pipelines.causal.forward import final_norm, head_weights, token_and_position, unembedding
+from pipelines.causal.forward import final_norm, head_weights, logits, token_and_position, unembedding
 from pipelines.causal.interventions import Trace, trace
 from pipelines.sae.base import Sae
 
@@ -197,7 +197,7 @@ def only_layers(parts: Parts) -> Parts:
 
 def _logits(model: nn.Module, run: Trace, position: int) -> Tensor:
     stream = run.streams[-1, position]
-    return (final_norm(model)(stream) @ unembedding(model).T).double()
+    return logits(model, stream).double()
 
 
 def _choice(model: nn.Module, target: int, against: int | None, *, centred: bool) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.capture import blocks_of, family_of
+from pipelines.products import product
 
 
 def embed(model: nn.Module, ids: Tensor) -> Tensor:
@@ -112,7 +113,7 @@ def unembedding(model: nn.Module) -> Tensor:
 
 def logits(model: nn.Module, hidden: Tensor) -> Tensor:
     """(…, d_model) after the last block -> (…, vocabulary). Pass only the positions that are wanted: this is costly."""
-    return final_norm(model)(hidden) @ unembedding(model).T
+    return product(final_norm(model)(hidden), unembedding(model))
 
 
 def _mask_after(hidden: Tensor, n_before: int) -> Tensor:
