@@ -16,6 +16,8 @@ from pipelines.progress import track
 CONNECT_TIMEOUT_S = 10
 WORKERS_TIMEOUT_S = 30
 NO_WORKERS_S = 60
+LOCAL = {"distributed.scheduler.no-workers-timeout": NO_WORKERS_S, "distributed.worker.profile.enabled": False}
+"""Of local clusters. The profile of every second that a worker has run stays in its memory."""
 KEPT_BYTES = 8 << 20
 """Of memory that a task frees, the largest block that its worker keeps for the next: most arrays of a shard's statistics."""
 
@@ -79,7 +81,7 @@ def _client(scheduler: str | None, workers: int, threads: bool) -> Iterator[Any]
 
     if scheduler is None:
         with ExitStack() as stack:
-            with _spared_interrupts(), dask.config.set({"distributed.scheduler.no-workers-timeout": NO_WORKERS_S}):
+            with _spared_interrupts(), dask.config.set(LOCAL):
                 shape = {"n_workers": 1, "threads_per_worker": workers, "processes": False}
                 if not threads:
                     shape = {"n_workers": workers, "threads_per_worker": 1}

@@ -76,7 +76,7 @@ def save_heatmap(
 
 
 def _number(value: float) -> str:
-    return f"{value:.2f}" if math.isfinite(value) else ""
+    return f"{value:z.2f}" if math.isfinite(value) else ""
 
 
 def _short(name: str) -> str:
