@@ -63,6 +63,17 @@ def test_a_graph_without_edges_has_no_communities() -> None:
     assert (found.members(), found.modularity, found.seed_agreement) == ([], 0.0, 0.0)
 
 
+def test_an_edge_of_weight_zero_is_none() -> None:
+    left, right = np.array([0, 2]), np.array([1, 3])
+    graph = adjacency(left, right, np.zeros(2), 5)
+    labels = partition(graph, 0)
+    assert labels.tolist() == [-1] * 5
+    assert modularity(graph, labels) == 0
+    labels = partition(adjacency(left, right, np.array([0.0, 2.0]), 5), 0)
+    assert labels[:2].tolist() == [-1, -1]
+    assert labels[2] == labels[3] >= 0
+
+
 def test_planted_groups_are_found_by_every_seed_and_equally_by_the_same_one() -> None:
     graph, truth = planted(6, 20, 0.6, 0.01, 0)
     found = communities(graph, 3, 8)

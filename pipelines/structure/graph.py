@@ -14,9 +14,14 @@ MIN_MEMBERS = 3
 
 
 def adjacency(left: NDArray, right: NDArray, weights: NDArray, n_nodes: int) -> sp.csr_matrix:
-    """(n, n) symmetric matrix of a list of weighted edges; scikit-network takes a matrix, not an array."""
+    """(n, n) symmetric matrix of a list of weighted edges; scikit-network takes a matrix, not an array.
+
+    An edge of weight 0 is none: the strongest pairs of a draw may be some that are never together.
+    """
     ends, others = np.r_[left, right], np.r_[right, left]
-    return sp.csr_matrix((np.r_[weights, weights].astype(np.float64), (ends, others)), shape=(n_nodes, n_nodes))
+    graph = sp.csr_matrix((np.r_[weights, weights].astype(np.float64), (ends, others)), shape=(n_nodes, n_nodes))
+    graph.eliminate_zeros()
+    return graph
 
 
 def partition(graph: sp.csr_matrix, seed: int) -> NDArray[np.int64]:
