@@ -5,8 +5,8 @@
 GPT-2 small's shape: made-up rows of 768 values, an SAE of 24,576 features, k = 32. `encode` is the whole stage on one worker
 in this process: reading, searching, scoring, writing, committing, and the feature index; what it takes to load the
 run, once in the stage and once in each worker, is told apart. The bound is x · W_encᵀ in the same dtype by the same
-library, with as many threads, before and after it in each repetition. On a machine that others use, the ratio of
-processor times says more than that of the clock; both are given.
+library (in bfloat16 into a buffer that stays), with as many threads, before and after it in each repetition. On a machine
+that others use, the ratio of processor times says more than that of the clock; both are given.
 """
 
 from __future__ import annotations
@@ -83,11 +83,15 @@ def bare_product(store: ActivationStore, weight: torch.Tensor, dtype: torch.dtyp
     block_rows = BLOCK_ROWS * 2 // dtype.itemsize
     rows = torch.from_numpy(store.read(store.shards()[0], f"acts/{SITE}", 0, block_rows)).to(dtype)
     weight, n_blocks = weight.to(dtype), -(-store.n_rows() // block_rows)
+    out = torch.empty(len(rows), len(weight), dtype=dtype)
 
     def all_blocks() -> None:
         with torch.inference_mode():
             for _ in range(n_blocks):
-                product(rows, weight)
+                if dtype == torch.float32:
+                    product(rows, weight)
+                else:
+                    torch.mm(rows, weight.T, out=out)
 
     return all_blocks
 

@@ -83,6 +83,25 @@ def load_sae(path: Path) -> TopKSae:
     return sae.eval().requires_grad_(False)
 
 
+def train_on_rows(
+    peers: Peers,
+    trainer: str,
+    rows: Path,
+    weights: Path,
+    *,
+    features: int,
+    k: int,
+    batch: int,
+    n_rows: int,
+    seed: int,
+    lr: float,
+) -> tuple[TopKSae, dict[str, Any]]:
+    """What a trainer makes of a file of `n_rows` rows, in a process of its own, and what it says. Raises PeerFailed."""
+    asked = ["--rows", rows, "--out", weights, "--features", features, "--k", k, "--batch", batch, "--seed", seed]
+    said = peers.run(trainer, *asked, "--dead-rows", dead_rows(n_rows, features, k), "--lr", lr)
+    return load_sae(weights), said
+
+
 def share_without_firing(sae: TopKSae, rows: NDArray[Any]) -> float:
     """The share of features that fire on none of the rows."""
     fired = torch.zeros(sae.n_features, dtype=torch.bool)
@@ -99,24 +118,22 @@ def measure(
     model = load_model(store.manifest.provenance["model"], "cpu", "fp32")
     rows_file, weights_file = folder / "rows.npy", folder / "weights.npz"
     window = dead_rows(options.rows, options.features, options.k)
+    shape = {"features": options.features, "k": options.k, "batch": options.batch, "n_rows": options.rows}
     records: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     for seed in range(options.seeds):
         write_rows(store, site, options.rows, options.batch, seed, rows_file)
         rows = np.load(rows_file, mmap_mode="r")
-        shared = ["--rows", rows_file, "--out", weights_file, "--features", options.features, "--k", options.k]
-        shared += ["--batch", options.batch, "--seed", seed, "--dead-rows", window]
         for place in range(3):
             for trainer in TRAINERS:
                 if trainer not in peers.pythons or trainer in failed:
                     continue
                 lr = (options.learning_rates or LEARNING_RATES[trainer])[place]
                 try:
-                    run = peers.run(trainer, *shared, "--lr", lr)
+                    sae, run = train_on_rows(peers, trainer, rows_file, weights_file, **shape, seed=seed, lr=lr)
                 except PeerFailed as error:
                     failed[trainer] = str(error)
                     continue
-                sae = load_sae(weights_file)
                 found: dict[str, Any] = heldout_metrics(sae, store, site)
                 replaced = {"sae": reconstructing(sae)}
                 text = heldout_text(model, store, Site.parse(site), replaced, options.windows, "cpu")

@@ -9,8 +9,9 @@ as many features as there are, and of twice as many, are trained from a store of
 truth, codes on held-out rows. `pipelines.recovery` has the definitions. A seed is that of the SAE and its batches; the
 problem stays the same.
 
-The other tools train on the same rows in the same batches, with their own recipes (see `benchmarks.quality`), each with
-the best of the learning rates that was found for it (`LEARNING_RATES`; `--lr` is for all).
+The other tools train on the same rows in the same batches, with their own recipes (see `benchmarks.quality`), each at one
+learning rate, which was not searched for (`LEARNING_RATES`: SAELens' is half the others', as its best is there; `--lr`
+is for all).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from scipy.sparse import csr_matrix, vstack
 
 from actstore.reader import ActivationStore
 from benchmarks.peers.environments import Peers, add_options, choose
-from benchmarks.quality import dead_rows, load_sae, write_rows
+from benchmarks.quality import OTHERS, train_on_rows, write_rows
 from pipelines.recovery import Recovery, measure
 from pipelines.sae.checkpoint import load_run
 from pipelines.sae.topk import TopKSae
@@ -49,7 +50,6 @@ HELDOUT_ROWS = 20_000
 ENCODE_ROWS = 4096
 
 LEARNING_RATES = {"actstore": 2e-3, "saelens": 1e-3, "dictionary_learning": 2e-3}
-PEERS = ("saelens", "dictionary_learning")
 
 Encode = Callable[[NDArray[np.float32]], tuple[NDArray[Any], NDArray[Any]]]
 
@@ -101,11 +101,10 @@ def train_actstore(run: Run) -> Dictionary:
 def train_peer(peers: Peers, tool: str, run: Run) -> Dictionary:
     store, rows, weights = ActivationStore(run.store), run.out.with_suffix(".npy"), run.out.with_suffix(".npz")
     write_rows(store, store.sites[0], run.tokens, BATCH_ROWS, run.seed, rows)
-    asked = ["--features", run.features, "--k", run.k, "--batch", BATCH_ROWS, "--seed", run.seed, "--lr", run.lr]
-    asked += ["--dead-rows", dead_rows(run.tokens, run.features, run.k)]
-    peers.run(tool, "--rows", rows, "--out", weights, *asked)
+    shape = {"features": run.features, "k": run.k, "batch": BATCH_ROWS, "n_rows": run.tokens}
+    sae, _ = train_on_rows(peers, tool, rows, weights, **shape, seed=run.seed, lr=run.lr)
     rows.unlink()
-    return dictionary_of(load_sae(weights))
+    return dictionary_of(sae)
 
 
 def dictionary_of(sae: TopKSae) -> Dictionary:
@@ -194,22 +193,22 @@ def holds(lines: list[dict[str, Any]]) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problem", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
-    parser.add_argument("--tool", nargs="+", choices=["actstore", *PEERS], default=["actstore"])
+    parser.add_argument("--tool", nargs="+", choices=["actstore", *OTHERS], default=["actstore"])
     parser.add_argument("--times", nargs="+", type=int, default=[1, 2], help="features of the SAE over true features")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the store")
     parser.add_argument("--tokens", type=int, default=8_000_000, help="rows to train on")
     parser.add_argument("--lr", type=float, help="for all tools alike, in place of each one's own")
     parser.add_argument("--json", action="store_true")
-    add_options(parser, PEERS)
+    add_options(parser, OTHERS)
     options = parser.parse_args()
-    peers = choose(options, tuple(tool for tool in options.tool if tool in PEERS))
+    peers = choose(options, tuple(tool for tool in options.tool if tool in OTHERS))
     if peers.skipped:
         parser.error("; ".join(f"{tool}: {reason}" for tool, reason in peers.skipped.items()))
     with tempfile.TemporaryDirectory() as folder:
         lines = measured(options, peers, Path(folder))
     if options.json:
-        print(json.dumps({"runs": lines}, indent=1))
+        print(json.dumps({"options": vars(options), "runs": lines}, indent=1, default=str))
     else:
         print(f"{options.tokens:,} rows in batches of {BATCH_ROWS}, k = the true mean")
         print(table(lines))

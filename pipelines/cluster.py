@@ -16,8 +16,6 @@ from pipelines.progress import track
 CONNECT_TIMEOUT_S = 10
 WORKERS_TIMEOUT_S = 30
 NO_WORKERS_S = 60
-LOCAL = {"distributed.scheduler.no-workers-timeout": NO_WORKERS_S, "distributed.worker.profile.enabled": False}
-"""Of local clusters. The profile of every second that a worker has run stays in its memory."""
 KEPT_BYTES = 8 << 20
 """Of memory that a task frees, the largest block that its worker keeps for the next: most arrays of a shard's statistics."""
 
@@ -80,8 +78,12 @@ def _client(scheduler: str | None, workers: int, threads: bool) -> Iterator[Any]
     from distributed import Client, LocalCluster
 
     if scheduler is None:
+        settings = {
+            "distributed.scheduler.no-workers-timeout": NO_WORKERS_S,
+            "distributed.worker.profile.enabled": False,  # that of every second a worker has run stays in its memory
+        }
         with ExitStack() as stack:
-            with _spared_interrupts(), dask.config.set(LOCAL):
+            with _spared_interrupts(), dask.config.set(settings):
                 shape = {"n_workers": 1, "threads_per_worker": workers, "processes": False}
                 if not threads:
                     shape = {"n_workers": workers, "threads_per_worker": 1}
