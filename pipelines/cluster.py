@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing import resource_tracker
 from typing import Any
+from uuid import uuid4
 
 from actstore.errors import InputError
 from pipelines.memory import keep_freed_memory, release_freed_memory
@@ -38,7 +39,7 @@ def connect(scheduler: str | None, workers: int, *, threads: bool = False) -> It
         raise InputError(f"workers {workers}: need at least 1.")
     try:
         with _client(scheduler, workers, threads) as client:
-            client.register_plugin(_keeping_memory())
+            _register(client, _keeping_memory())
             if client.dashboard_link and client.scheduler_info(n_workers=0)["services"]:
                 print(f"dashboard: {client.dashboard_link}", file=sys.stderr)
             yield client
@@ -52,6 +53,17 @@ def connect(scheduler: str | None, workers: int, *, threads: bool = False) -> It
             f"workers: none was left for {NO_WORKERS_S} s, they died while they started, most likely for want of memory; "
             "run the same command again, with fewer --workers; what was committed is kept."
         ) from error
+
+
+def _register(client: Any, plugin: Any) -> None:
+    """With every worker. One that dies just then is not asked again: it is gone, or another has come in its place."""
+    for tries_left in (2, 1, 0):
+        try:
+            client.register_plugin(plugin)
+            return
+        except OSError:
+            if not tries_left:
+                raise
 
 
 def _keeping_memory() -> Any:
@@ -134,12 +146,25 @@ def own_device(device: str) -> str:
 
 
 def share(client: Any, value: Any) -> Any:
-    """A value that every worker holds, to be given to many tasks in its place.
+    """A value that is sent once, to be given to many tasks in its place.
 
-    Under a name of its own: by default Dask names it by its content, and what was shared before, and is just being
-    forgotten, would take the same value shared again with it ("lost dependencies").
+    As the result of a task, which the scheduler keeps: when every worker that had the value dies, another one gets it.
+    (Dask's `scatter` leaves it with the workers alone, and ends with "lost dependencies".)
     """
-    return client.scatter(value, broadcast=True, hash=False)
+    import dask
+
+    with dask.config.set({"distributed.admin.large-graph-warning-threshold": sys.maxsize}):
+        return client.submit(_Kept(value), key=f"share-{uuid4()}")
+
+
+class _Kept:
+    """A value for Dask to carry without looking into it."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __call__(self) -> Any:
+        return self._value
 
 
 def run_tasks(client: Any, label: str, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> list[Any]:

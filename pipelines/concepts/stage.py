@@ -118,7 +118,7 @@ def findings_json(findings: list[Finding]) -> dict[str, Any]:
 
 
 def _held(client: Any, labels: LabelTable) -> list[Any]:
-    """The labels of each segment, on every worker."""
+    """The labels of each segment, for the tasks of its shards."""
     return [share(client, segment) for segment in labels.segments]
 
 
