@@ -289,7 +289,8 @@ def test_the_radix_order_is_the_lexicographic_one(pairs: list[tuple[int, int]]) 
 def test_a_survey_comes_back_from_its_arrays() -> None:
     codes = random_codes(8)
     survey = codes.survey(slice(None))
-    arrays = survey.to_arrays()
+    arrays = survey.take_arrays()
+    assert not any(len(table.key) for table in survey.tables.values())
     again = Survey(codes.extent, N_EXAMPLES, N_RANDOM, SEED).load_dense(arrays.__getitem__)
     for kind in KEPT:
         getattr(again, kind).add_kept({name: arrays[f"{kind}/{name}"] for name in COLUMNS})

@@ -24,13 +24,13 @@ PREFIX = struct.Struct("<QI")
 
 def publish_bundle(place: Place, name: str, arrays: dict[str, NDArray[Any]]) -> None:
     """Put one-dimensional arrays under one name, at once."""
-    data = [np.ascontiguousarray(array).tobytes() for array in arrays.values()]
+    data = [np.ascontiguousarray(array).view(np.uint8) for array in arrays.values()]
     offsets = accumulate(map(len, data), initial=0)
     entries = {key: [array.dtype.str, len(array), at] for (key, array), at in zip(arrays.items(), offsets, strict=False)}
     header = json.dumps(entries).encode()
     prefix = PREFIX.pack(len(header), google_crc32c.value(header))
-    checks = [_checks(np.frombuffer(own, np.uint8)).tobytes() for own in data]
-    place.publish(name, b"".join([prefix, header, *data, *checks]))
+    checks = [_checks(own).view(np.uint8) for own in data]
+    place.publish(name, b"".join([prefix, header, *(own.data for own in data + checks)]))
 
 
 def _checks(data: NDArray[np.uint8]) -> NDArray[np.uint32]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,15 +26,20 @@ def survey_shard(job: Job, shard: Shard) -> Survey:
     """
     work = open_place(job.work_url)
     name = shard_name(shard)
-    survey = job.survey()
-    if not work.exists(name):
-        codes = []
-        for block in blocks(job, shard, BLOCK_ROWS):
-            survey.update(block)
-            codes.append(marked_codes(block.indices, block.values > 0, block.n_features))
-        publish_bundle(work, name, survey.to_arrays() | countable(np.concatenate(codes), job.extent.n_features))
-        return survey.clear_by_feature()
-    return survey.load_dense(Bundle(work, name).read)
+    if work.exists(name):
+        return job.survey().load_dense(Bundle(work, name).read)
+    survey, codes = _read_once(job, shard)
+    publish_bundle(work, name, survey.take_arrays() | countable(codes, job.extent.n_features))
+    return survey
+
+
+def _read_once(job: Job, shard: Shard) -> tuple[Survey, NDArray[Any]]:
+    """The survey of a shard, and its marked codes (n, k)."""
+    survey, codes = job.survey(), []
+    for block in blocks(job, shard, BLOCK_ROWS):
+        survey.update(block)
+        codes.append(marked_codes(block.indices, block.values > 0, block.n_features))
+    return survey, np.concatenate(codes)
 
 
 def sample_shard(job: Job, shard: Shard, edges: NDArray[np.int64]) -> SampledExamples:

@@ -66,32 +66,27 @@ class Survey:
             self.tables[name].merge(table)
         return self
 
-    def to_arrays(self) -> dict[str, NDArray[Any]]:
-        """One-dimensional arrays that say all of it; kept examples and tables feature by feature."""
+    def take_arrays(self) -> dict[str, NDArray[Any]]:
+        """One-dimensional arrays that say all of it; kept examples and tables feature by feature, which are forgotten here,
+        one after another: both forms of all of them at once would be a task's largest memory."""
         arrays = {"n_rows": np.array([self.counts.n_rows])}
         arrays |= {f"counts/{name}": getattr(self.counts, name) for name in ("fires", "total", "peak")}
         arrays |= {f"rows/{name}": counts for name, counts in self.rows.finalize().items()}
         for kind in KEPT:
             columns = getattr(self, kind).finalize()
+            getattr(self, kind).clear()
             arrays |= {f"{kind}/{name}": column for name, column in columns.items()}
             features = np.arange(len(self.counts.fires) + 1)
             arrays[f"{kind}/starts"] = np.searchsorted(columns["feature"], features).astype(np.int64)
         for name, table in self.tables.items():
             counts, total = table.finalize()
+            table.clear()
             arrays |= {f"{name}/starts": counts.indptr.astype(np.int64), f"{name}/columns": counts.indices.astype(np.uint32)}
             arrays |= {f"{name}/count": counts.data.astype(np.uint32), f"{name}/total": total}
         return arrays
 
-    def clear_by_feature(self) -> Survey:
-        """Forget what is kept by feature."""
-        for kind in KEPT:
-            getattr(self, kind).clear()
-        for table in self.tables.values():
-            table.clear()
-        return self
-
     def load_dense(self, read: Any) -> Survey:
-        """The dense counts, as `read(name)` gives the arrays of `to_arrays`; what is kept by feature stays empty."""
+        """The dense counts, as `read(name)` gives the arrays of `take_arrays`; what is kept by feature stays empty."""
         self.counts.n_rows = int(read("n_rows")[0])
         for name in ("fires", "total", "peak"):
             setattr(self.counts, name, read(f"counts/{name}"))
