@@ -51,11 +51,12 @@ def raw_dimension_findings(store_path: Path, client: Any) -> list[Finding]:
 
 
 def concept_table(demo_out: Path, random_out: Path, layer: int, client: Any) -> dict[str, Any]:
-    """The table of concepts of a demo's SAE, beside neurons and the SAE on random weights; kept beside its codes."""
+    """The table of concepts of a demo's SAE, beside neurons and the SAE on random weights; kept in its folder."""
     config = ConceptsConfig(
         codes=demo_out / "codes",
         store=str(demo_out / "store"),
         run=demo_out / "run",
+        out=demo_out / "baselines.concepts",
         beside=(str(demo_out / "neurons"), str(random_out / "codes")),
     )
     if (config.folder / SUMMARY).exists():
