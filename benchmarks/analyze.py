@@ -255,11 +255,15 @@ def list_shard(job: Job, codes: NDArray[Any], shard: Shard) -> None:
     publish_bundle(open_place(job.work_url), shard_name(shard), countable(own, FEATURES))
 
 
-def count_tile(job: Job, start: int, largest: NDArray[np.int64], shards: list[Shard]) -> int:
-    """Counts of some features against all; gives their sum, for a count that is thrown away could be left out."""
+def count_tile(job: Job, start: int, largest: NDArray[np.int64], shards: list[Shard]) -> PairTile:
+    """Counts of some features against all."""
     tile = count_pairs(job, 0, start, largest, shards)
     assert tile is not None
-    return sum(int(part[:, :-1].sum(dtype=np.int64)) for part in tile._parts)
+    return tile
+
+
+def throw_away(*task: Any) -> None:
+    count_tile(*task)
 
 
 def tile_tasks(job: Job, fires: NDArray[np.int64], shards: list[Shard]) -> list[tuple[Any, ...]]:
@@ -269,16 +273,18 @@ def tile_tasks(job: Job, fires: NDArray[np.int64], shards: list[Shard]) -> list[
 
 def thread_rate(job: Job, shards: list[Shard], codes: NDArray[Any], fires: NDArray[np.int64]) -> Timed:
     """All shards and tiles one after another on this thread."""
-    sums = []
+    tasks = tile_tasks(job, fires, shards)
 
     def count() -> None:
         for shard in shards:
             list_shard(job, codes, shard)
-        sums.extend(count_tile(*task) for task in tile_tasks(job, fires, shards))
+        for task in tasks:
+            throw_away(*task)
 
     rate = timed(len(codes), count)
     n_together = (codes < FEATURES).sum(axis=1, dtype=np.int64)
-    assert sum(sums) == (n_together**2).sum()
+    tiles = (count_tile(*task) for task in tasks)
+    assert sum(int(part[:, :-1].sum(dtype=np.int64)) for tile in tiles for part in tile._parts) == (n_together**2).sum()
     return rate
 
 
@@ -300,13 +306,13 @@ def process_rates(
             held = client.scatter(codes, broadcast=True)
             lists[n] = [(job, held, shard) for shard in shards]
             run_tasks(client, "warm", list_shard, lists[n])
-            run_tasks(client, "warm", count_tile, [(job, 0, fires[:1], shards)] * (4 * n))
+            run_tasks(client, "warm", throw_away, [(job, 0, fires[:1], shards)] * (4 * n))
         for _ in range(TURNS):
             for n, client in clients.items():
                 busy = sum(client.run(time.process_time).values())
                 wall = time.perf_counter()
                 run_tasks(client, "lists", list_shard, lists[n])
-                run_tasks(client, "pairs", count_tile, counts)
+                run_tasks(client, "pairs", throw_away, counts)
                 wall = time.perf_counter() - wall
                 found[n].append((wall, sum(client.run(time.process_time).values()) - busy))
                 bare[n].append(max(client.run(additions).values()) / n)
