@@ -263,6 +263,7 @@ def count_tile(job: Job, start: int, largest: NDArray[np.int64], shards: list[Sh
 
 
 def throw_away(*task: Any) -> None:
+    """`count_tile` on a worker, which would keep the tile."""
     count_tile(*task)
 
 
@@ -279,7 +280,7 @@ def thread_rate(job: Job, shards: list[Shard], codes: NDArray[Any], fires: NDArr
         for shard in shards:
             list_shard(job, codes, shard)
         for task in tasks:
-            throw_away(*task)
+            count_tile(*task)
 
     rate = timed(len(codes), count)
     n_together = (codes < FEATURES).sum(axis=1, dtype=np.int64)
@@ -316,11 +317,11 @@ def process_rates(
                 wall = time.perf_counter() - wall
                 found[n].append((wall, sum(client.run(time.process_time).values()) - busy))
                 bare[n].append(max(client.run(additions).values()) / n)
-    timed = {n: min(walls) for n, walls in found.items()}
-    rates = {
-        n: {"rows": len(codes), "rows_per_s": len(codes) / wall, "rows_per_cpu_s": len(codes) / busy, "tiles": len(counts)}
-        for n, (wall, busy) in timed.items()
-    }
+    rates = {}
+    for n, turns in found.items():
+        wall, busy = min(turns)
+        speed = {"rows_per_s": len(codes) / wall, "rows_per_cpu_s": len(codes) / busy}
+        rates[n] = {"rows": len(codes), **speed, "tiles": len(counts)}
     return rates, min(bare[1]) / min(bare[2])
 
 
