@@ -4,13 +4,13 @@
 
 Everyone trains on the same rows in the same order, once over: shuffled rows of the built-in model (d = 192), collected
 for the purpose unless `--store` names some. The same k, number of features, batch, warm-up (5 %) and decay (the last
-fifth), and the same number of rows without firing after which a feature is dead; three learning rates each, three
+fifth), and the same number of rows without firing after which a feature is helped; three learning rates each, three
 seeds each, of initial weights and of the order. The rest is everyone's own recipe (see benchmarks/peers): how rows
 are scaled, the decoder bias begins, weights begin, and dead features are revived.
 
 The weights come back in raw units and one evaluator measures them all: variance explained (FVE) on the held-out rows, the
 nats that the reconstruction adds to the model's loss on held-out text (dCE), and the share of features that fire
-on none of the last `dead rows` training rows. Mean and deviation over the seeds; * marks the learning rate of the
+on none of the last tenth of the training rows. Mean and deviation over the seeds; * marks the learning rate of the
 highest FVE, and when that is the lowest or highest of the three, it is said: the best may lie beyond.
 """
 
@@ -39,8 +39,10 @@ from pipelines.capture import Site, load_model
 from pipelines.collect import collect
 from pipelines.recipe import CollectConfig
 from pipelines.row_metrics import heldout_metrics
+from pipelines.sae.base import Objective
 from pipelines.sae.topk import TopKSae
 from pipelines.text_metrics import heldout_text, reconstructing
+from pipelines.training.trainee import REPORTED_SHARE, Recipe
 
 OTHERS = ("saelens", "dictionary_learning")
 TRAINERS = ("ours", *OTHERS)
@@ -55,13 +57,13 @@ EVALUATED_ROWS = 8192
 FIGURES = ("fve", "delta_ce", "dead_share", "l0", "tokens_per_s")
 
 
-def dead_rows(n_rows: int, features: int, k: int) -> int:
-    """A tenth of the run, at most ten million rows, and enough for every feature to have had its turn fifty times.
+def revived_after(n_rows: int, features: int, k: int) -> int:
+    """Rows without firing after which a feature is helped: as `train` has it, here for all.
 
-    >>> dead_rows(1_000_000, 2048, 32), dead_rows(10_000, 2048, 32)
-    (100000, 3200)
+    >>> revived_after(1_000_000, 2048, 32), revived_after(10_000, 2048, 32)
+    (10000, 3200)
     """
-    return max(50 * features // k, min(10_000_000, n_rows // 10))
+    return Recipe.standard(0.0, n_rows, 1, k / features, Objective()).revive_after_rows
 
 
 def write_rows(store: ActivationStore, site: str, n_rows: int, batch: int, seed: int, path: Path) -> None:
@@ -98,7 +100,7 @@ def train_on_rows(
 ) -> tuple[TopKSae, dict[str, Any]]:
     """What a trainer makes of a file of `n_rows` rows, in a process of its own, and what it says. Raises PeerFailed."""
     asked = ["--rows", rows, "--out", weights, "--features", features, "--k", k, "--batch", batch, "--seed", seed]
-    said = peers.run(trainer, *asked, "--dead-rows", dead_rows(n_rows, features, k), "--lr", lr)
+    said = peers.run(trainer, *asked, "--dead-rows", revived_after(n_rows, features, k), "--lr", lr)
     return load_sae(weights), said
 
 
@@ -117,7 +119,7 @@ def measure(
     """One record a trainer, learning rate and seed; and what failed, with its last words."""
     model = load_model(store.manifest.provenance["model"], "cpu", "fp32")
     rows_file, weights_file = folder / "rows.npy", folder / "weights.npz"
-    window = dead_rows(options.rows, options.features, options.k)
+    window = options.rows // REPORTED_SHARE
     shape = {"features": options.features, "k": options.k, "batch": options.batch, "n_rows": options.rows}
     records: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
@@ -218,7 +220,7 @@ def main() -> None:
     if options.json:
         print(json.dumps({"summary": lines, "runs": records, "skipped": peers.skipped, "failed": failed}, indent=1))
         return
-    window = dead_rows(options.rows, options.features, options.k)
+    window = options.rows // REPORTED_SHARE
     print(
         f"{site}, d = {store.d_model(site)}, F = {options.features}, k = {options.k}: {options.rows:,} rows in batches of "
         f"{options.batch}, {options.seeds} seeds; dead: no firing in the last {window:,} rows"

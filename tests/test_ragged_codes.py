@@ -91,5 +91,5 @@ def test_features_that_never_fired_are_dead_in_a_run_shorter_than_the_window() -
         sae.b_enc[16:] = -1e3
     trainee = Trainee(sae, Recipe.standard(1e-3, 10, 64, 2 / 32, Objective()), 1.0)
     figures = trainee.metrics(*trainee.step(torch.randn(64, 8, generator=torch.Generator().manual_seed(0))))
-    assert not trainee.dead.any()
+    assert not trainee.silent(trainee.recipe.revive_after_rows).any()
     assert figures["dead"] >= 0.5

@@ -33,7 +33,7 @@ def build(task: Task, sample: Tensor) -> Trainer:
     lr = task.lr or default_learning_rate(task.features, task.planned_steps)
     recipe = Recipe.standard(lr, task.planned_steps, task.batch, task.k / task.features, objective)
     if task.dead_rows:
-        recipe = replace(recipe, dead_after_rows=task.dead_rows)
+        recipe = replace(recipe, revive_after_rows=task.dead_rows)
     trainee = Trainee(sae, recipe, scale)
     probe = (sample[: task.batch] * scale).clone()
 

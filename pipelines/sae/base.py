@@ -86,6 +86,8 @@ class Sae(nn.Module, ABC):
     architecture: ClassVar[str]
     in_units_of_x: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
     """Parameters and buffers that scale with x: all but weights."""
+    activity_biases: ClassVar[tuple[str, ...]] = ("b_enc",)
+    """Parameters (F,) that are added to a feature's product with a row: one number each, where weights have d_model."""
     needs_scaled_rows: ClassVar[bool] = False
     """Whether training needs rows whose variance is 1 on average, and `start`; the textbook recipe has neither."""
 
@@ -152,6 +154,11 @@ class Sae(nn.Module, ABC):
     @torch.no_grad()
     def start(self, sample: Tensor) -> None:
         """What an architecture sets from rows (n, d_model), scaled as in training, once `b_dec` is set."""
+
+    @property
+    def gate_bias(self) -> Tensor:
+        """(F,) what is added to a feature's product with a row before it is decided whether the feature is active."""
+        return self.b_enc
 
     @property
     def code_width(self) -> int | None:
@@ -246,11 +253,10 @@ def levels(sae: Sae, sample: Tensor, k: float) -> Tensor:
 def dead_loss(sae: Sae, centred: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
     """‖e − ê‖² / ‖e − mean e‖²: what the d/2 strongest dead features leave of the residual e (n, d) of each row.
 
-    Gao et al. 2024, appendix A.2: without decoder bias; e and the encoder's input are held fixed. Also without encoder bias:
-    that of a feature that died has mostly sunk so low that relu leaves it no gradient at any row.
+    Gao et al. 2024, appendix A.2: without decoder bias; e and the encoder's input are held fixed.
     """
     which = dead.nonzero()[:, 0]
-    pre = (centred.detach() @ sae.W_enc[which].T).relu()
+    pre = torch.addmm(sae.gate_bias[which], centred.detach(), sae.W_enc[which].T).relu()
     k = max(1, sae.d_model // 2)
     if k < len(which):
         top = torch.topk(pre, k, dim=1, sorted=False)

@@ -20,6 +20,7 @@ class GatedSae(PenalisedSae):
 
     architecture = "gated"
     in_units_of_x = (*PenalisedSae.in_units_of_x, "b_gate")
+    activity_biases = ("b_enc", "b_gate")
     needs_scaled_rows = True
     l1_share = 1.0
     """Measured (d = 192, F = 1024, 400 steps): L0 7 for k = 8, between 22 and 46 for 32."""
@@ -28,6 +29,10 @@ class GatedSae(PenalisedSae):
         super().__init__(d_model, n_features, k, seed=seed)
         self.b_gate = nn.Parameter(torch.zeros(n_features))
         self.r_mag = nn.Parameter(torch.zeros(n_features))
+
+    @property
+    def gate_bias(self) -> Tensor:
+        return self.b_gate
 
     @torch.no_grad()
     def start(self, sample: Tensor) -> None:

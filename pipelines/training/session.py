@@ -266,7 +266,7 @@ class Session:
             config=recorded(config),
             metrics={
                 **self.metrics[index],
-                "dead_features": int(trainee.silent.sum()),
+                "dead_features": int(trainee.dead.sum()),
                 "dead_window_rows": min(trainee.recipe.dead_after_rows, trainee.rows_seen),
             },
         )

@@ -18,7 +18,8 @@ from actstore.errors import DamagedStore
 from pipelines.sae.tensors import making, publish_tensors
 
 STATE = "training.safetensors"
-STATE_VERSION = 2
+STATE_VERSION = 3
+"""Of the file and of the recipe: a training goes on as it began, or not at all."""
 Saved = tuple[list[dict[str, Tensor]], dict[str, Any]]
 """The tensors of every SAE, and what else the training needs."""
 
@@ -41,7 +42,10 @@ def load_state(folder: Path) -> Saved | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, str(error)) from error
-    if facts.pop("version", None) != STATE_VERSION or facts.pop("sha256", None) != _digest(tensors):
+    version = facts.pop("version", None)
+    if version != STATE_VERSION:
+        raise _damaged(path, f"version {version}, this actstore trains by version {STATE_VERSION}")
+    if facts.pop("sha256", None) != _digest(tensors):
         raise _damaged(path, "it is not what was saved")
     trainees: list[dict[str, Tensor]] = []
     for name, tensor in tensors.items():

@@ -18,6 +18,8 @@ from pipelines.sae.base import Losses, Objective, Sae
 RECIPES = ("standard", "textbook")
 AUXK = 1 / 32
 DEAD_AFTER_ROWS = 10_000_000
+REPORTED_SHARE, REVIVED_SHARE = 10, 100
+"""Of a run's rows, at most one in so many pass before a silent feature is called dead, and before it is helped."""
 FIRINGS_EXPECTED = 50
 
 
@@ -32,6 +34,8 @@ class Recipe:
     warm_up: int = 1
     decay: int = 1
     dead_after_rows: int = DEAD_AFTER_ROWS
+    revive_after_rows: int = DEAD_AFTER_ROWS
+    fast_biases: bool = True
     project: bool = True
     pooled_fve: bool = False
 
@@ -39,24 +43,27 @@ class Recipe:
     def standard(cls, lr: float, n_steps: int, batch_rows: int, firing_rate: float, objective: Objective) -> Recipe:
         """The recipe of Gao et al. 2024, its times cut for short runs.
 
-        Warm-up over 1,000 steps, at most 5 % of the run; linear decay to zero over the last fifth. A feature is dead
-        when it has not fired in 10 million rows, at most a tenth of the run, but at least as many as hold fifty firings
-        of a feature of average rate `firing_rate`.
+        Warm-up over 1,000 steps, at most 5 % of the run; linear decay to zero over the last fifth. A feature that has
+        not fired in 10 million rows is dead. In shorter runs that is a tenth of them, and the loss that revives
+        features begins after a hundredth; but no less than hold fifty firings of a feature of average rate `firing_rate`.
         """
-        dead_after = max(min(DEAD_AFTER_ROWS, n_steps * batch_rows // 10), math.ceil(FIRINGS_EXPECTED / firing_rate))
+        turn = math.ceil(FIRINGS_EXPECTED / firing_rate)
+        n_rows = n_steps * batch_rows
         return cls(
             lr,
             n_steps,
             objective,
             warm_up=min(1000, max(1, n_steps // 20)),
             decay=max(1, n_steps // 5),
-            dead_after_rows=dead_after,
+            dead_after_rows=max(min(DEAD_AFTER_ROWS, n_rows // REPORTED_SHARE), turn),
+            revive_after_rows=max(min(DEAD_AFTER_ROWS, n_rows // REVIVED_SHARE), turn),
         )
 
     @classmethod
     def textbook(cls, lr: float, n_steps: int, objective: Objective) -> Recipe:
-        """Constant rate, gradient norm clipped at 1, no help for dead features, decoder gradient as it is."""
-        return cls(lr, n_steps, replace(objective, auxk=0.0), clip=1.0, project=False, pooled_fve=True)
+        """Constant rate, gradient norm clipped at 1, no help for dead features, one pace, decoder gradient as it is."""
+        objective = replace(objective, auxk=0.0)
+        return cls(lr, n_steps, objective, clip=1.0, fast_biases=False, project=False, pooled_fve=True)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0.
@@ -66,6 +73,20 @@ class Recipe:
         [0.25, 1.0, 1.0, 0.5, 0.05]
         """
         return self.lr * min(1.0, (step + 1) / self.warm_up, (self.n_steps - step) / self.decay)
+
+
+def _paced(sae: Sae, fast_biases: bool) -> list[dict[str, Any]]:
+    """Parameters by how far a step of Adam takes them, in learning rates.
+
+    A step of one learning rate in each of d_model weights moves a pre-activation by about √d_model of them for a row
+    whose channels have variance 1; a bias that is to keep up is moved as far.
+    """
+    fast = set(sae.activity_biases) if fast_biases else set()
+    groups: list[dict[str, Any]] = [
+        {"pace": 1.0, "params": [p for name, p in sae.named_parameters() if name not in fast]},
+        {"pace": math.sqrt(sae.d_model), "params": [p for name, p in sae.named_parameters() if name in fast]},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 class Trainee:
@@ -86,7 +107,7 @@ class Trainee:
     ):
         self.sae, self.recipe, self.scale = sae, recipe, scale
         self.average, self.any_of = average, any_of
-        self.optimiser = torch.optim.Adam(sae.parameters(), lr=recipe.lr, fused=True)
+        self.optimiser = torch.optim.Adam(_paced(sae, recipe.fast_biases), lr=recipe.lr, fused=True)
         self.n_steps = 0
         self.rows_seen = 0
         self.last_fired = torch.zeros(sae.n_features, dtype=torch.int64, device=sae.W_dec.device)
@@ -98,7 +119,7 @@ class Trainee:
         """
         sae, recipe = self.sae, self.recipe
         x = rows * self.scale if self.scale != 1 else rows
-        dead = self.dead if recipe.objective.auxk else None
+        dead = self.silent(recipe.revive_after_rows) if recipe.objective.auxk else None
         losses = sae.losses(x, recipe.objective, dead)
         self.optimiser.zero_grad(set_to_none=True)
         losses.total.backward()
@@ -109,7 +130,7 @@ class Trainee:
         if recipe.clip:
             torch.nn.utils.clip_grad_norm_(sae.parameters(), recipe.clip)
         for group in self.optimiser.param_groups:
-            group["lr"] = recipe.lr_at(self.n_steps)
+            group["lr"] = group["pace"] * recipe.lr_at(self.n_steps)
         self.optimiser.step()
         sae.normalise_decoder()
         sae.after_step(losses.codes)
@@ -129,15 +150,14 @@ class Trainee:
         self.any_of(mask)
         self.last_fired[mask.bool()] = self.rows_seen
 
-    @property
-    def dead(self) -> Tensor:
-        """(F,) features that have not fired in the last `dead_after_rows` rows."""
-        return self.last_fired <= self.rows_seen - self.recipe.dead_after_rows
+    def silent(self, n_rows: int) -> Tensor:
+        """(F,) features that have not fired in the last `n_rows` rows; none before there have been so many."""
+        return self.last_fired <= self.rows_seen - n_rows
 
     @property
-    def silent(self) -> Tensor:
-        """(F,) the same as it is reported: in a run shorter than that, those that have not fired at all."""
-        return self.last_fired <= max(0, self.rows_seen - self.recipe.dead_after_rows)
+    def dead(self) -> Tensor:
+        """(F,) features that have not fired in the last `dead_after_rows` rows, or in none where there were fewer."""
+        return self.silent(min(self.rows_seen, self.recipe.dead_after_rows))
 
     @torch.no_grad()
     def metrics(self, x: Tensor, losses: Losses) -> dict[str, float]:
@@ -149,7 +169,7 @@ class Trainee:
             **{name: float(term.detach()) for name, term in losses.terms.items()},
             "fve": 1.0 - float(error.square().sum() / (x - x.mean(dim=0)).square().sum()),
             "l0": float((losses.codes.values > 0).sum()) / len(x),
-            "dead": float(self.silent.float().mean()),
+            "dead": float(self.dead.float().mean()),
             "lr": self.recipe.lr_at(self.n_steps - 1),
         }
         if self.recipe.pooled_fve:
