@@ -86,7 +86,7 @@ class Sae(nn.Module, ABC):
     architecture: ClassVar[str]
     in_units_of_x: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
     """Parameters and buffers that scale with x: all but weights."""
-    activity_biases: ClassVar[tuple[str, ...]] = ("b_enc",)
+    feature_biases: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Parameters (F,) that are added to a feature's product with a row: one number each, where weights have d_model."""
     needs_scaled_rows: ClassVar[bool] = False
     """Whether training needs rows whose variance is 1 on average, and `start`; the textbook recipe has neither."""

@@ -20,7 +20,7 @@ class GatedSae(PenalisedSae):
 
     architecture = "gated"
     in_units_of_x = (*PenalisedSae.in_units_of_x, "b_gate")
-    activity_biases = ("b_enc", "b_gate")
+    feature_biases = ("b_enc", "b_gate")
     needs_scaled_rows = True
     l1_share = 1.0
     """Measured (d = 192, F = 1024, 400 steps): L0 7 for k = 8, between 22 and 46 for 32."""

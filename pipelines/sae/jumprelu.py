@@ -26,7 +26,7 @@ class JumpReluSae(Sae):
     """
 
     architecture = "jumprelu"
-    activity_biases = ()
+    feature_biases = ()
     """The threshold does a bias's work. Measured (d = 192, F = 2048, k = 32): FVE 0.912, with a fast `b_enc` 0.908."""
     needs_scaled_rows = True
 

@@ -81,7 +81,7 @@ def _paced(sae: Sae, fast_biases: bool) -> list[dict[str, Any]]:
     A step of one learning rate in each of d_model weights moves a pre-activation by about √d_model of them for a row
     whose channels have variance 1; a bias that is to keep up is moved as far.
     """
-    fast = set(sae.activity_biases) if fast_biases else set()
+    fast = set(sae.feature_biases) if fast_biases else set()
     groups: list[dict[str, Any]] = [
         {"pace": 1.0, "params": [p for name, p in sae.named_parameters() if name not in fast]},
         {"pace": math.sqrt(sae.d_model), "params": [p for name, p in sae.named_parameters() if name in fast]},
