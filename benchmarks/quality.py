@@ -97,10 +97,14 @@ def train_on_rows(
     n_rows: int,
     seed: int,
     lr: float,
+    dead_rows: int = 0,
 ) -> tuple[TopKSae, dict[str, Any]]:
-    """What a trainer makes of a file of `n_rows` rows, in a process of its own, and what it says. Raises PeerFailed."""
+    """What a trainer makes of a file of `n_rows` rows, in a process of its own, and what it says. Raises PeerFailed.
+
+    `dead_rows`: after how many rows without firing a feature is helped; 0 for `revived_after`.
+    """
     asked = ["--rows", rows, "--out", weights, "--features", features, "--k", k, "--batch", batch, "--seed", seed]
-    said = peers.run(trainer, *asked, "--dead-rows", revived_after(n_rows, features, k), "--lr", lr)
+    said = peers.run(trainer, *asked, "--dead-rows", dead_rows or revived_after(n_rows, features, k), "--lr", lr)
     return load_sae(weights), said
 
 

@@ -11,7 +11,7 @@ problem stays the same.
 
 The other tools train on the same rows in the same batches, with their own recipes (see `benchmarks.quality`), each at one
 learning rate, which was not searched for (`LEARNING_RATES`: SAELens' is half the others', as its best is there; `--lr`
-is for all).
+is for all). Features are helped after as many rows without firing as in `train`; `--dead-rows` is for the others only.
 """
 
 from __future__ import annotations
@@ -98,11 +98,11 @@ def train_actstore(run: Run) -> Dictionary:
     return dictionary_of(load_run(run.out)[0])
 
 
-def train_peer(peers: Peers, tool: str, run: Run) -> Dictionary:
+def train_peer(peers: Peers, tool: str, run: Run, dead_rows: int) -> Dictionary:
     store, rows, weights = ActivationStore(run.store), run.out.with_suffix(".npy"), run.out.with_suffix(".npz")
     write_rows(store, store.sites[0], run.tokens, BATCH_ROWS, run.seed, rows)
     shape = {"features": run.features, "k": run.k, "batch": BATCH_ROWS, "n_rows": run.tokens}
-    sae, _ = train_on_rows(peers, tool, rows, weights, **shape, seed=run.seed, lr=run.lr)
+    sae, _ = train_on_rows(peers, tool, rows, weights, **shape, seed=run.seed, lr=run.lr, dead_rows=dead_rows)
     rows.unlink()
     return dictionary_of(sae)
 
@@ -145,7 +145,8 @@ def measured(options: argparse.Namespace, peers: Peers, folder: Path) -> list[di
                     out = folder / f"{name}-{tool}-{times}-{seed}"
                     run = Run(store, out, features, round(truth.k), options.tokens, lr, seed)
                     start = time.perf_counter()
-                    dictionary = train_actstore(run) if tool == "actstore" else train_peer(peers, tool, run)
+                    ours = tool == "actstore"
+                    dictionary = train_actstore(run) if ours else train_peer(peers, tool, run, options.dead_rows)
                     seconds = time.perf_counter() - start
                     figures = asdict(recovery_of(dictionary, truth, options.rows))
                     line = {"problem": name, "tool": tool, "times": times, "seed": seed, "lr": lr, "s": seconds, **figures}
@@ -199,6 +200,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the store")
     parser.add_argument("--tokens", type=int, default=8_000_000, help="rows to train on")
     parser.add_argument("--lr", type=float, help="for all tools alike, in place of each one's own")
+    parser.add_argument("--dead-rows", type=int, default=0, help="without firing, after which others help a feature")
     parser.add_argument("--json", action="store_true")
     add_options(parser, OTHERS)
     options = parser.parse_args()
