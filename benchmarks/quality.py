@@ -42,7 +42,7 @@ from pipelines.row_metrics import heldout_metrics
 from pipelines.sae.base import Objective
 from pipelines.sae.topk import TopKSae
 from pipelines.text_metrics import heldout_text, reconstructing
-from pipelines.training.trainee import REPORTED_SHARE, Recipe
+from pipelines.training.trainee import Recipe
 
 OTHERS = ("saelens", "dictionary_learning")
 TRAINERS = ("ours", *OTHERS)
@@ -57,13 +57,13 @@ EVALUATED_ROWS = 8192
 FIGURES = ("fve", "delta_ce", "dead_share", "l0", "tokens_per_s")
 
 
-def revived_after(n_rows: int, features: int, k: int) -> int:
-    """Rows without firing after which a feature is helped: as `train` has it, here for all.
+def own_recipe(n_rows: int, features: int, k: int) -> Recipe:
+    """What `train` would do with so many rows, whose windows are everyone's here.
 
-    >>> revived_after(1_000_000, 2048, 32), revived_after(10_000, 2048, 32)
-    (10000, 3200)
+    >>> own_recipe(1_000_000, 2048, 32).revive_after_rows, own_recipe(1_000_000, 2048, 32).dead_after_rows
+    (10000, 100000)
     """
-    return Recipe.standard(0.0, n_rows, 1, k / features, Objective()).revive_after_rows
+    return Recipe.standard(0.0, n_rows, 1, k / features, Objective())
 
 
 def write_rows(store: ActivationStore, site: str, n_rows: int, batch: int, seed: int, path: Path) -> None:
@@ -101,10 +101,12 @@ def train_on_rows(
 ) -> tuple[TopKSae, dict[str, Any]]:
     """What a trainer makes of a file of `n_rows` rows, in a process of its own, and what it says. Raises PeerFailed.
 
-    `dead_rows`: after how many rows without firing a feature is helped; 0 for `revived_after`.
+    `dead_rows`: after how many rows without firing a feature is helped; 0 for the recipe's.
     """
     asked = ["--rows", rows, "--out", weights, "--features", features, "--k", k, "--batch", batch, "--seed", seed]
-    said = peers.run(trainer, *asked, "--dead-rows", dead_rows or revived_after(n_rows, features, k), "--lr", lr)
+    said = peers.run(
+        trainer, *asked, "--dead-rows", dead_rows or own_recipe(n_rows, features, k).revive_after_rows, "--lr", lr
+    )
     return load_sae(weights), said
 
 
@@ -123,7 +125,7 @@ def measure(
     """One record a trainer, learning rate and seed; and what failed, with its last words."""
     model = load_model(store.manifest.provenance["model"], "cpu", "fp32")
     rows_file, weights_file = folder / "rows.npy", folder / "weights.npz"
-    window = options.rows // REPORTED_SHARE
+    window = own_recipe(options.rows, options.features, options.k).dead_after_rows
     shape = {"features": options.features, "k": options.k, "batch": options.batch, "n_rows": options.rows}
     records: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
@@ -224,7 +226,7 @@ def main() -> None:
     if options.json:
         print(json.dumps({"summary": lines, "runs": records, "skipped": peers.skipped, "failed": failed}, indent=1))
         return
-    window = options.rows // REPORTED_SHARE
+    window = own_recipe(options.rows, options.features, options.k).dead_after_rows
     print(
         f"{site}, d = {store.d_model(site)}, F = {options.features}, k = {options.k}: {options.rows:,} rows in batches of "
         f"{options.batch}, {options.seeds} seeds; dead: no firing in the last {window:,} rows"

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from actstore.errors import DamagedStore
 from pipelines.recovery import cosine_matrix, recall
 from pipelines.sae.architectures import architectures, make
 from pipelines.sae.base import Objective, dead_loss
 from pipelines.synthetic import Superposition
+from pipelines.training import state
 from pipelines.training.trainee import AUXK, Recipe, Trainee
 
 D, F, K, LR = 16, 48, 6, 1e-3
@@ -22,8 +25,8 @@ FAST: dict[str, tuple[str, ...]] = dict.fromkeys(("topk", "batchtopk", "matryosh
 }
 
 
-def rows(n: int, d: int = D) -> torch.Tensor:
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(3))
+def rows(n: int) -> torch.Tensor:
+    return torch.randn(n, D, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize("architecture", sorted(architectures()))
@@ -81,3 +84,14 @@ def test_features_that_died_are_led_to_true_features_that_were_missing() -> None
             trainee.step(x[step * 128 : (step + 1) * 128])
         found[auxk] = recall(cosine_matrix(sae.W_dec.detach().numpy(), np.asarray(truth.directions)))
     assert found[AUXK] > found[0.0] + 0.1
+
+
+def test_a_training_saved_by_another_recipe_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = [{"sae/b_dec": torch.zeros(D)}]
+    with monkeypatch.context() as earlier:
+        earlier.setattr(state, "STATE_VERSION", 2)
+        state.save_state(tmp_path, tensors, {})
+    with pytest.raises(DamagedStore, match=r"version 2, this actstore trains by version 3\); move it away"):
+        state.load_state(tmp_path)
+    state.save_state(tmp_path, tensors, {})
+    assert state.load_state(tmp_path) is not None
