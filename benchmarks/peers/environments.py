@@ -37,13 +37,12 @@ SCRIPTS = {
 }
 """By peer, the module of this folder that runs it."""
 ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "PASSIVE",
     "HF_HUB_OFFLINE": "1",
     "TQDM_DISABLE": "1",
     "WANDB_MODE": "disabled",
     "SPARSIFY_DISABLE_TRITON": "1",
 }
-"""The same for all; torch chooses its threads."""
+"""The same for all; torch chooses its threads, and how they wait, but where a script says otherwise."""
 
 
 class PeerFailed(Exception):

@@ -21,6 +21,8 @@ from pipelines.sae.sparse import Active, Decode, Preactivation
 EPSILON = 1e-12
 LEVEL_ROWS = 8192
 """Rows that starting levels are taken from."""
+CACHED_ROWS = 1024
+"""Features of a matrix that is gone through twice: the second time they are still in the cache (24,576 x 768: 6 ms, not 12)."""
 
 
 @dataclass(frozen=True)
@@ -203,8 +205,8 @@ class Sae(nn.Module, ABC):
     def project_decoder_gradient(self) -> None:
         """Take out of each decoder row's gradient what points along the row: the renormalisation would undo it."""
         if self.W_dec.grad is not None:
-            along = torch.einsum("fd,fd->f", self.W_dec.grad, self.W_dec)[:, None]
-            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+            for gradient, row in zip(self.W_dec.grad.split(CACHED_ROWS), self.W_dec.split(CACHED_ROWS), strict=True):
+                gradient.addcmul_((gradient * row).sum(dim=1, keepdim=True), row, value=-1)
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:

@@ -118,10 +118,10 @@ class Trainee:
         `global_rows`: how many rows the step sees over all ranks.
         """
         sae, recipe = self.sae, self.recipe
+        self.optimiser.zero_grad(set_to_none=True)  # first: what is computed lies where they were
         x = rows * self.scale if self.scale != 1 else rows
         dead = self.silent(recipe.revive_after_rows) if recipe.objective.auxk else None
         losses = sae.losses(x, recipe.objective, dead)
-        self.optimiser.zero_grad(set_to_none=True)
         losses.total.backward()
         if self.average is not None:
             self.average([parameter.grad for parameter in sae.parameters() if parameter.grad is not None])
