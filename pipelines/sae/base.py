@@ -22,7 +22,7 @@ EPSILON = 1e-12
 LEVEL_ROWS = 8192
 """Rows that starting levels are taken from."""
 CACHED_ROWS = 1024
-"""Features of a matrix that is gone through twice: the second time they are still in the cache (24,576 x 768: 6 ms, not 12)."""
+"""Of a matrix gone through twice: the second time they are still in the cache (24,576 x 768: 6 ms in place of 12)."""
 
 
 @dataclass(frozen=True)
