@@ -60,8 +60,9 @@ from pipelines.cluster import connect, run_tasks
 from pipelines.code_store import CodeStore
 from pipelines.made_store import _manifest
 from pipelines.pairs import PairTile, firings_of, marked_codes
+from pipelines.surveying.code_blocks import countable
 from pipelines.surveying.job import Job, shard_name
-from pipelines.surveying.pair_tasks import count_pairs, countable, heaviest_first, pair_tiles
+from pipelines.surveying.pair_tasks import count_pairs, heaviest_first, pair_tiles
 from pipelines.surveying.partials import publish_bundle
 from pipelines.surveying.survey import Extent
 from pipelines.tokens import load_tokenizer

@@ -36,6 +36,7 @@ from pipelines.code_store import CodeStore
 from pipelines.statistics import frequency_bands
 from pipelines.statistics.examples import COLUMNS
 from pipelines.statistics.tables import N_BINS, quantile_bins
+from pipelines.surveying.code_blocks import forget_codes
 from pipelines.surveying.contexts import Columns, contexts, example_documents
 from pipelines.surveying.exports import write_exports
 from pipelines.surveying.job import Job, corpus_parts, document_names
@@ -236,6 +237,7 @@ def _count_pairs(
         tasks.append([(job, i, start, most[start:stop], [shards[s] for s in group]) for group in groups])
         finish.append((job, i, most, n_total))
     found = reduce_groups(client, "pairs", count_pairs, add_pairs, write_pairs, tasks, finish)
+    client.run(forget_codes, on_error="ignore")  # a worker that died holds none
     first = np.array([start for start, _ in tiles] + [job.extent.n_features])
     create_arrays(job.result_url, "cooccurrence", {"tile_starts": first})
     return {

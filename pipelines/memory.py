@@ -24,8 +24,23 @@ def keep_freed_memory(largest: int = 1 << 30) -> None:
             libc.mallopt(M_TRIM_THRESHOLD, largest)
 
 
-def release_freed_memory() -> None:
-    """Give back to the system what this process keeps of freed memory, at the price of a fault for each page used again."""
+def release_freed_memory(beyond: int = 0) -> None:
+    """Give back to the system what this process keeps of freed memory, if that is more than `beyond` bytes.
+
+    The price is a fault for each page used again.
+    """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallinfo2.restype = _MallInfo
+            if libc.mallinfo2().fordblks > beyond:
+                libc.malloc_trim(0)
+
+
+class _MallInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`; `fordblks` are the bytes of free blocks."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    )

@@ -35,7 +35,7 @@ from pipelines.analysis import Analysis, open_place
 from pipelines.analysis_arrays import ColumnWriter, create_arrays, open_arrays
 from pipelines.analyze import AnalyzeConfig, analyze, burstiness
 from pipelines.code_store import CodeStore
-from pipelines.surveying import pair_tasks
+from pipelines.surveying import code_blocks, pair_tasks
 from pipelines.surveying.job import shard_name
 from pipelines.surveying.partials import Bundle, publish_bundle
 
@@ -590,14 +590,49 @@ def test_codes_are_counted_shard_after_shard_in_bounded_blocks(
     shards = [Shard(0, "train", i, 0, n, n) for i, n in enumerate((10, 10, 7, 10, 3))]
     rows = np.random.default_rng(0).integers(0, 301, (40, 3)).astype(np.uint16)
     for shard, own in zip(shards, np.split(rows, [10, 20, 27, 37]), strict=True):
-        publish_bundle(open_place(tmp_path), shard_name(shard), pair_tasks.countable(own, 300))
-    monkeypatch.setattr(pair_tasks, "BLOCK_CODES", block_codes)
+        publish_bundle(open_place(tmp_path), shard_name(shard), code_blocks.countable(own, 300))
+    monkeypatch.setattr(code_blocks, "BLOCK_CODES", block_codes)
     job: Any = SimpleNamespace(work_url=str(tmp_path), extent=SimpleNamespace(n_features=300, k=3))
-    first = 0
-    for block, firings in pair_tasks.row_blocks(job, shards, 20, 290):
-        np.testing.assert_array_equal(block, rows[first : first + len(block)])
-        assert len(block) <= max(10, block_codes // 3)
-        expected = [(block == feature).any(axis=1) for feature in range(20, 290)]
-        np.testing.assert_array_equal(firings.toarray(), np.stack(expected))
-        first += len(block)
-    assert first == len(rows)
+    for features in (range(20, 290), range(290, 300)):
+        first = 0
+        for block, firings in code_blocks.row_blocks(job, shards, features.start, features.stop):
+            np.testing.assert_array_equal(block, rows[first : first + len(block)])
+            assert len(block) <= max(10, block_codes // 3)
+            expected = [(block == feature).any(axis=1) for feature in features]
+            np.testing.assert_array_equal(firings.toarray(), np.stack(expected))
+            first += len(block)
+        assert first == len(rows)
+
+
+def test_the_codes_of_the_last_block_are_kept_for_the_next_tile_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = [Shard(0, "train", i, 0, 10, 10) for i in range(2)]
+    jobs: list[Any] = []
+    for i in range(2):
+        extent = SimpleNamespace(n_features=300, k=3)
+        jobs.append(SimpleNamespace(work_url=str(tmp_path / f"{i}"), extent=extent))
+        for shard in shards:
+            codes = np.random.default_rng((i, shard.index)).integers(0, 301, (10, 3)).astype(np.uint16)
+            publish_bundle(open_place(jobs[i].work_url), shard_name(shard), code_blocks.countable(codes, 300))
+    read: list[str] = []
+    read_into = Bundle.read_into
+    monkeypatch.setattr(Bundle, "read_into", lambda self, out, key: (read.append(key), read_into(self, out, key)))
+
+    def times_read(job: Any, shards: list[Shard]) -> int:
+        read.clear()
+        codes = [block.copy() for block, _ in code_blocks.row_blocks(job, shards, 0, 300)]
+        n_read = len(read)
+        code_blocks.forget_codes()
+        afresh = [block.copy() for block, _ in code_blocks.row_blocks(job, shards, 0, 300)]
+        np.testing.assert_array_equal(np.concatenate(codes), np.concatenate(afresh))
+        return n_read
+
+    assert times_read(jobs[0], shards) == 2
+    assert times_read(jobs[0], shards) == 0, "the same"
+    assert times_read(jobs[1], shards) == 2, "another analysis"
+    assert times_read(jobs[1], shards[1:]) == 1, "other shards"
+    monkeypatch.setattr(code_blocks, "BLOCK_CODES", 30)
+    assert times_read(jobs[1], shards) == 2, "two blocks"
+    assert times_read(jobs[1], shards) == 2, "of which the last is held, and the first comes first"
+    code_blocks.forget_codes()

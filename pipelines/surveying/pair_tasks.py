@@ -18,12 +18,11 @@ from actstore.place import open_place
 from actstore.reader import Shard
 from pipelines.analysis_arrays import ColumnWriter, create_arrays
 from pipelines.association import npmi
-from pipelines.pairs import PairTile, count_bytes, count_type, firing_lists, firings_of, marked_codes
+from pipelines.pairs import PairTile, count_bytes, count_type, firings_of, marked_codes
+from pipelines.surveying.code_blocks import row_blocks
 from pipelines.surveying.job import Job, row_columns, shard_name
 from pipelines.surveying.partials import Bundle, publish_bundle
 
-BLOCK_CODES = 1 << 25
-"""Codes that a task holds at a time."""
 TILE_BYTES = 64 << 20
 """Of a tile's dense counts, at most; two that are added are 128 MiB."""
 TILES_OF = 4
@@ -96,44 +95,6 @@ def count_pairs(job: Job, tile: int, start: int, largest: NDArray[np.int64], sha
             codes, others = (marked_codes(*pair, job.extent.n_features) for pair in ((indices, fired), (near, near_fired)))
             found.add(others, firings_of(codes, job.extent.n_features)[found.start : found.stop])
     return found
-
-
-def countable(codes: NDArray[Any], n_features: int) -> dict[str, NDArray[Any]]:
-    """What `row_blocks` reads of a shard with the marked codes (n, k): them, and the rows of each feature."""
-    firings = firings_of(codes, n_features)
-    rows = firings.indices.astype(np.min_scalar_type(max(len(codes) - 1, 0)))
-    return {"codes": codes.reshape(-1), "firings/rows": rows, "firings/starts": firings.indptr}
-
-
-def row_blocks(job: Job, shards: list[Shard], start: int, stop: int) -> Iterator[tuple[NDArray[Any], sp.csr_array]]:
-    """Shards one after another, in blocks of as many as are counted at once, as the survey left them.
-
-    Of each block the (n, k) codes, and the (stop - start, n) firings of the features [start, stop). All blocks' codes are
-    views of one buffer: each is gone when the next is asked for.
-    """
-    work, k = open_place(job.work_url), job.extent.k
-    largest = max(shard.n_rows for shard in shards)
-    n_rows = max(largest, min(sum(shard.n_rows for shard in shards), BLOCK_CODES // k))
-    buffer = np.empty((n_rows, k), np.min_scalar_type(job.extent.n_features))
-    filled, firings = 0, list[sp.csr_array]()
-    for shard in shards:
-        if filled + shard.n_rows > n_rows:
-            yield buffer[:filled], _joined(firings)
-            filled = 0
-        bundle = Bundle(work, shard_name(shard))
-        bundle.read_into(buffer[filled : filled + shard.n_rows], "codes")
-        starts = bundle.read("firings/starts", start, stop + 1)
-        rows = bundle.read("firings/rows", int(starts[0]), int(starts[-1]))
-        firings.append(firing_lists(rows, starts - starts[0], shard.n_rows))
-        filled += shard.n_rows
-    yield buffer[:filled], _joined(firings)
-
-
-def _joined(firings: list[sp.csr_array]) -> sp.csr_array:
-    """The firings of shards as one, and the list empty: they are held once while they are counted."""
-    joined = sp.hstack(firings, format="csr")
-    firings.clear()
-    return joined
 
 
 def add_pairs(left: PairTile | None, right: PairTile | None) -> PairTile | None:

@@ -11,8 +11,8 @@ from actstore.place import open_place
 from actstore.reader import Shard
 from pipelines.pairs import marked_codes
 from pipelines.statistics import SampledExamples
+from pipelines.surveying.code_blocks import countable
 from pipelines.surveying.job import Job, blocks, shard_name
-from pipelines.surveying.pair_tasks import countable
 from pipelines.surveying.partials import Bundle, publish_bundle
 from pipelines.surveying.survey import Survey
 
