@@ -74,9 +74,9 @@ def _register(client: Any, plugin: Any) -> None:
 
 
 def _keeping_memory() -> Any:
-    """For every worker, also those that come later: freed memory is kept for the next block and the next task, whose new pages
-    would take a fault each (two workers that count pairs are a sixth faster so). A task that leaves more than that has all of
-    it given back; else what a worker holds would grow with the number of its tasks."""
+    """For every worker, also those that come later: freed memory is kept for the next block and the next task, whose new
+    pages would take a fault each (two workers that count pairs are a sixth faster so). A task that leaves more than that
+    has all of it given back; else what a worker holds would grow with the number of its tasks."""
     from distributed import WorkerPlugin
 
     class KeepsMemory(WorkerPlugin):

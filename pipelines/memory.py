@@ -38,9 +38,6 @@ def release_freed_memory(beyond: int = 0) -> None:
 
 
 class _MallInfo(ctypes.Structure):
-    """glibc's `struct mallinfo2`; `fordblks` are the bytes of free blocks."""
+    """glibc's `struct mallinfo2`: ten sizes, of which `fordblks` is the bytes of free blocks."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    )
+    _fields_ = (("others", ctypes.c_size_t * 8), ("fordblks", ctypes.c_size_t), ("keepcost", ctypes.c_size_t))
