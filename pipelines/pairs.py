@@ -5,8 +5,8 @@ thousand firings at a time, the codes of their rows are gathered (each row is k 
 of the result that belong to their features: a piece and the rows it adds to stay in a core's cache, and a piece is one
 call, however many features it touches. Each feature's counts are of the smallest type that can hold them.
 
-Measured in one run of `benchmarks/analyze.py` (F = 24,576, k = 32, Zipf codes, 1M rows, one thread): 546,000 rows/s, 31
-times a scipy sparse product BᵀB; a dense one on two threads does 160 rows/s.
+Measured in one run of `benchmarks/analyze.py` (F = 24,576, k = 32, Zipf codes, 1M rows, one thread): 500,000 rows/s, 28
+times a scipy sparse product BᵀB; a dense one on two threads does 161 rows/s.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""A worker's memory does not grow with the number of its tasks: what a task frees goes back to the system after it."""
+"""A worker's memory does not grow with the number of its tasks, and tasks that free little find its pages there again."""
 
 from __future__ import annotations
 
+import resource
 import sys
 from typing import Any
 
@@ -37,3 +38,20 @@ def test_what_a_task_freed_is_not_kept_after_it() -> None:
         client.submit(int, pure=False).result()  # the memory is given back before the next task begins
         (after,) = client.run(resident).values()
     assert after - before < BLOCKS * BLOCK_BYTES / 4
+
+
+def faults_of_a_small_task() -> int:
+    """Pages that were new to the process while it filled 16 MiB, which it then frees."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [np.ones(1 << 20, np.uint8) for _ in range(16)]
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    del blocks
+    return after - before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc's memory is looked after")
+def test_the_next_small_task_finds_the_pages_that_the_last_one_freed() -> None:
+    with connect(None, 1) as client:
+        first, *later = (client.submit(faults_of_a_small_task, pure=False).result() for _ in range(4))
+    assert first > 2000, "16 MiB of 4 KiB pages"
+    assert min(later) < first / 10

@@ -22,7 +22,7 @@ EPSILON = 1e-12
 LEVEL_ROWS = 8192
 """Rows that starting levels are taken from."""
 CACHED_ROWS = 1024
-"""Of a matrix gone through twice: the second time they are still in the cache (24,576 x 768: 6 ms in place of 12)."""
+"""Of a matrix gone through twice: the second time they are still in the cache (24,576 x 768: 9 ms in place of 12)."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,8 @@ class Sae(nn.Module, ABC):
         """Take out of each decoder row's gradient what points along the row: the renormalisation would undo it."""
         if self.W_dec.grad is not None:
             for gradient, row in zip(self.W_dec.grad.split(CACHED_ROWS), self.W_dec.split(CACHED_ROWS), strict=True):
-                gradient.addcmul_((gradient * row).sum(dim=1, keepdim=True), row, value=-1)
+                along = torch.einsum("fd,fd->f", gradient, row)[:, None]
+                gradient.addcmul_(along, row, value=-1)
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
