@@ -60,7 +60,7 @@ from pipelines.cluster import connect, run_tasks
 from pipelines.code_store import CodeStore
 from pipelines.made_store import _manifest
 from pipelines.pairs import PairTile, firings_of, marked_codes
-from pipelines.surveying.code_blocks import countable
+from pipelines.surveying.code_blocks import countable, forget_codes
 from pipelines.surveying.job import Job, shard_name
 from pipelines.surveying.pair_tasks import count_pairs, heaviest_first, pair_tiles
 from pipelines.surveying.partials import publish_bundle
@@ -311,6 +311,7 @@ def process_rates(
             run_tasks(client, "warm", throw_away, [(job, 0, fires[:1], shards)] * (4 * n))
         for _ in range(TURNS):
             for n, client in clients.items():
+                client.run(forget_codes)  # as an analysis finds its workers
                 busy = sum(client.run(time.process_time).values())
                 wall = time.perf_counter()
                 run_tasks(client, "lists", list_shard, lists[n])

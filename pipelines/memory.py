@@ -24,7 +24,7 @@ def keep_freed_memory(largest: int = 1 << 30) -> None:
             libc.mallopt(M_TRIM_THRESHOLD, largest)
 
 
-def release_freed_memory(beyond: int = 0) -> None:
+def release_freed_memory(beyond: int) -> None:
     """Give back to the system what this process keeps of freed memory, if that is more than `beyond` bytes.
 
     The price is a fault for each page used again.

@@ -75,10 +75,10 @@ class _HeldCodes:
         if self._whose == (job, shards):
             return self._buffer[:n]
         self._whose = None  # until all of it is there
-        dtype = np.min_scalar_type(job.extent.n_features)
-        if self._buffer.dtype != dtype or self._buffer.shape[1] != job.extent.k or not n <= len(self._buffer) <= n_rows:
-            self._buffer = np.empty((0, 0), np.uint8)  # before the new one is made
-            self._buffer = np.empty((n_rows, job.extent.k), dtype)
+        shape, dtype = (n_rows, job.extent.k), np.min_scalar_type(job.extent.n_features)
+        if (self._buffer.shape, self._buffer.dtype) != (shape, dtype):
+            self._buffer = np.empty((0, 0), np.uint8)  # the old one goes before the new one is made
+            self._buffer = np.empty(shape, dtype)
         filled = 0
         for shard in shards:
             Bundle(work, shard_name(shard)).read_into(self._buffer[filled : filled + shard.n_rows], "codes")
