@@ -19,6 +19,7 @@ import click
 
 from actstore import __version__
 from actstore.errors import ActstoreError
+from pipelines.shared.environment import set_environment
 
 STORE_ARGUMENT = click.argument("store")
 RUN_ARGUMENT = click.argument("run", type=click.Path(path_type=Path))
@@ -82,20 +83,6 @@ COLLECT_OPTIONS = (
     SCHEDULER_OPTION,
 )
 """What `collect` and `estimate` are asked for."""
-ENVIRONMENT = {
-    "TOKENIZERS_PARALLELISM": "true",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_VERBOSITY": "error",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "DATASETS_VERBOSITY": "error",
-    "DASK_LOGGING__DISTRIBUTED": "critical",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "GOMP_SPINCOUNT": "1000",
-}
-"""Unless the user's environment says otherwise, what libraries print stays off the terminal, and idle threads sleep, those
-of GNU's OpenMP after some microseconds. Rows/s of a training alone, F = 2,048, on two cores (and of each of two at once):
-asleep at once 40,000 (27,500), so 49,000 (24,000), after ten times as long 51,000 (11,000), by default down to 1,500."""
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -135,12 +122,6 @@ def _one_line(error: Exception) -> str:
         )
         return f"{where}: {error.strerror}; {remedy}; everything committed is kept."
     return " ".join(str(error).split())
-
-
-def set_environment() -> None:
-    """Set `ENVIRONMENT` where it is not set; before torch and the others are loaded, which read it once."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
 
 
 def collect_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -209,9 +190,9 @@ def collect(as_json: bool, resume: bool, **options: Any) -> None:
       actstore collect --out gpt2.store --model gpt2 --corpus 'books/*.txt' --layer 6 --tokens 1000000
     """
     from actstore.errors import NotAStore
-    from actstore.place import open_place
-    from pipelines.collect import collect as stage
-    from pipelines.recipe import CollectConfig
+    from actstore.open_place import open_place
+    from pipelines.collect.config import CollectConfig
+    from pipelines.collect.stage import collect as stage
 
     if resume and not open_place(options["out"]).entries():
         raise NotAStore(f"{options['out']}: nothing to resume; leave --resume out to begin a new store.")
@@ -228,8 +209,8 @@ def estimate(as_json: bool, **options: Any) -> None:
     Example:
       actstore estimate --out gpt2.store --model gpt2 --corpus 'books/*.txt' --layer 6 --tokens 100000000
     """
-    from pipelines.estimate import estimate as stage
-    from pipelines.recipe import CollectConfig
+    from pipelines.collect.config import CollectConfig
+    from pipelines.collect.estimate import estimate as stage
 
     _print(stage(_shown("estimate", CollectConfig(**options))), as_json, _key_lines)
 
@@ -244,7 +225,7 @@ def ls(folder: Path, as_json: bool) -> None:
     Example:
       actstore ls experiments
     """
-    from pipelines.listing import list_folder, listing_lines
+    from pipelines.stores.listing import list_folder, listing_lines
 
     _print([vars(listed) for listed in list_folder(folder)], as_json, listing_lines)
 
@@ -262,7 +243,7 @@ def info(store: str, row: int | None, as_json: bool) -> None:
       actstore info gpt2.store --row 123456
     """
     if row is not None:
-        from pipelines.rows import describe_row
+        from pipelines.text.row_text import describe_row
 
         _print(describe_row(store, row), as_json, _key_lines)
         return
@@ -313,7 +294,7 @@ def verify(store: str, level: str, as_json: bool) -> None:
       actstore verify gpt2.store --level crc
     """
     from actstore.errors import DamagedStore
-    from pipelines.upkeep import verify as stage
+    from pipelines.stores.care import verify as stage
 
     faults = stage(store, level)
     _print(
@@ -338,7 +319,7 @@ def repair(store: str, level: str, as_json: bool) -> None:
       actstore repair gpt2.store
       actstore collect --out gpt2.store ...   # as before: computes what was dropped
     """
-    from pipelines.upkeep import repair as stage
+    from pipelines.stores.care import repair as stage
 
     _print(stage(store, level), as_json, _key_lines)
 
@@ -355,8 +336,8 @@ def recode(as_json: bool, **options: Any) -> None:
     Example:
       actstore recode gpt2.store --out gpt2.int8.store --encoding int8
     """
-    from pipelines.upkeep import RecodeConfig
-    from pipelines.upkeep import recode as stage
+    from pipelines.stores.care import RecodeConfig
+    from pipelines.stores.care import recode as stage
 
     _print(stage(_shown("recode", RecodeConfig(**options))), as_json, _key_lines)
 
@@ -423,8 +404,8 @@ def train(as_json: bool, **options: Any) -> None:
       actstore train gpt2.store --out sweep --k 16 --k 32 --k 64 --seed 0 --seed 1
       torchrun --nproc-per-node 2 -m actstore train gpt2.store --out run
     """
-    from pipelines.sweep import comparison_lines, grid, sweep
-    from pipelines.training.ranks import is_first_process
+    from pipelines.train.ranks import is_first_process
+    from pipelines.train.sweep import comparison_lines, grid, sweep
 
     _shown("train", SimpleNamespace(**{name: _sole(options[name]) for name in vars(grid(options)[0])}))
     found = sweep(options)
@@ -459,7 +440,7 @@ def evaluate(as_json: bool, **options: Any) -> None:
       actstore evaluate run gpt2.store
       actstore evaluate run gpt2.store --baselines
     """
-    from pipelines.baselines import BaselinesConfig, evaluate_beside_baselines, lines
+    from pipelines.evaluate.baselines import BaselinesConfig, evaluate_beside_baselines, lines
 
     _print(evaluate_beside_baselines(_shown("evaluate", BaselinesConfig(**options))), as_json, lines)
 
@@ -486,8 +467,8 @@ def encode(as_json: bool, **options: Any) -> None:
       actstore encode gpt2.store run --out codes
       actstore encode gpt2.store run --out codes.fp16 --value-dtype fp16
     """
-    from pipelines.codes import EncodeConfig
-    from pipelines.codes import encode as stage
+    from pipelines.codes.stage import EncodeConfig
+    from pipelines.codes.stage import encode as stage
 
     _print(stage(_shown("encode", EncodeConfig(**options))), as_json, _key_lines)
 
@@ -521,10 +502,10 @@ def analyze(sources: tuple[str, ...], as_json: bool, **options: Any) -> None:
       actstore analyze codes --out analysis
       actstore analyze gpt2.store run --out analysis --scheduler tcp://head:8786
     """
-    from pipelines.analyze import AnalyzeConfig, require_place
-    from pipelines.analyze import analyze as stage
-    from pipelines.codes import EncodeConfig
-    from pipelines.codes import encode as encode_stage
+    from pipelines.analysis.stage import AnalyzeConfig, require_place
+    from pipelines.analysis.stage import analyze as stage
+    from pipelines.codes.stage import EncodeConfig
+    from pipelines.codes.stage import encode as encode_stage
 
     if len(sources) > 2:
         raise click.UsageError("pass CODES, or STORE and RUN.")
@@ -616,9 +597,9 @@ def compare(as_json: bool, **options: Any) -> None:
     Example:
       actstore compare run-seed0 run-seed1 run-seed2 --store gpt2.store --out compared
     """
-    from pipelines.comparing.stage import CompareConfig
-    from pipelines.comparing.stage import compare as stage
-    from pipelines.comparing.table import compare_lines
+    from pipelines.compare.stage import CompareConfig
+    from pipelines.compare.stage import compare as stage
+    from pipelines.compare.table import compare_lines
 
     _print(stage(_shown("compare", CompareConfig(**options))), as_json, compare_lines)
 
@@ -641,8 +622,8 @@ def superposition(as_json: bool, **options: Any) -> None:
     Example:
       actstore superposition --out superposition --run run
     """
-    from pipelines.superposition import SuperpositionConfig, superposition_lines
-    from pipelines.superposition import superposition as stage
+    from pipelines.compare.superposition import SuperpositionConfig, superposition_lines
+    from pipelines.compare.superposition import superposition as stage
 
     _print(stage(_shown("superposition", SuperpositionConfig(**options))), as_json, superposition_lines)
 
@@ -661,8 +642,8 @@ def features(analysis: str, sort: str, top: int, joint: bool, as_json: bool) -> 
       actstore features analysis --sort peak --top 50
       actstore features analysis --joint --top 10
     """
-    from pipelines.analysis import Analysis
-    from pipelines.terminal import feature_rows, features_lines, joint_lines, joint_rows
+    from pipelines.analysis.cards import feature_rows, features_lines, joint_lines, joint_rows
+    from pipelines.analysis.reader import Analysis
 
     if joint:
         _print(joint_rows(Analysis(analysis), top), as_json, joint_lines)
@@ -683,8 +664,8 @@ def feature(analysis: str, feature_id: int, examples: str, as_json: bool) -> Non
       actstore feature analysis 317
       actstore feature analysis 317 --examples strata
     """
-    from pipelines.analysis import Analysis
-    from pipelines.terminal import feature_card, feature_lines
+    from pipelines.analysis.cards import feature_card, feature_lines
+    from pipelines.analysis.reader import Analysis
 
     _print(feature_card(Analysis(analysis), feature_id, examples), as_json, feature_lines)
 
@@ -704,9 +685,9 @@ def search(analysis: str, text: str, top: int, as_json: bool) -> None:
       actstore search analysis ' Paris'
       actstore search analysis docstring
     """
-    from pipelines.analysis import Analysis
-    from pipelines.search import search as stage
-    from pipelines.search import search_lines
+    from pipelines.analysis.reader import Analysis
+    from pipelines.analysis.search import search as stage
+    from pipelines.analysis.search import search_lines
 
     _print(stage(Analysis(analysis), text, top), as_json, search_lines)
 
@@ -726,9 +707,9 @@ def inspect(as_json: bool, **options: Any) -> None:
     Example:
       actstore inspect run --texts sentences.txt
     """
-    from pipelines.inspect import InspectConfig
-    from pipelines.inspect import inspect as stage
-    from pipelines.terminal import inspect_lines
+    from pipelines.evaluate.inspect import InspectConfig
+    from pipelines.evaluate.inspect import inspect as stage
+    from pipelines.evaluate.inspect_lines import inspect_lines
 
     _print(stage(_shown("inspect", InspectConfig(**options))), as_json, inspect_lines)
 
@@ -756,8 +737,8 @@ def attribute(as_json: bool, **options: Any) -> None:
       actstore attribute 'The Eiffel Tower is in the city of' --model gpt2 --target ' Paris' --against ' Rome'
       actstore attribute 'for i in range(' --run run --movers 5
     """
-    from pipelines.causal.attribute import AttributeConfig, attribute_lines
-    from pipelines.causal.attribute import attribute as stage
+    from pipelines.causal.attribute.stage import AttributeConfig, attribute_lines
+    from pipelines.causal.attribute.stage import attribute as stage
 
     _print(stage(_shown("attribute", AttributeConfig(**options))), as_json, attribute_lines)
 
@@ -806,8 +787,8 @@ def patch(as_json: bool, **options: Any) -> None:
       actstore patch 'for i in range(' 'for i in sorted(' --run run --site features --out features.png
       actstore patch 'for i in range(' --run run --site features --method attribution --check 100
     """
-    from pipelines.causal.patch import PatchConfig, patch_lines
-    from pipelines.causal.patch import patch as stage
+    from pipelines.causal.patch.stage import PatchConfig, patch_lines
+    from pipelines.causal.patch.stage import patch as stage
 
     _print(stage(_shown("patch", PatchConfig(**options))), as_json, patch_lines)
 
@@ -849,7 +830,7 @@ def ablate(as_json: bool, **options: Any) -> None:
       actstore ablate run 'def load(path):' --feature 317
       actstore ablate run 'def load(path):' --error drop --set-to mean --analysis analysis
     """
-    from pipelines.causal.ablate import AblateConfig, ablate_features, ablate_lines
+    from pipelines.causal.ablate.stage import AblateConfig, ablate_features, ablate_lines
 
     _print(ablate_features(_shown("ablate", AblateConfig(**options))), as_json, ablate_lines)
 
@@ -896,8 +877,8 @@ def steer(as_json: bool, **options: Any) -> None:
       actstore steer run 317 'import os' --strength 0 --strength 0.5 --strength 1
       actstore steer run 317 'import os' --mode clamp --unit peak --analysis analysis --temperature 0.7 --seed 1
     """
-    from pipelines.causal.steering import SteerConfig, steer_lines
-    from pipelines.causal.steering import steer as stage
+    from pipelines.causal.steer.stage import SteerConfig, steer_lines
+    from pipelines.causal.steer.stage import steer as stage
 
     _print(stage(_shown("steer", SteerConfig(**options))), as_json, steer_lines)
 
@@ -927,9 +908,9 @@ def effects(as_json: bool, **options: Any) -> None:
       actstore effects run codes --out effects --analysis analysis
       actstore effects run codes --out effects-317 --features 317 --firings 512 --measure later
     """
-    from pipelines.causal.effects import EffectsConfig
-    from pipelines.causal.effects import effects as stage
-    from pipelines.causal.effects_table import effects_lines
+    from pipelines.causal.effects.stage import EffectsConfig
+    from pipelines.causal.effects.stage import effects as stage
+    from pipelines.causal.effects.table import effects_lines
 
     _print(stage(_shown("effects", EffectsConfig(**options))), as_json, effects_lines)
 
@@ -954,8 +935,8 @@ def lens(as_json: bool, **options: Any) -> None:
       actstore lens run 317
       actstore lens run --sort kurtosis --top 20
     """
-    from pipelines.causal.lens import LensConfig, lens_lines
-    from pipelines.causal.lens import lens as stage
+    from pipelines.causal.lens.stage import LensConfig, lens_lines
+    from pipelines.causal.lens.stage import lens as stage
 
     _print(stage(_shown("lens", LensConfig(**options))), as_json, lens_lines)
 
@@ -972,8 +953,8 @@ def report(as_json: bool, **options: Any) -> None:
     Example:
       actstore report analysis --out report.html
     """
-    from pipelines.report.page import ReportConfig
-    from pipelines.report.page import report as stage
+    from pipelines.report.stage import ReportConfig
+    from pipelines.report.stage import report as stage
 
     _print(stage(_shown("report", ReportConfig(**options))), as_json, _key_lines)
 

@@ -33,7 +33,8 @@ from actstore.arrays import (
 from actstore.codecs import Channels, decode_rows
 from actstore.errors import DamagedStore, IdentityMismatch, IncompleteStore, InputError, NotAStore
 from actstore.files import content_hash, object_entry
-from actstore.place import Place, absolute, open_place
+from actstore.open_place import absolute, open_place
+from actstore.place import Place
 from actstore.records import Records, read_manifest
 from actstore.schema import PARTS, RowArray, SegmentRecord
 

@@ -14,7 +14,7 @@ from actstore import paths
 from actstore.codecs import CHANNEL_WINDOWS, Channels, decode_rows, encode_rows
 from actstore.errors import EncodingError
 from actstore.moments import Moments
-from actstore.place import open_place
+from actstore.open_place import open_place
 from actstore.reader import ActivationStore, Shard, channel_tables, scale_array
 from actstore.schema import PARTS, Manifest, SegmentRecord, site_arrays
 from actstore.writer import StoreWriter, require_store_place, write_shard

@@ -21,8 +21,10 @@ from actstore import paths
 from actstore.arrays import segment_objects, shard_object
 from actstore.errors import DamagedStore, IdentityMismatch, LockedStore, OutputExists
 from actstore.files import object_entry, record_bytes
+from actstore.folder import LOCK
 from actstore.lease import LEASES
-from actstore.place import LOCK, Place, open_place
+from actstore.open_place import open_place
+from actstore.place import Place
 from actstore.records import Entry, Records, Seal, read_manifest
 from actstore.schema import Manifest, SegmentRecord, differing_fields
 

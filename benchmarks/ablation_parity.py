@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from cli import set_environment
+from pipelines.shared.environment import set_environment
 
 set_environment()  # before torch is loaded, as the commands do
 
@@ -25,8 +25,8 @@ from safetensors.torch import load_file  # noqa: E402
 
 from benchmarks.evaluate_parity import save_model  # noqa: E402
 from benchmarks.peers.environments import run_script  # noqa: E402
-from pipelines.causal.ablation import ablate, read_prompt, set_everywhere  # noqa: E402
-from pipelines.causal.subject import Spliced, open_spliced  # noqa: E402
+from pipelines.causal.ablate.edits import ablate, read_prompt, set_everywhere  # noqa: E402
+from pipelines.causal.engine.subject import Spliced, open_spliced  # noqa: E402
 from pipelines.sae.checkpoint import WEIGHTS  # noqa: E402
 
 PROMPTS = (

@@ -50,22 +50,22 @@ import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 
-from actstore.place import open_place
+from actstore.open_place import open_place
 from actstore.reader import Shard
 from actstore.schema import PARTS, CorpusIdentity, PartRecord, RowArray, SegmentRecord
 from actstore.writer import StoreWriter, write_shard
-from pipelines.analyze import AnalyzeConfig, analyze
-from pipelines.builtin import model_path
-from pipelines.cluster import connect, run_tasks
-from pipelines.code_store import CodeStore
-from pipelines.made_store import _manifest
-from pipelines.pairs import PairTile, firings_of, marked_codes
-from pipelines.surveying.code_blocks import countable, forget_codes
-from pipelines.surveying.job import Job, shard_name
-from pipelines.surveying.pair_tasks import count_pairs, heaviest_first, pair_tiles
-from pipelines.surveying.partials import publish_bundle
-from pipelines.surveying.survey import Extent
-from pipelines.tokens import load_tokenizer
+from pipelines.analysis.stage import AnalyzeConfig, analyze
+from pipelines.analysis.survey.held_codes import countable, forget_codes
+from pipelines.analysis.survey.job import Job, shard_name
+from pipelines.analysis.survey.pair_task import count_pairs, heaviest_first, pair_tiles
+from pipelines.analysis.survey.partial_results import publish_bundle
+from pipelines.analysis.survey.survey import Extent
+from pipelines.codes.code_store import CodeStore
+from pipelines.models.builtin import model_path
+from pipelines.shared.cluster import connect, run_tasks
+from pipelines.statistics.pairs import PairTile, firings_of, marked_codes
+from pipelines.stores.made.made_store import _manifest
+from pipelines.text.tokens import load_tokenizer
 
 REPETITIONS, TURNS = 3, 6
 FEATURES, K, DRAWN = 24_576, 32, 80

@@ -29,14 +29,14 @@ import torch
 from torch import Tensor
 
 from actstore.reader import ActivationStore
-from pipelines.causal.agreement import rank_correlation
-from pipelines.causal.attribution import attribute_logit, only_layers, stream_parts
-from pipelines.causal.attribution_patching import feature_effects, gradients, integrated_gradients
-from pipelines.causal.interventions import Trace, trace
-from pipelines.causal.metrics import change_metric
-from pipelines.causal.patching import dense_codes, feature_cells, run_logits
-from pipelines.causal.subject import Spliced, open_spliced, open_store
-from pipelines.text_metrics import heldout_windows, window_batches
+from pipelines.causal.attribute.parts import attribute_logit, only_layers, stream_parts
+from pipelines.causal.engine.answer_metrics import change_metric
+from pipelines.causal.engine.subject import Spliced, open_spliced, open_store
+from pipelines.causal.engine.trace import Trace, trace
+from pipelines.causal.patch.agreement import rank_correlation
+from pipelines.causal.patch.estimates import feature_effects, gradients, integrated_gradients
+from pipelines.causal.patch.grid import dense_codes, feature_cells, run_logits
+from pipelines.metrics.model_loss import heldout_windows, window_batches
 
 AT_LEAST = 0.9
 STEPS = 16

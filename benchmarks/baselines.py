@@ -16,24 +16,24 @@ from typing import Any
 
 import click
 
-from cli import set_environment
+from pipelines.shared.environment import set_environment
 
 set_environment()  # before torch is loaded, as the commands do
 
 from actstore.files import read_json  # noqa: E402
 from actstore.reader import ActivationStore  # noqa: E402
-from pipelines.capture import MLP_HIDDEN  # noqa: E402
-from pipelines.cluster import connect, share  # noqa: E402
-from pipelines.collect import collect  # noqa: E402
+from pipelines.collect.config import CollectConfig  # noqa: E402
+from pipelines.collect.stage import collect  # noqa: E402
 from pipelines.concepts.labels import read_labels  # noqa: E402
 from pipelines.concepts.rules import Finding  # noqa: E402
 from pipelines.concepts.stage import SUMMARY, ConceptsConfig, concepts  # noqa: E402
 from pipelines.concepts.subjects import Subject, choose_thresholds, score_rules  # noqa: E402
 from pipelines.concepts.table import concept_lines  # noqa: E402
 from pipelines.demo import DemoConfig, read_demo, rule_counts, run_demo  # noqa: E402
-from pipelines.recipe import CollectConfig  # noqa: E402
+from pipelines.models.sites import MLP_HIDDEN  # noqa: E402
 from pipelines.sae.checkpoint import load_run  # noqa: E402
-from pipelines.tokens import store_tokenizer  # noqa: E402
+from pipelines.shared.cluster import connect, share  # noqa: E402
+from pipelines.text.tokens import store_tokenizer  # noqa: E402
 
 NEURON_TOKENS = 300_000
 """Of the demo's text: neurons take four times the room of the residual stream."""

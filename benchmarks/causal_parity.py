@@ -30,12 +30,12 @@ from torch import nn
 
 from benchmarks.evaluate_parity import save_model
 from benchmarks.peers.environments import run_script
-from pipelines.capture import load_model
-from pipelines.causal.attribution import direct_logit_attribution
-from pipelines.causal.forward import head_weights
-from pipelines.causal.interventions import trace
-from pipelines.causal.metrics import logit_difference_of
-from pipelines.causal.patching import Pair, patch_grid, run_logits
+from pipelines.causal.attribute.parts import direct_logit_attribution
+from pipelines.causal.engine.answer_metrics import logit_difference_of
+from pipelines.causal.engine.trace import trace
+from pipelines.causal.patch.grid import Pair, patch_grid, run_logits
+from pipelines.models.forward import head_weights
+from pipelines.models.load import load_model
 
 TOLERANCE = 1e-4
 N_POSITIONS = 14
@@ -48,7 +48,7 @@ def save_planted_model(folder: Path) -> Path:
     """A random GPT-2 of the built-in model's shape with biases, a large first position and outlier channels planted."""
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-    from pipelines.builtin import model_path
+    from pipelines.models.builtin import model_path
 
     torch.manual_seed(0)
     config = GPT2Config.from_pretrained(model_path(), activation_function="gelu_new", dtype="float32")

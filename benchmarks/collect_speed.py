@@ -38,7 +38,7 @@ from unittest.mock import patch
 
 import click
 
-from cli import set_environment
+from pipelines.shared.environment import set_environment
 
 set_environment()  # before torch is loaded, as the commands do
 
@@ -53,11 +53,11 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
 )
 
-from pipelines.capture import load_model, resolve_model  # noqa: E402
-from pipelines.collect import collect  # noqa: E402
-from pipelines.progress import Tracker  # noqa: E402
-from pipelines.recipe import CollectConfig  # noqa: E402
-from pipelines.stdlib import stdlib_files  # noqa: E402
+from pipelines.collect.config import CollectConfig  # noqa: E402
+from pipelines.collect.stage import collect  # noqa: E402
+from pipelines.models.load import load_model, resolve_model  # noqa: E402
+from pipelines.shared.progress import Tracker  # noqa: E402
+from pipelines.shared.stdlib_sources import stdlib_files  # noqa: E402
 
 CONTEXT, BATCH_WINDOWS = 128, 32
 BATCH_TOKENS = BATCH_WINDOWS * (CONTEXT - 1)

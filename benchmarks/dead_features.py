@@ -8,7 +8,7 @@ the last tenth of the training's rows. Exits with 1 when fewer than 30 % die wit
 
 from __future__ import annotations
 
-from cli import set_environment
+from pipelines.shared.environment import set_environment
 
 set_environment()  # before torch is loaded, as the commands do
 
@@ -17,12 +17,12 @@ import sys  # noqa: E402
 import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from pipelines.collect import collect  # noqa: E402
-from pipelines.recipe import CollectConfig  # noqa: E402
+from pipelines.collect.config import CollectConfig  # noqa: E402
+from pipelines.collect.stage import collect  # noqa: E402
 from pipelines.sae.checkpoint import load_run  # noqa: E402
-from pipelines.train import train  # noqa: E402
-from pipelines.training.config import TrainConfig  # noqa: E402
-from pipelines.training.trainee import AUXK  # noqa: E402
+from pipelines.train.config import TrainConfig  # noqa: E402
+from pipelines.train.stage import train  # noqa: E402
+from pipelines.train.trainee import AUXK  # noqa: E402
 
 LEAST_WITHOUT, MOST_WITH = 0.30, 0.05
 

@@ -26,12 +26,12 @@ from actstore.codecs import ACTIVATION_ENCODINGS
 from actstore.reader import ActivationStore
 from actstore.recode import recode_store
 from benchmarks.madestore import OUTLIERS, SITE, make_store
-from pipelines.collect import collect
-from pipelines.recipe import CollectConfig
-from pipelines.row_metrics import heldout_metrics
+from pipelines.collect.config import CollectConfig
+from pipelines.collect.stage import collect
 from pipelines.sae.checkpoint import load_run
-from pipelines.train import train
-from pipelines.training.config import TrainConfig
+from pipelines.sae.reconstruction_metrics import heldout_metrics
+from pipelines.train.config import TrainConfig
+from pipelines.train.stage import train
 
 N_ROWS, D_MODEL = 50_000, 768
 SEEDS = (0, 1, 2)

@@ -32,16 +32,17 @@ from safetensors.torch import save_file
 
 from actstore.reader import ActivationStore
 from benchmarks.peers.environments import run_script
-from pipelines.capture import Site, capture, load_model
-from pipelines.collect import collect
-from pipelines.recipe import CollectConfig
-from pipelines.row_metrics import RowMetrics
+from pipelines.collect.config import CollectConfig
+from pipelines.collect.stage import collect
+from pipelines.metrics.model_loss import heldout_windows, reconstructing, text_metrics
+from pipelines.models.load import load_model
+from pipelines.models.sites import Site, capture
 from pipelines.sae.base import Sae
 from pipelines.sae.checkpoint import load_run
-from pipelines.text_metrics import heldout_windows, reconstructing, text_metrics
-from pipelines.train import train
-from pipelines.training.config import TrainConfig
-from pipelines.windows import Windows
+from pipelines.sae.reconstruction_metrics import RowMetrics
+from pipelines.text.windows import Windows
+from pipelines.train.config import TrainConfig
+from pipelines.train.stage import train
 
 LAYER, CONTEXT, N_WINDOWS, BATCH_WINDOWS = 2, 64, 96, 16
 TOLERANCE = 1e-3
@@ -71,7 +72,7 @@ def save_model(folder: Path) -> Path:
     """The built-in model as any other transformers folder, in fp32 and with the name TransformerLens knows its GELU by."""
     from transformers import AutoTokenizer
 
-    from pipelines.builtin import model_path
+    from pipelines.models.builtin import model_path
 
     model: Any = load_model("builtin", "cpu", "fp32")
     model.config.activation_function = "gelu_new"

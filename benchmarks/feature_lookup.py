@@ -25,16 +25,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore.schema import PARTS
-from pipelines.cluster import connect
-from pipelines.code_store import CodeStore, read_codes
-from pipelines.feature_index import FeatureIndex
-from pipelines.index_build import build_index
-from pipelines.made_store import write_made_codes
+from pipelines.codes.build_index import build_index
+from pipelines.codes.code_store import CodeStore, read_codes
+from pipelines.codes.feature_index import FeatureIndex
+from pipelines.shared.cluster import connect
+from pipelines.stores.made.made_store import write_made_codes
 
 N_FEATURES, K, ZIPF = 24_576, 32, 1.0
 N_LOOKUPS, N_PLACES, REPETITIONS = 40, 20, 3
 MOST_SECONDS = 0.3
-START_UP = "import cli, actstore.reader, pipelines.feature_index, pipelines.analysis, pipelines.terminal"
+START_UP = "import cli, actstore.reader, pipelines.codes.feature_index, pipelines.analysis.reader, pipelines.analysis.cards"
 
 
 def zipf_codes(start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

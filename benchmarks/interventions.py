@@ -23,10 +23,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from torch import Tensor, nn
 
-from pipelines.capture import Site, hooked
-from pipelines.causal.interventions import Trace, trace
-from pipelines.causal.patching import dense_codes, feature_cells, run_logits
-from pipelines.sae.topk import TopKSae
+from pipelines.causal.engine.trace import Trace, trace
+from pipelines.causal.patch.grid import dense_codes, feature_cells, run_logits
+from pipelines.models.sites import Site, hooked
+from pipelines.sae.architectures.topk import TopKSae
 
 SHAPES = {"builtin": (6, 192, 6, 4096), "small": (12, 768, 12, 50257)}
 """Layers, width, heads, vocabulary: the built-in model's and GPT-2 small's."""

@@ -8,7 +8,7 @@ the kernels take turns. Exits with 1 where the rule's choice is more than a quar
 
 from __future__ import annotations
 
-from cli import set_environment
+from pipelines.shared.environment import set_environment
 
 set_environment()  # before torch is loaded, as the commands do
 
@@ -19,11 +19,11 @@ from statistics import median  # noqa: E402
 
 import torch  # noqa: E402
 
-from pipelines.memory import keep_freed_memory  # noqa: E402
+from pipelines.compute.freed_memory import keep_freed_memory  # noqa: E402
+from pipelines.sae.architectures.topk import TopKSae  # noqa: E402
 from pipelines.sae.base import Objective  # noqa: E402
 from pipelines.sae.kernels import KERNELS, choose_kernel  # noqa: E402
-from pipelines.sae.topk import TopKSae  # noqa: E402
-from pipelines.training.trainee import Recipe, Trainee  # noqa: E402
+from pipelines.train.trainee import Recipe, Trainee  # noqa: E402
 
 SHAPES = (
     # d_model, features, k, batch rows

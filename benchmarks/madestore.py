@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore.schema import CorpusIdentity
-from pipelines.made_store import SITE, write_made_store
+from pipelines.stores.made.made_store import SITE, write_made_store
 
 __all__ = ["OUTLIERS", "SITE", "make_store", "residual_rows"]
 

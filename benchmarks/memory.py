@@ -24,8 +24,8 @@ LARGEST_RATIO = 1.1
 def collect_peak(store: Path, n_tokens: int) -> int:
     """Bytes. Runs in a process of its own."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from pipelines.collect import collect
-    from pipelines.recipe import CollectConfig
+    from pipelines.collect.config import CollectConfig
+    from pipelines.collect.stage import collect
 
     collect(CollectConfig(out=store, model="builtin", layer=(3,), tokens=n_tokens, shard_mib=SHARD_MIB))
     return own_peak()

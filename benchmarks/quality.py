@@ -35,14 +35,15 @@ from numpy.typing import NDArray
 from actstore.reader import ActivationStore
 from actstore.stream import BatchStream
 from benchmarks.peers.environments import PeerFailed, Peers, add_options, choose
-from pipelines.capture import Site, load_model
-from pipelines.collect import collect
-from pipelines.recipe import CollectConfig
-from pipelines.row_metrics import heldout_metrics
+from pipelines.collect.config import CollectConfig
+from pipelines.collect.stage import collect
+from pipelines.metrics.model_loss import heldout_text, reconstructing
+from pipelines.models.load import load_model
+from pipelines.models.sites import Site
+from pipelines.sae.architectures.topk import TopKSae
 from pipelines.sae.base import Objective
-from pipelines.sae.topk import TopKSae
-from pipelines.text_metrics import heldout_text, reconstructing
-from pipelines.training.trainee import Recipe
+from pipelines.sae.reconstruction_metrics import heldout_metrics
+from pipelines.train.trainee import Recipe
 
 OTHERS = ("saelens", "dictionary_learning")
 TRAINERS = ("ours", *OTHERS)

@@ -3,11 +3,11 @@
     python -m benchmarks.recovery [--problem independent] [--seeds 0 1 2] [--tokens 8000000] [--json]
                                   [--tool actstore saelens dictionary_learning --install FOLDER]
 
-Two problems of 1,024 true features in 192 dimensions (`pipelines.synthetic`): independent ones, whose frequencies fall
-as rank^-0.5, and 128 parents with 7 children each, one of which fires with its parent in the mean (rank^-1). SAEs of
-as many features as there are, and of twice as many, are trained from a store of each; directions are compared with the
-truth, codes on held-out rows. `pipelines.recovery` has the definitions. A seed is that of the SAE and its batches; the
-problem stays the same.
+Two problems of 1,024 true features in 192 dimensions (`pipelines.stores.made.synthetic`): independent ones, whose
+frequencies fall as rank^-0.5, and 128 parents with 7 children each, one of which fires with its parent in the mean
+(rank^-1). SAEs of as many features as there are, and of twice as many, are trained from a store of each; directions are
+compared with the truth, codes on held-out rows. `pipelines.stores.made.recovery` has the definitions. A seed is that of
+the SAE and its batches; the problem stays the same.
 
 The other tools train on the same rows in the same batches, with their own recipes (see `benchmarks.quality`), each at one
 learning rate, which was not searched for (`LEARNING_RATES`: SAELens' is half the others', as its best is there; `--lr`
@@ -38,11 +38,11 @@ from scipy.sparse import csr_matrix, vstack
 from actstore.reader import ActivationStore
 from benchmarks.peers.environments import Peers, add_options, choose
 from benchmarks.quality import OTHERS, train_on_rows, write_rows
-from pipelines.recovery import Recovery, measure
+from pipelines.sae.architectures.topk import TopKSae
 from pipelines.sae.checkpoint import load_run
-from pipelines.sae.topk import TopKSae
-from pipelines.synthetic import Superposition, write_synthetic_store
-from pipelines.train import TrainConfig, train
+from pipelines.stores.made.recovery import Recovery, measure
+from pipelines.stores.made.synthetic import Superposition, write_synthetic_store
+from pipelines.train.stage import TrainConfig, train
 
 BATCH_ROWS = 1024
 """Four times the steps of the default batch from the same rows; rare features need steps more than exact gradients."""

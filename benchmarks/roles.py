@@ -32,7 +32,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from cli import set_environment
+from pipelines.shared.environment import set_environment
 
 set_environment()  # before torch is loaded, as the commands do
 
@@ -40,16 +40,16 @@ import torch  # noqa: E402
 
 from actstore.files import read_json  # noqa: E402
 from actstore.plan import permutation  # noqa: E402
-from pipelines.causal.firings import PART, Firings, draw_firings, next_tokens  # noqa: E402
-from pipelines.causal.forward import logits  # noqa: E402
-from pipelines.causal.measuring import branch_layout, firing_texts, predicted, window_passes  # noqa: E402
-from pipelines.causal.splice import read_site  # noqa: E402
-from pipelines.causal.subject import Spliced, open_spliced  # noqa: E402
-from pipelines.code_store import CodeStore, read_codes  # noqa: E402
+from pipelines.causal.effects.measure import branch_layout, firing_texts, predicted, window_passes  # noqa: E402
+from pipelines.causal.engine.branches import read_site  # noqa: E402
+from pipelines.causal.engine.drawn_firings import PART, Firings, draw_firings, next_tokens  # noqa: E402
+from pipelines.causal.engine.subject import Spliced, open_spliced  # noqa: E402
+from pipelines.codes.code_store import CodeStore, read_codes  # noqa: E402
 from pipelines.concepts.labels import read_labels, shard_labels  # noqa: E402
-from pipelines.progress import track  # noqa: E402
-from pipelines.terminal import visible  # noqa: E402
-from pipelines.tokens import store_tokenizer  # noqa: E402
+from pipelines.models.forward import logits  # noqa: E402
+from pipelines.shared.progress import track  # noqa: E402
+from pipelines.shared.visible_text import visible  # noqa: E402
+from pipelines.text.tokens import store_tokenizer  # noqa: E402
 
 MIN_F1 = 0.6
 """A rule is a role when a feature follows it so well on the choosing half."""

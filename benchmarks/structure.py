@@ -12,7 +12,7 @@ import argparse
 
 import numpy as np
 
-from pipelines.cluster import connect
+from pipelines.shared.cluster import connect
 from pipelines.structure import facts, plant
 from pipelines.structure.graph import adjusted_rand
 from pipelines.structure.stage import seek

@@ -16,12 +16,12 @@ from pathlib import Path
 import click
 import numpy as np
 
-from cli import set_environment
+from pipelines.shared.environment import set_environment
 
 set_environment()  # before torch is loaded, as the commands do
 
+from pipelines.compare.superposition import SuperpositionConfig, decoder_cosines, train_toy  # noqa: E402
 from pipelines.sae.checkpoint import load_run  # noqa: E402
-from pipelines.superposition import SuperpositionConfig, decoder_cosines, train_toy  # noqa: E402
 
 
 @click.command()

@@ -12,23 +12,23 @@ from typing import Any
 from actstore.errors import InputError, OutputExists
 from actstore.files import publish_json, read_json
 from actstore.reader import ActivationStore
-from pipelines.analysis import RECORD as ANALYSIS_RECORD
-from pipelines.analysis import Analysis
-from pipelines.analyze import AnalyzeConfig, analyze
-from pipelines.baselines import random_weights_model
-from pipelines.cluster import connect
-from pipelines.code_store import CodeStore
-from pipelines.codes import EncodeConfig, encode
-from pipelines.collect import collect
+from pipelines.analysis.reader import RECORD as ANALYSIS_RECORD
+from pipelines.analysis.reader import Analysis
+from pipelines.analysis.stage import AnalyzeConfig, analyze
+from pipelines.codes.code_store import CodeStore
+from pipelines.codes.stage import EncodeConfig, encode
+from pipelines.collect.config import CollectConfig
+from pipelines.collect.stage import collect
 from pipelines.concepts.stage import Finding, find_rules, findings_json
-from pipelines.evaluate import EvaluateConfig, evaluate
-from pipelines.recipe import CollectConfig
-from pipelines.report.page import ReportConfig, report
+from pipelines.evaluate.baselines import random_weights_model
+from pipelines.evaluate.stage import EvaluateConfig, evaluate
+from pipelines.report.stage import ReportConfig, report
 from pipelines.sae.checkpoint import RECORD as RUN_RECORD
 from pipelines.sae.checkpoint import load_run
-from pipelines.tokens import store_tokenizer
-from pipelines.train import train
-from pipelines.training.config import TrainConfig
+from pipelines.shared.cluster import connect
+from pipelines.text.tokens import store_tokenizer
+from pipelines.train.config import TrainConfig
+from pipelines.train.stage import train
 
 FEATURES, K, BATCH = 2048, 16, 2048
 GOOD_F1 = 0.7

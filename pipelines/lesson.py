@@ -24,7 +24,6 @@ from transformers import PreTrainedTokenizerFast
 from actstore.errors import InputError
 from actstore.plan import ROW_ORDER, permutation
 from actstore.reader import ActivationStore
-from pipelines.capture import Site, blocks_of, capture, choose_device, load_model, model_identity, resolve_model
 from pipelines.causal.textbook import (
     SITE,
     Ablated,
@@ -34,16 +33,18 @@ from pipelines.causal.textbook import (
     record_of,
     require_family,
 )
-from pipelines.corpus import open_corpus
-from pipelines.inspect import strongest
+from pipelines.evaluate.inspect import strongest
+from pipelines.models.load import choose_device, load_model, model_identity, resolve_model
+from pipelines.models.sites import Site, blocks_of, capture
 from pipelines.sae.base import Objective, Sae
 from pipelines.sae.checkpoint import RunRecord, require_match, save_run
 from pipelines.sae.textbook import SparseAutoencoder, sae_loss
+from pipelines.shared.visible_text import visible
 from pipelines.statistics import frequency_bands
-from pipelines.terminal import visible
-from pipelines.tokens import TextCodec, codec_of, open_tokenizer
-from pipelines.training.config import TrainConfig, recorded
-from pipelines.training.trainee import Recipe, Trainee
+from pipelines.text.corpus import open_corpus
+from pipelines.text.tokens import TextCodec, codec_of, open_tokenizer
+from pipelines.train.config import TrainConfig, recorded
+from pipelines.train.trainee import Recipe, Trainee
 
 __all__ = [
     "Ablated",

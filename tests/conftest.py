@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when modelkit 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
-    from pipelines.recipe import CollectConfig
+    from pipelines.collect.config import CollectConfig
 
 import torch
 from daskkit import address_of, dask_process
@@ -54,8 +54,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> Path:
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory, texts: Path, model_folder: Path) -> Path:
     """A collected store of the tiny model: `resid_post` after blocks 0 and 2, fp32, all of the texts. Read-only."""
-    from pipelines.collect import collect
-    from pipelines.recipe import CollectConfig
+    from pipelines.collect.config import CollectConfig
+    from pipelines.collect.stage import collect
 
     out = tmp_path_factory.mktemp("collected") / "store"
     collect(CollectConfig(out=out, model=str(model_folder), corpus=str(texts), layer=(0, 2), context=32, encoding="fp32"))
@@ -65,7 +65,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, texts: Path, model_folder: P
 @pytest.fixture(scope="session")
 def small_config(model_folder: Path, texts: Path) -> CollectConfig:
     """What tests of collecting ask for, each at its own `out`: 1,500 tokens in 13 shards, one layer, in float32."""
-    from pipelines.recipe import CollectConfig
+    from pipelines.collect.config import CollectConfig
 
     return CollectConfig(
         out="unset", model=str(model_folder), corpus=str(texts), layer=(0,), tokens=1500, context=32, encoding="fp32"
@@ -75,7 +75,7 @@ def small_config(model_folder: Path, texts: Path) -> CollectConfig:
 @pytest.fixture(scope="session")
 def small_store(tmp_path_factory: pytest.TempPathFactory, small_config: CollectConfig) -> Path:
     """The store that `small_config` describes. Read-only."""
-    from pipelines.collect import collect
+    from pipelines.collect.stage import collect
 
     out = tmp_path_factory.mktemp("small") / "store"
     collect(replace(small_config, out=out))
@@ -99,8 +99,8 @@ def reference(model_folder: Path) -> GPT2LMHeadModel:
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
     """A run trained on the store's `resid_post.2`: 64 features, k = 4. Read-only."""
-    from pipelines.train import train
-    from pipelines.training.config import TrainConfig
+    from pipelines.train.config import TrainConfig
+    from pipelines.train.stage import train
 
     out = tmp_path_factory.mktemp("trained") / "run"
     train(TrainConfig(store=store, out=out, layer=2, features=64, k=4, epochs=4, batch=256))
@@ -126,7 +126,7 @@ def scheduler(tmp_path: Path) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def codes(tmp_path_factory: pytest.TempPathFactory, store: Path, run: Path, client: Any) -> Path:
     """The code store of `store` and `run`. Read-only."""
-    from pipelines.codes import EncodeConfig, encode
+    from pipelines.codes.stage import EncodeConfig, encode
 
     out = tmp_path_factory.mktemp("encoded") / "codes"
     encode(EncodeConfig(store=store, run=run, out=out), client)
@@ -136,7 +136,7 @@ def codes(tmp_path_factory: pytest.TempPathFactory, store: Path, run: Path, clie
 @pytest.fixture(scope="session")
 def analysis(tmp_path_factory: pytest.TempPathFactory, codes: Path, client: Any) -> Path:
     """The analysis of `codes`. Read-only."""
-    from pipelines.analyze import AnalyzeConfig, analyze
+    from pipelines.analysis.stage import AnalyzeConfig, analyze
 
     out = tmp_path_factory.mktemp("analyzed") / "analysis"
     analyze(AnalyzeConfig(codes=codes, out=out), client)

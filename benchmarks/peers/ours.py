@@ -6,7 +6,7 @@ Without `--autocast`, every product is in full precision; with it, the search fo
 
 from __future__ import annotations
 
-from cli import set_environment
+from pipelines.shared.environment import set_environment
 
 set_environment()  # before torch is loaded, as the commands do
 
@@ -16,12 +16,12 @@ from torch import Tensor  # noqa: E402
 
 from actstore import __version__  # noqa: E402
 from benchmarks.peers.steps import Task, Trainer, main  # noqa: E402
-from pipelines.memory import keep_freed_memory  # noqa: E402
+from pipelines.compute.freed_memory import keep_freed_memory  # noqa: E402
+from pipelines.sae.architectures.topk import TopKSae  # noqa: E402
 from pipelines.sae.base import Objective  # noqa: E402
 from pipelines.sae.median import geometric_median  # noqa: E402
-from pipelines.sae.topk import TopKSae  # noqa: E402
-from pipelines.training.start import default_learning_rate  # noqa: E402
-from pipelines.training.trainee import AUXK, Recipe, Trainee  # noqa: E402
+from pipelines.train.start import default_learning_rate  # noqa: E402
+from pipelines.train.trainee import AUXK, Recipe, Trainee  # noqa: E402
 
 
 def build(task: Task, sample: Tensor) -> Trainer:

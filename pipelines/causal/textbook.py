@@ -13,19 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from actstore.errors import InputError
-from pipelines.capture import FAMILIES, Site
-from pipelines.causal.ablation import Edit, ablate, read_prompt
-from pipelines.causal.attribution import direct_logit_attribution as attributed
-from pipelines.causal.compare import top_candidates
-from pipelines.causal.forward import unembedding
-from pipelines.causal.interventions import trace
-from pipelines.causal.patching import Pair, patch_activation, run_logits
-from pipelines.causal.subject import Spliced, Subject
+from pipelines.causal.ablate.edits import Edit, ablate, read_prompt
+from pipelines.causal.attribute.parts import direct_logit_attribution as attributed
+from pipelines.causal.engine.divergence import top_candidates
+from pipelines.causal.engine.subject import Spliced, Subject
+from pipelines.causal.engine.trace import trace
+from pipelines.causal.patch.grid import Pair, patch_activation, run_logits
+from pipelines.models.forward import unembedding
+from pipelines.models.sites import FAMILIES, Site
 from pipelines.sae.base import Sae
 from pipelines.sae.checkpoint import RunRecord
 from pipelines.sae.textbook import SparseAutoencoder
-from pipelines.terminal import visible
-from pipelines.tokens import codec_of
+from pipelines.shared.visible_text import visible
+from pipelines.text.tokens import codec_of
 
 COMPONENTS = {"attn": "attn_out", "mlp": "mlp_out"}
 """The textbook's names of what can be patched, and our sites."""

@@ -27,7 +27,7 @@ from actstore.errors import InputError
 from actstore.reader import Shard, Store
 from actstore.schema import PARTS
 from pipelines.concepts.python_labels import LABELS, first_characters, label_tokens
-from pipelines.tokens import TextCodec, document_half
+from pipelines.text.tokens import TextCodec, document_half
 
 PYTHON, STDLIB = "python", "stdlib"
 PYTHON_NAME = re.compile(r"\.pyi?(@\d+)?$")

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore.reader import Shard
-from pipelines.cluster import reduce_tasks, share
 from pipelines.concepts.absorption import Absorption, Moments, Probes, ScoreHistogram
 from pipelines.concepts.labels import SegmentLabels, shard_labels
 from pipelines.concepts.subjects import Subject, shard_tasks
+from pipelines.shared.cluster import reduce_tasks, share
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from actstore.reader import Shard, Store
 from pipelines.concepts.labels import SegmentLabels, shard_labels
-from pipelines.terminal import visible
+from pipelines.shared.visible_text import visible
 
 MIN_FIRINGS = 20
 """A rule is chosen from at least this many firings on the choosing half."""

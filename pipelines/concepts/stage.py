@@ -17,8 +17,7 @@ import numpy as np
 from actstore.errors import IdentityMismatch, InputError, NotAStore, OutputExists
 from actstore.files import publish_bytes, publish_folder, publish_json
 from actstore.reader import ActivationStore, Store
-from pipelines.cluster import connect, share
-from pipelines.code_store import CodeStore
+from pipelines.codes.code_store import CodeStore
 from pipelines.concepts.labels import LabelTable, read_labels
 from pipelines.concepts.probing import find_absorption, fit_probes
 from pipelines.concepts.rules import Finding, RuleScores
@@ -26,7 +25,8 @@ from pipelines.concepts.subjects import Subject, choose_thresholds, score_rules
 from pipelines.concepts.table import beside_record, concept_record, findings_text, table_bytes
 from pipelines.concepts.unions import Union, find_unions
 from pipelines.sae.checkpoint import load_run
-from pipelines.tokens import TextCodec, store_tokenizer
+from pipelines.shared.cluster import connect, share
+from pipelines.text.tokens import TextCodec, store_tokenizer
 
 SUMMARY, TABLE, FEATURES, TEXT = "concepts.json", "concepts.parquet", "features.parquet", "findings.md"
 MAIN_F1 = 0.5

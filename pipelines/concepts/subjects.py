@@ -14,14 +14,14 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from actstore.place import absolute
+from actstore.open_place import absolute
 from actstore.reader import ActivationStore, Shard, Store
 from actstore.schema import PARTS
-from pipelines.capture import MLP_HIDDEN
-from pipelines.cluster import reduce_tasks, share
-from pipelines.code_store import CodeStore, read_codes
+from pipelines.codes.code_store import CodeStore, read_codes
 from pipelines.concepts.labels import SegmentLabels, shard_labels
 from pipelines.concepts.rules import RuleScores, shard_rules
+from pipelines.models.sites import MLP_HIDDEN
+from pipelines.shared.cluster import reduce_tasks, share
 
 PEAK_SHARES = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6)
 """Candidate thresholds of a feature, as shares of its peak on the choosing half."""

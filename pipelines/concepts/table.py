@@ -9,7 +9,7 @@ from typing import Any
 from pipelines.concepts.rules import RuleScores
 from pipelines.concepts.subjects import Subject
 from pipelines.concepts.unions import SHOWN_K, Union
-from pipelines.tables import parquet_bytes
+from pipelines.shared.parquet import parquet_bytes
 
 MIN_ROWS = 20
 """A concept needs as many rows on each half."""

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore.reader import Shard
-from pipelines.cluster import reduce_tasks, share
 from pipelines.concepts.absorption import Patterns, greedy_union, n_main
 from pipelines.concepts.labels import SegmentLabels, shard_labels
 from pipelines.concepts.rules import RuleScores
 from pipelines.concepts.subjects import Subject, shard_tasks
+from pipelines.shared.cluster import reduce_tasks, share
 
 CANDIDATES = 8
 """Of each of the two kinds."""

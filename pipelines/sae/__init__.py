@@ -1,1 +1,1 @@
-"""Sparse autoencoders: the architectures, their sparse kernels, and the checkpoints of training runs."""
+"""Sparse autoencoders: the architectures, the sparse operators that they share, runs on disk."""

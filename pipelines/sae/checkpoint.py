@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from actstore.errors import IdentityMismatch, InputError, NotAStore, WidthMismatch
 from actstore.files import content_hash, object_entry, publish_json, read_json
 from actstore.reader import ActivationStore
-from pipelines.sae.architectures import make
+from pipelines.sae.architectures.registry import make
 from pipelines.sae.base import Sae
 from pipelines.sae.tensors import publish_tensors
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pipelines.products import product
+from pipelines.compute.cpu_products import product
 from pipelines.sae.sparse import Active, sampled_product
 
 BLOCK_ROWS = 512

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from actstore.errors import InputError
+from pipelines.sae.architectures.topk import TopKSae
 from pipelines.sae.base import Sae
-from pipelines.sae.topk import TopKSae
 
 
 class SparseAutoencoder(nn.Module):

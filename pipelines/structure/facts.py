@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from pipelines.structure import choose
-from pipelines.structure.effects import effect_columns, lift_intervals
+from pipelines.structure.effect_sizes import effect_columns, lift_intervals
 from pipelines.structure.graph import Communities
 from pipelines.structure.null import Pairs
 from pipelines.structure.rounds import MIN_EXPECTATION, NullDraw, Observed, Q, attracted, cosine_correlation

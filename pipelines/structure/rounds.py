@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy import stats
 
-from pipelines.cluster import reduce_tasks, run_tasks, share
+from pipelines.shared.cluster import reduce_tasks, run_tasks, share
 from pipelines.structure.graph import adjacency, modularity, partition
 from pipelines.structure.null import CodeTable, Pairs, draw, hypergeometric
 from pipelines.structure.significance import DrawMoments, Judged, NullFit, fit_null, judge

@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore.errors import InputError
-from actstore.place import absolute
+from actstore.open_place import absolute
 from actstore.reader import Shard
 from actstore.schema import PARTS
-from pipelines.cluster import run_tasks
-from pipelines.code_store import CodeStore, open_codes, read_codes
+from pipelines.codes.code_store import CodeStore, open_codes, read_codes
+from pipelines.shared.cluster import run_tasks
 from pipelines.structure.null import CodeTable
-from pipelines.tokens import document_half
+from pipelines.text.tokens import document_half
 
 MIN_DOCUMENTS = 4
 DOCUMENT_SHARE = 32

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.analysis import Analysis
-from pipelines.code_store import CodeStore
+from pipelines.analysis.reader import Analysis
+from pipelines.codes.code_store import CodeStore
+from pipelines.shared.visible_text import visible
 from pipelines.structure.sample import Sample
-from pipelines.terminal import visible
-from pipelines.tokens import TextCodec
+from pipelines.text.tokens import TextCodec
 
 MIN_F1 = 0.5
 """A feature is called by its rule where that is at least so good; else by its most frequent tokens."""

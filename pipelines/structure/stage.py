@@ -17,17 +17,17 @@ from numpy.typing import NDArray
 
 from actstore.errors import IdentityMismatch, InputError, OutputExists
 from actstore.files import publish_bytes, publish_folder, publish_json, require_free_space
-from pipelines.analysis import PAIRS, STRUCTURE, Analysis
-from pipelines.cluster import connect
-from pipelines.code_store import CodeStore
+from pipelines.analysis.reader import PAIRS, STRUCTURE, Analysis
+from pipelines.codes.code_store import CodeStore
+from pipelines.shared.cluster import connect
+from pipelines.shared.parquet import parquet_bytes
 from pipelines.structure import choose, facts
 from pipelines.structure.null import Pairs, candidates
 from pipelines.structure.page import findings_page
 from pipelines.structure.rounds import MIN_EXPECTATION, Q, judge_draws, observe
 from pipelines.structure.sample import Sample, sample_halves
 from pipelines.structure.show import Naming
-from pipelines.tables import parquet_bytes
-from pipelines.tokens import store_tokenizer
+from pipelines.text.tokens import store_tokenizer
 
 STRUCTURE_VERSION = 1
 RECORD, PAGE, COMMUNITIES = "structure.json", "findings.md", "communities.parquet"

@@ -1,0 +1,111 @@
+"""A place that is a folder of a file system."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from actstore.files import fsync_path, publish_bytes, require_free_space, write_beside
+from actstore.lease import held_lease, held_lock
+from actstore.place import Place
+
+LOCK = "lock"
+
+
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
+
+
+class Folder(Place):
+    """A folder of a file system."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.url = str(path)
+        self.readers = max(1, min(4, len(os.sched_getaffinity(0))))
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def read_into(self, name: str, start: int, *buffers: memoryview) -> int:
+        descriptor = os.open(f"{self.url}/{name}", os.O_RDONLY)
+        try:
+            return os.preadv(descriptor, buffers, start)
+        finally:
+            os.close(descriptor)
+
+    def n_bytes(self, name: str) -> int | None:
+        try:
+            return (self.path / name).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def names(self, prefix: str = "") -> dict[str, int]:
+        found = {}
+        for file in (self.path / prefix).rglob("*"):
+            if not is_temporary(file.name):
+                with suppress(FileNotFoundError):  # a writer may remove it meanwhile
+                    status = file.stat()
+                    if stat.S_ISREG(status.st_mode):
+                        found[file.relative_to(self.path).as_posix()] = status.st_size
+        return found
+
+    def entries(self) -> set[str]:
+        if not self.path.exists():
+            return set()
+        return {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else {"."}
+
+    def publish(self, name: str, data: bytes) -> None:
+        publish_bytes(self.path / name, data, _own_mark())
+
+    def create(self, name: str, data: bytes) -> bool:
+        path = self.path / name
+        temporary = write_beside(path, data, _own_mark())
+        try:
+            os.link(temporary, path)  # unlike a rename, fails when the name is taken
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            if path.exists():
+                return False
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync_path(path.parent)
+        return True
+
+    def remove(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
+
+    def clear_leftovers(self) -> None:
+        for file in self.path.rglob(".*.tmp"):
+            file.unlink(missing_ok=True)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with held_lock(self.path / LOCK) as works:
+            if works:
+                yield
+                return
+            with held_lease(self):  # a file system without locks
+                yield
+
+    def require_space(self, needed_bytes: int, what: str) -> None:
+        require_free_space(self.path, needed_bytes, what)
+
+
+def _own_mark() -> str:
+    """Of the temporary files of one publication: several workers may publish the same object at the same time."""
+    return f".{uuid.uuid4().hex[:8]}"
+
+
+def is_temporary(file_name: str) -> bool:
+    """Whether a file is one that is being published, or that a killed writer left."""
+    return file_name.startswith(".") and file_name.endswith(".tmp")

@@ -1,0 +1,1 @@
+"""From a code store to an analysis; the analysis opened for looking."""

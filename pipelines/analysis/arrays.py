@@ -1,0 +1,159 @@
+"""The arrays of an analysis on disk: a Zarr group in a folder or a bucket, its columns, and sparse tables in tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import zarr
+from numpy.typing import NDArray
+from zarr.errors import ContainsGroupError
+
+from actstore import paths
+from actstore.folder import Folder
+from actstore.open_place import open_place
+from actstore.place import Place
+
+CHUNK_ENTRIES, OBJECT_CHUNKS = 1 << 16, 64
+LOADED_ENTRIES = 1 << 25
+"""Of a table that is read whole when most of its rows will be looked at: at most about 400 MB."""
+
+
+def open_arrays(place: Place, mode: Any) -> zarr.Group:
+    """The Zarr group of an analysis. Several may ask for it with mode "a" at once: one of them creates it."""
+    where: Any
+    if isinstance(place, Folder):
+        where = place.path / paths.DATA
+    else:
+        data: Any = open_place(f"{place.url}/{paths.DATA}")
+        where = zarr.storage.ObjectStore(data.objects)
+    try:
+        return zarr.open_group(where, mode=mode)
+    except ContainsGroupError:  # not there when it was looked for, there when it was to be created
+        return zarr.open_group(where, mode="r+")
+
+
+def create_arrays(url: str, group: str, arrays: dict[str, NDArray[Any]], chunk_bytes: int = 0) -> None:
+    """Write whole arrays below a group of the analysis at `url`, over any that were there.
+
+    Long columns are cut into chunks of 65,536 entries, which lie 64 in an object; others by rows, at most `chunk_bytes` a
+    chunk when given.
+    """
+    root = open_arrays(open_place(url), "a")
+    for name, array in arrays.items():
+        array = np.ascontiguousarray(array)
+        rows = max(1, chunk_bytes // max(array.nbytes // max(len(array), 1), 1)) if chunk_bytes else CHUNK_ENTRIES
+        found = _create_array(root, f"{group}/{name}", array.shape, array.dtype, rows)
+        if array.size:
+            found[...] = array
+
+
+def _create_array(root: zarr.Group, name: str, shape: tuple[int, ...], dtype: Any, rows: int) -> Any:
+    chunk = (max(1, min(rows, shape[0])), *(max(n, 1) for n in shape[1:]))
+    n_chunks = -(-shape[0] // chunk[0])
+    return root.create_array(
+        name,
+        shape=shape,
+        dtype=dtype,
+        chunks=chunk,
+        shards=(chunk[0] * min(OBJECT_CHUNKS, n_chunks), *chunk[1:]) if n_chunks > 1 else None,
+        compressors=[zarr.codecs.BloscCodec(cname="lz4", shuffle="shuffle"), zarr.codecs.Crc32cCodec()],
+        overwrite=True,
+    )
+
+
+class ColumnWriter:
+    """Long columns of the same, known length, written piece by piece, in order; holds at most one object's entries.
+
+    What comes out is what `create_arrays` writes of the whole columns.
+    """
+
+    def __init__(self, url: str, group: str, dtypes: dict[str, Any], n_entries: int):
+        root = open_arrays(open_place(url), "a")
+        self._arrays = {
+            name: _create_array(root, f"{group}/{name}", (n_entries,), dtype, CHUNK_ENTRIES)
+            for name, dtype in dtypes.items()
+        }
+        self._room = min(n_entries, OBJECT_CHUNKS * CHUNK_ENTRIES)
+        self._held = {name: np.empty(self._room, dtype) for name, dtype in dtypes.items()}
+        self._n_held, self._n_written, self._n_entries = 0, 0, n_entries
+
+    def add(self, **pieces: NDArray[Any]) -> None:
+        """The next entries of each column."""
+        (n_new,) = {len(piece) for piece in pieces.values()}
+        place = 0
+        while place < n_new:
+            n = min(n_new - place, self._room - self._n_held)
+            for name, piece in pieces.items():
+                self._held[name][self._n_held : self._n_held + n] = piece[place : place + n]
+            place, self._n_held = place + n, self._n_held + n
+            if self._n_held == self._room or self._n_written + self._n_held == self._n_entries:
+                self._flush()
+
+    def _flush(self) -> None:
+        entries = slice(self._n_written, self._n_written + self._n_held)
+        for name, held in self._held.items():
+            self._arrays[name][entries] = held[: self._n_held]
+        self._n_written, self._n_held = entries.stop, 0
+
+
+class SparseRows:
+    """A sparse matrix kept in tiles of rows, each as CSR: a row is read alone."""
+
+    def __init__(self, root: zarr.Group, group: str, n_columns: int):
+        self._root, self._group, self.n_columns = root, group, n_columns
+        self._first: NDArray[np.int64] = np.asarray(root[f"{group}/tile_starts"][:])  # type: ignore[index]
+        self._tile = lru_cache(maxsize=64)(self._open_tile)
+        self._in_memory = False
+
+    def load(self) -> None:
+        """Read a tile whole when it is first looked at, unless the table is larger than `LOADED_ENTRIES`."""
+        shapes = [self._root[f"{self._group}/tiles/{tile:06d}/columns"].shape[0] for tile in range(self.n_tiles)]  # type: ignore[union-attr]
+        if sum(shapes) <= LOADED_ENTRIES and not self._in_memory:
+            self._in_memory = True
+            self._tile.cache_clear()
+
+    @property
+    def n_tiles(self) -> int:
+        return len(self._first) - 1
+
+    def _open_tile(self, tile: int) -> tuple[NDArray[np.int64], dict[str, Any]]:
+        group: Any = self._root[f"{self._group}/tiles/{tile:06d}"]
+        arrays = {name: group[name] for name in group.array_keys() if name != "starts"}
+        if self._in_memory:
+            arrays = {name: np.asarray(array[:]) for name, array in arrays.items()}
+        return np.asarray(group["starts"][:]), arrays
+
+    def row(self, row: int, name: str = "count") -> tuple[NDArray[Any], NDArray[Any]]:
+        """(columns, values) of one row, columns rising."""
+        tile = int(np.searchsorted(self._first, row, side="right")) - 1
+        starts, arrays = self._tile(tile)
+        first, last = (int(n) for n in starts[row - self._first[tile] : row - self._first[tile] + 2])
+        return np.asarray(arrays["columns"][first:last]).astype(np.int64), np.asarray(arrays[name][first:last])
+
+    def column(self, column: int, name: str = "count") -> tuple[NDArray[np.int64], NDArray[Any]]:
+        """(rows, values) of one column, rows rising: a scan of the column numbers, and of what belongs to them alone."""
+        rows, values = [], []
+        for tile in range(self.n_tiles):
+            starts, arrays = self._tile(tile)
+            places = np.flatnonzero(np.asarray(arrays["columns"][:]) == column)
+            if len(places):
+                rows.append(self._first[tile] + np.searchsorted(starts, places, side="right") - 1)
+                values.append(np.asarray(arrays[name].oindex[places]))
+        return np.concatenate([np.empty(0, np.int64), *rows]), np.concatenate(values or [np.empty(0, np.int64)])
+
+    def tiles(self, name: str = "count") -> Iterator[tuple[slice, sp.csr_array]]:
+        """(rows, CSR of them) tile after tile."""
+        for tile in range(len(self._first) - 1):
+            starts, arrays = self._open_tile(tile)
+            rows = slice(int(self._first[tile]), int(self._first[tile + 1]))
+            parts = (np.asarray(arrays[name][:]), np.asarray(arrays["columns"][:]).astype(np.int64), starts)
+            yield rows, sp.csr_array(parts, shape=(rows.stop - rows.start, self.n_columns))
+
+    def whole(self, name: str = "count") -> sp.csr_array:
+        """All rows as one CSR of int64 or float64."""
+        found = sp.csr_array(sp.vstack([tile for _, tile in self.tiles(name)], format="csr"))
+        return found.astype(np.float64 if found.dtype.kind == "f" else np.int64)

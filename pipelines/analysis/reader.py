@@ -1,0 +1,373 @@
+"""An analysis on disk, opened for looking: features, their tokens, their examples, their partners.
+
+It lies in a folder or at a prefix of a bucket; docs/ANALYSIS.md says what is in it. What belongs to one feature is read
+alone: two short reads of each array.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from actstore import paths
+from actstore.errors import DamagedStore, InputError, NotAStore, OutputExists
+from actstore.open_place import open_place
+from pipelines.analysis.arrays import SparseRows, open_arrays
+from pipelines.statistics import BANDS, association
+from pipelines.statistics.tables import bin_edges
+from pipelines.text.tokens import parse_tokenizer
+
+ANALYSIS_VERSION = 2
+RECORD, FINDINGS = "analysis.json", "findings.json"
+STRUCTURE, PAIRS = "structure", "pairs.parquet"
+"""The folder in which `structure` leaves its result, unless told otherwise, and its table of pairs."""
+SORTS = ("frequency", "mean", "peak", "documents", "burstiness", "id")
+EXAMPLE_KINDS = ("top", "strata", "random")
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@dataclass(frozen=True)
+class TokenShare:
+    """One token a feature fires on: `share` of its firings (the precision of "fires on this token"), and `recall`, the
+    share of the token's rows it fires on; `lift`, the recall over the feature's frequency; `mean` activation there."""
+
+    token: int
+    text: str
+    count: int
+    share: float
+    recall: float
+    lift: float
+    mean: float
+
+
+@dataclass(frozen=True)
+class Example:
+    """A firing in its text: token texts and the feature's value at each; `focus` is the firing's place."""
+
+    value: float
+    document: str
+    tokens: tuple[str, ...]
+    values: tuple[float, ...]
+    focus: int
+
+
+def require_new_analysis(path: str | Path) -> None:
+    """Raises OutputExists when anything is at `path`."""
+    if entries := open_place(path).entries():
+        what = "" if "://" not in str(path) else f" ({len(entries)} entries)"
+        raise OutputExists(f"{path}: exists{what}; choose another --out, or move it away.")
+
+
+class Analysis:
+    """What `analyze` wrote. Raises NotAStore when `path` holds no finished analysis of this format version.
+
+    `record` is that of an analysis which is being finished and has none yet.
+    """
+
+    def __init__(self, path: str | Path, record: dict[str, Any] | None = None):
+        self.place = open_place(path)
+        self.path = Path(path)
+        try:
+            self.record: dict[str, Any] = record or json.loads(self.place.read(RECORD))
+        except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+            raise NotAStore(f"{path}: not an analysis (no {RECORD}); pass what `analyze` wrote.") from error
+        version = self.record.get("version") if self.record.get("format") == "actstore-analysis" else None
+        if version != ANALYSIS_VERSION:
+            raise NotAStore(
+                f"{path}: an analysis of format version {version}, this actstore reads {ANALYSIS_VERSION}; its codes "
+                f"are still good: `actstore analyze {self.record.get('codes', 'CODES')} --out ANOTHER`."
+            )
+        self._root = open_arrays(self.place, "r")
+        file = f"{paths.TOKENIZER}/tokenizer.json"
+        special = self.record["bos_token_id"], self.record["separator_token_id"]
+        self._codec = parse_tokenizer(self.place.read(file), f"{path}/{file}", *special)
+        self._loaded: dict[str, NDArray[Any]] = {}
+
+    def preload(self) -> dict[str, NDArray[Any]]:
+        """Read at once what most features' cards show; gives the arrays of `examples`."""
+        for table in (self.pairs, self.tokens):
+            table.load()
+        self._loaded = {name: self._get(f"examples/{name}") for name in ("value", "document", "tokens", "values")}
+        return self._loaded
+
+    def _get(self, name: str) -> NDArray[Any]:
+        return np.asarray(self._root[name][:])  # type: ignore[index]
+
+    @cached_property
+    def findings(self) -> list[dict[str, Any]]:
+        """The features that follow a rule, in the order of their file; none when no later stage has looked for any.
+
+        Each has feature, rule, precision, recall, f1 and threshold. Raises DamagedStore when the file is not what that
+        stage writes.
+        """
+        if not self.place.exists(FINDINGS):
+            return []
+        try:
+            return [
+                {"feature": self.require_feature(int(found["feature"])), "rule": str(found["rule"])}
+                | {name: float(found[name]) for name in ("precision", "recall", "f1", "threshold")}
+                for found in json.loads(self.place.read(FINDINGS))["findings"]
+            ]
+        except (KeyError, TypeError, ValueError, InputError) as error:
+            raise DamagedStore(
+                f"{self.place}/{FINDINGS}: not the findings of this analysis ({error}); write it again or move it."
+            ) from error
+
+    @property
+    def n_features(self) -> int:
+        n: int = self.record["n_features"]
+        return n
+
+    @property
+    def n_rows(self) -> int:
+        n: int = self.record["n_rows"]
+        return n
+
+    @cached_property
+    def fires(self) -> NDArray[np.int64]:
+        return self._get("features/fires")
+
+    @cached_property
+    def frequency(self) -> NDArray[np.float64]:
+        """(F,) share of rows each feature fires in."""
+        return self._get("features/frequency")
+
+    @cached_property
+    def mean(self) -> NDArray[np.float64]:
+        """(F,) mean activation over a feature's firings."""
+        return self._get("features/mean")
+
+    @cached_property
+    def peak(self) -> NDArray[np.float32]:
+        """(F,) largest activation."""
+        return self._get("features/peak")
+
+    @cached_property
+    def n_documents(self) -> NDArray[np.int64]:
+        """(F,) documents in which each feature fires."""
+        return self._get("features/n_documents")
+
+    @cached_property
+    def burstiness(self) -> NDArray[np.float64]:
+        """(F,) how many times likelier two rows of one document both fire than two rows of any; NaN for under 2 firings."""
+        return self._get("features/burstiness")
+
+    @cached_property
+    def quantile_bins(self) -> NDArray[np.int32]:
+        """(F, quantiles) the bin of each quantile of a feature's activations; -1 when dead."""
+        return self._get("features/quantile_bins")
+
+    @cached_property
+    def active(self) -> NDArray[np.int64]:
+        """(k + 1,) rows by number of active features: the distribution of L0."""
+        return self._get("rows/active")
+
+    @cached_property
+    def document_rows(self) -> NDArray[np.int64]:
+        """(documents,) rows of each document."""
+        return self._get("rows/documents")
+
+    @cached_property
+    def joint(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The 20 most frequent features (n,), and in how many rows each two of them fire (n, n); diagonal: firings."""
+        return self._get("joint/features"), self._get("joint/together")
+
+    @cached_property
+    def part_names(self) -> list[str]:
+        """Names of the corpus parts: first folders below the one that all documents share."""
+        return self._get("parts/name").tobytes().decode().split("\n")
+
+    @cached_property
+    def token_texts(self) -> list[str]:
+        return self._codec.token_texts()
+
+    @cached_property
+    def pairs(self) -> SparseRows:
+        """(F, F) in both triangles: with how many of its rows (or documents) each other feature is together."""
+        return SparseRows(self._root, "cooccurrence", self.n_features)
+
+    @cached_property
+    def cooccurrence(self) -> sp.csr_array:
+        """(F, F) CSR: rows in which features i < j fire together. All of it in memory: `pairs` reads a row."""
+        return sp.csr_array(sp.triu(self.pairs.whole(), k=1, format="csr"))
+
+    @cached_property
+    def tokens(self) -> SparseRows:
+        """(F, vocabulary): firings of each feature on each token (`count`), and the sum of its values there (`total`)."""
+        return SparseRows(self._root, "tokens", len(self.token_rows))
+
+    @cached_property
+    def positions(self) -> SparseRows:
+        """(F, context): firings of each feature at each position of a window."""
+        return SparseRows(self._root, "positions", len(self._get("rows/positions")))
+
+    @cached_property
+    def parts(self) -> SparseRows:
+        """(F, corpus parts): firings of each feature in each part."""
+        return SparseRows(self._root, "parts", len(self.part_names))
+
+    @cached_property
+    def bins(self) -> SparseRows:
+        """(F, bins): firings of each feature by strength, 16 bins an octave; `bin_edges` gives their values."""
+        return SparseRows(self._root, "bins", 1 << 12)
+
+    @cached_property
+    def token_counts(self) -> sp.csr_array:
+        """(F, vocabulary) CSR: firings of each feature on each token. All in memory."""
+        return self.tokens.whole()
+
+    @cached_property
+    def token_rows(self) -> NDArray[np.int64]:
+        """(vocabulary,) rows of the corpus that stand at each token."""
+        return self._get("rows/tokens")
+
+    @cached_property
+    def document_names(self) -> list[str]:
+        return self._get("documents/name").tobytes().decode().split("\n")
+
+    def require_feature(self, feature: int) -> int:
+        """Raises InputError for an id that is not a feature's."""
+        if not 0 <= feature < self.n_features:
+            raise InputError(
+                f"feature {feature}: {self.place} has {self.n_features} features; choose 0 to {self.n_features - 1}."
+            )
+        return feature
+
+    def band(self, feature: int) -> str:
+        """The frequency band of a feature."""
+        per_cent = int(self.fires[feature]) * 100
+        above = (90 * self.n_rows, 10 * self.n_rows, self.n_rows, 0)
+        return next((name for name, bound in zip(BANDS, above, strict=False) if per_cent > bound), BANDS[-1])
+
+    def sorted_features(self, sort: str) -> NDArray[np.int64]:
+        """Feature ids by falling `sort`, ties by id."""
+        if sort not in SORTS:
+            raise InputError(f"sort {sort!r}: choose one of {', '.join(SORTS)}.")
+        if sort == "id":
+            return np.arange(self.n_features)
+        column: NDArray[Any] = self.n_documents if sort == "documents" else getattr(self, sort)
+        return np.argsort(-np.nan_to_num(column, nan=-1.0), kind="stable")
+
+    def quantiles(self, feature: int) -> dict[str, float]:
+        """The middle of the bin of each quantile of a feature's activations: within 1/32 of it. Empty when dead."""
+        bins = self.quantile_bins[feature]
+        if bins[0] < 0:
+            return {}
+        low, high = bin_edges(bins)
+        return {f"{q:g}": float(value) for q, value in zip(QUANTILES, (low + high) / 2, strict=True)}
+
+    def top_tokens(self, feature: int, n: int = 5) -> list[TokenShare]:
+        """The tokens a feature fires on most often."""
+        columns, counts = self.tokens.row(feature)
+        _, totals = self.tokens.row(feature, "total")
+        order = np.lexsort((columns, -counts.astype(np.int64)))[:n]
+        return [
+            TokenShare(
+                token=int(columns[i]),
+                text=self.token_texts[columns[i]],
+                count=int(counts[i]),
+                share=float(counts[i] / self.fires[feature]),
+                recall=float(counts[i] / self.token_rows[columns[i]]),
+                lift=float(association.lift(counts[i], self.fires[feature], self.token_rows[columns[i]], self.n_rows)),
+                mean=float(totals[i] / counts[i]),
+            )
+            for i in order
+        ]
+
+    def features_on(self, token: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(features, counts): which features fire on a token, by rising id, and in how many of its rows."""
+        features, counts = self.tokens.column(token)
+        return features, counts.astype(np.int64)
+
+    def token_ids(self, text: str) -> list[int]:
+        """A text as ids of the analysis' tokenizer. Raises InputError for a text of no tokens."""
+        (ids,) = self._codec.ids([text])
+        if not ids:
+            raise InputError(f"text {text!r}: has no tokens; pass at least one character.")
+        return ids
+
+    def examples(self, feature: int, kind: str = "top") -> list[Example]:
+        """Kept firings of a feature.
+
+        "top": the strongest, strongest first, each from another window; "strata": a random one of each fifth of its
+        firings by strength, weakest first; "random": of all its firings, equally likely.
+        """
+        first, last = self.record["example_slots"][kind]
+        found = {}
+        for name in ("value", "document", "tokens", "values"):
+            array: Any = self._loaded[name] if self._loaded else self._root[f"examples/{name}"]
+            found[name] = np.asarray(array[feature])
+        return [
+            Example(
+                value=float(found["value"][i]),
+                document=self.document_names[found["document"][i]],
+                tokens=tuple("" if t < 0 else self.token_texts[t] for t in found["tokens"][i]),
+                values=tuple(float(v) for v in found["values"][i]),
+                focus=self.record["focus"],
+            )
+            for i in range(first, last)
+            if found["value"][i] > 0
+        ]
+
+    def position_halves(self, feature: int) -> tuple[int, int]:
+        """A feature's firings in the first and the second half of the window; `positions.row` has each position."""
+        columns, counts = self.positions.row(feature)
+        is_early = columns < self.positions.n_columns // 2
+        return int(counts[is_early].sum()), int(counts[~is_early].sum())
+
+    def top_parts(self, feature: int, n: int = 5) -> list[tuple[str, int, float]]:
+        """(part, firings, lift) of the corpus parts in which a feature fires most; lift against its mean frequency."""
+        columns, counts = self.parts.row(feature)
+        order = np.lexsort((columns, -counts.astype(np.int64)))[:n]
+        part, count = columns[order], counts[order].astype(np.int64)
+        lift = association.lift(count, self.fires[feature], self._part_rows[part], self.n_rows)
+        return list(zip([self.part_names[p] for p in part], count.tolist(), lift.tolist(), strict=True))
+
+    def partners_beyond_chance(self, feature: int, n: int = 5) -> list[tuple[int, int, float, float]] | None:
+        """(feature, rows together, rows expected, lift) of the replicated partners with the largest lift over the null.
+
+        Counted on the second half of the documents, by the `structure` that lies in the analysis; None where none does.
+        """
+        table = f"{STRUCTURE}/{PAIRS}"
+        if not self.place.exists(table):
+            return None
+        import pyarrow.parquet as pq
+
+        of_feature = [[("left", "=", feature)], [("right", "=", feature)]]
+        names = ["left", "right", "count_2", "expected_2", "lift_2", "replicated"]
+        found = pq.read_table(io.BytesIO(self.place.read(table)), columns=names, filters=of_feature).to_pydict()
+        rows = [row for row in zip(*found.values(), strict=True) if row[-1] and row[-2] > 1]
+        rows.sort(key=lambda row: -row[-2])
+        return [
+            (right if left == feature else left, count, expected, lift) for left, right, count, expected, lift, _ in rows[:n]
+        ]
+
+    @cached_property
+    def _part_rows(self) -> NDArray[np.int64]:
+        return self._get("rows/parts")
+
+    def partners(self, feature: int, n: int = 5) -> list[tuple[int, int, float]]:
+        """(feature, rows together, lift) of the features that fire with this one most often.
+
+        Lift is P(a, b) / (P(a) P(b)): how many times more often than if the two were independent. Of an analysis
+        `--within document` rows are documents; `--within N` tokens has no such product, and a lift of NaN.
+        """
+        columns, counts = self.pairs.row(feature)
+        together = counts.astype(np.int64)
+        order = np.lexsort((columns, -together))[:n]
+        partner, together = columns[order], together[order]
+        each, total = self.fires, self.n_rows
+        if self.record["within"] == "document":
+            each, total = self.n_documents, int((self.document_rows > 0).sum())
+        lift = association.lift(together, each[feature], each[partner], total)
+        if self.record["within"] not in ("row", "document"):
+            lift = np.full(len(together), np.nan)
+        return list(zip(partner.tolist(), together.tolist(), lift.tolist(), strict=True))

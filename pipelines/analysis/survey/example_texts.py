@@ -1,0 +1,103 @@
+"""The text around kept firings, and the feature's value at each token of it: a second look at the shards they lie in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actstore.reader import Shard
+from actstore.schema import PARTS
+from pipelines.analysis.survey.job import Job, window_base
+from pipelines.codes.code_store import CodeStore
+from pipelines.shared.cluster import run_tasks
+
+Columns = dict[str, NDArray[Any]]
+
+
+def example_values(job: Job, shard: Shard, found: Columns, before: int, after: int) -> NDArray[np.float32]:
+    """(n, before + 1 + after) values of each example's feature around it, 0 where this shard has no row. On a worker."""
+    codes = job.open()
+    indices, values = (codes.read(shard, f"codes/{name}") for name in ("index", "value"))
+    context = codes.manifest.policy.context
+    row_window = codes.read(shard, "rows/window").astype(np.int64) + window_base(codes, shard)
+    # Rows lie in (window, position) order: each wanted place is found by its key.
+    row_key = row_window * context + codes.read(shard, "rows/position")
+    wanted = found["position"][:, None] + np.arange(-before, after + 1)
+    key = found["window"][:, None] * context + wanted
+    row = np.minimum(np.searchsorted(row_key, key), len(row_key) - 1)
+    is_there = (row_key[row] == key) & (wanted >= 0) & (wanted < context)
+    shown = np.zeros(key.shape, np.float32)
+    for slot in range(codes.k):
+        shown += np.where(is_there & (indices[row, slot] == found["feature"][:, None]), values[row, slot], 0)
+    return shown
+
+
+def contexts(
+    job: Job, found: Columns, before: int, after: int, client: Any
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Token ids (-1 outside the window) and feature values around each example."""
+    codes = job.open()
+    width = before + 1 + after
+    tokens = np.full((len(found["feature"]), width), -1, np.int32)
+    values = np.zeros((len(found["feature"]), width), np.float32)
+    tasks, places = [], []
+    for segment in codes.segments:
+        ids = codes.table(segment.index, "tokens/ids").astype(np.int32)
+        for part in PARTS:
+            own = [shard for shard in codes.shards(part) if shard.segment == segment.index]
+            if not own:
+                continue
+            base = window_base(codes, own[0])
+            mine = np.flatnonzero((found["window"] >= base) & (found["window"] < base + segment.parts[part].n_windows))
+            window = found["window"][mine] - base
+            tokens[mine] = _window_tokens(codes, segment.index, part, ids, window, found["position"][mine], before, after)
+            first_row = codes.table(segment.index, f"{part}/windows/first_row")
+            bounds = np.append(np.sort(first_row), segment.parts[part].n_rows)
+            last_row = bounds[np.searchsorted(bounds, first_row[window], side="right")] - 1
+            for shard in own:
+                chosen = mine[(first_row[window] < shard.stop) & (last_row >= shard.start)]
+                if len(chosen):
+                    columns = {name: found[name][chosen] for name in ("feature", "window", "position")}
+                    tasks.append((job, shard, columns, before, after))
+                    places.append(chosen)
+    for chosen, part_values in zip(places, run_tasks(client, "examples", example_values, tasks), strict=True):
+        values[chosen] = np.maximum(values[chosen], part_values)
+    return tokens, values
+
+
+def _window_tokens(
+    codes: CodeStore,
+    segment: int,
+    part: str,
+    ids: NDArray[np.int32],
+    window: NDArray[np.int64],
+    position: NDArray[np.int64],
+    before: int,
+    after: int,
+) -> NDArray[np.int32]:
+    """(n, before + 1 + after) token ids around a position of each window; -1 outside it, and for its start token."""
+    lead = int(codes.manifest.policy.bos)
+    start = codes.table(segment, f"{part}/windows/token_start")[window]
+    n_tokens = codes.table(segment, f"{part}/windows/n_tokens").astype(np.int64)[window]
+    place = position[:, None] - lead + np.arange(-before, after + 1)
+    inside = (place >= 0) & (place < n_tokens[:, None])
+    return np.where(inside, ids[np.where(inside, start[:, None] + place, 0)], -1).astype(np.int32)
+
+
+def example_documents(codes: CodeStore, found: Columns) -> NDArray[np.int64]:
+    """Which document, numbered over all segments, each example lies in."""
+    window, position = found["window"], found["position"]
+    documents = np.full(len(window), -1, np.int64)
+    base = documents_before = 0
+    for segment in codes.segments:
+        for part in PARTS:
+            n_windows = segment.parts[part].n_windows
+            mine = (window >= base) & (window < base + n_windows)
+            start = codes.table(segment.index, f"{part}/windows/token_start")[window[mine] - base]
+            token = start + np.maximum(position[mine] - int(codes.manifest.policy.bos), 0)
+            documents[mine] = documents_before + codes.documents_of(segment.index, token)
+            base += n_windows
+        documents_before += segment.n_documents
+    return documents

@@ -1,0 +1,1 @@
+"""What predictions owe to features."""

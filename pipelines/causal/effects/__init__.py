@@ -1,0 +1,1 @@
+"""What ablating each feature does over the corpus."""

@@ -1,0 +1,187 @@
+"""In: a run, its code store, the model. Out: what ablating each feature does to predictions, over rows where it fires.
+
+At each sampled firing the feature is set to 0 at that row alone, the error term kept, and the prediction made there is
+compared with the normal one: KL(normal ‖ ablated) and the rise of the loss at the next token, in nats, and the change of
+every token's logit. By default only the prediction at the firing position counts; `measure="later"` takes the mean over
+it and every later position of its window.
+
+Features go in batches small enough for their sums over the vocabulary; windows go through the model in blocks, each
+once a batch, and what has been measured is published with every block: the same command goes on there. Once the table is
+published, the parts that it was made of are removed; the same command then measures nothing, and joins the table anew.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actstore.errors import IdentityMismatch, InputError, OutputExists
+from actstore.files import content_hash, publish_json, read_json, require_free_space
+from pipelines.analysis.reader import Analysis
+from pipelines.causal.effects.measure import Measured, measure, measured_bytes
+from pipelines.causal.effects.table import (
+    RECORD,
+    TABLE,
+    feature_table,
+    measured_only,
+    publish_table,
+    read_table,
+    summary,
+)
+from pipelines.causal.engine.drawn_firings import Firings, draw_firings, open_run_codes
+from pipelines.causal.engine.subject import Spliced, open_spliced
+from pipelines.codes.code_store import CodeStore
+from pipelines.shared.progress import track
+
+MEASURES = ("firing", "later")
+PLAN, PARTS = "plan.json", "parts"
+SUMS_BYTES = 1 << 28
+"""Of a batch of features' sums over the vocabulary."""
+
+
+@dataclass(frozen=True)
+class EffectsConfig:
+    """What `effects` is asked for; the names are the command's options.
+
+    `features`: these; else the `top` most frequent; else all that fire. `firings` of each are drawn at most.
+    """
+
+    run: Path
+    codes: str | Path
+    out: Path
+    features: tuple[int, ...] = ()
+    top: int = 0
+    firings: int = 64
+    measure: str = "firing"
+    resamples: int = 1000
+    analysis: str | Path | None = None
+    seed: int = 0
+    store: str | None = None
+    model: str | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.measure not in MEASURES:
+            raise InputError(f"measure {self.measure!r}: choose one of {', '.join(MEASURES)}.")
+        if self.firings < 1 or self.top < 0 or self.resamples < 1:
+            raise InputError(
+                f"firings {self.firings}, top {self.top}, resamples {self.resamples}: need at least 1 (top: 0)."
+            )
+        if self.features and self.top:
+            raise InputError(f"features {self.features}, top {self.top}: choose one of the two.")
+
+
+def effects(config: EffectsConfig) -> dict[str, Any]:
+    """Measure, and publish `effects.parquet` (a row for each feature) and `effects.json` in OUT.
+
+    Raises what `open_spliced` raises; IdentityMismatch for codes or an analysis of another run; OutputExists when OUT holds
+    something else, or effects of another configuration; NoSpace when the disk cannot hold what is measured.
+    """
+    spliced = open_spliced(config.run, config.store, config.model, config.device)
+    codes = open_run_codes(str(config.codes), spliced.record.run_id, str(config.run))
+    for feature in config.features:
+        spliced.require_feature(feature)
+    analysis = None if config.analysis is None else _analysis(config.analysis, spliced)
+    plan = _plan(config, spliced, codes)
+    _require_own(config.out, plan)
+    if (config.out / RECORD).exists():
+        rows, n_rows = measured_only(read_table(config.out / TABLE)), read_json(config.out / RECORD)["rows"]
+    else:
+        rows, n_rows = _measured(config, spliced, codes, plan)
+    publish_table(config.out / TABLE, rows, analysis)
+    record = {**plan, "rows": n_rows, **summary(rows, analysis)}
+    publish_json(config.out / RECORD, record)
+    shutil.rmtree(config.out / PARTS, ignore_errors=True)
+    return {"out": str(config.out), **record}
+
+
+def _measured(
+    config: EffectsConfig, spliced: Spliced, codes: CodeStore, plan: dict[str, Any]
+) -> tuple[list[dict[str, Any]], int]:
+    """A row for each feature, and the number of rows drawn from; goes on where OUT was left."""
+    firings = _draw(config, codes)
+    features = np.unique(firings.feature)
+    n_vocabulary = int(spliced.subject.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    step = max(1, SUMS_BYTES // (4 * n_vocabulary))
+    # a part stays until the next state of it is whole, so that there is room for one more
+    needed_bytes = measured_bytes(len(firings), len(features) + min(step, len(features)), n_vocabulary)
+    plan_id = _begin(config.out, plan, needed_bytes)
+    rows = []
+    with track("effects", len(firings), "firings") as progress:
+        for number, first in enumerate(range(0, len(features), step)):
+            own = features[first : first + step]
+            mine = firings.take(np.isin(firings.feature, own))
+            path = config.out / PARTS / f"{number:04d}.npz"
+            found = Measured.load(path, plan_id) or Measured.empty(len(mine), len(own), n_vocabulary)
+            progress.advance(found.done)
+            for n in measure(spliced, codes, mine, found, config.measure, partial(found.save, path, plan_id)):
+                progress.advance(n)
+            rows += feature_table(mine, own, found, spliced.subject.codec, config.resamples, config.seed)
+    return rows, firings.rows
+
+
+def _draw(config: EffectsConfig, codes: CodeStore) -> Firings:
+    """The firings that are measured. Raises InputError when no feature asked for fires."""
+    wanted = np.array(config.features, np.int64) if config.features else None
+    firings = draw_firings(codes, wanted, config.firings, config.seed)
+    if config.top:
+        most = np.argsort(-firings.total, kind="stable")[: config.top]
+        firings = firings.take(np.isin(firings.feature, most))
+    if not len(firings):
+        raise InputError(f"{config.codes}: none of the features asked for fires where a next token follows.")
+    return firings
+
+
+def _plan(config: EffectsConfig, spliced: Spliced, codes: CodeStore) -> dict[str, Any]:
+    """What a measurement depends on: another plan needs another OUT."""
+    return {
+        "format": "actstore-effects",
+        "version": 1,
+        "run_id": spliced.record.run_id,
+        "codes_id": codes.store_id,
+        "snapshot": codes.snapshot,
+        "site": spliced.record.site,
+        "asked_features": list(config.features),
+        "top": config.top,
+        "firings": config.firings,
+        "measure": config.measure,
+        "resamples": config.resamples,
+        "seed": config.seed,
+    }
+
+
+def _require_own(out: Path, plan: dict[str, Any]) -> None:
+    """Raises OutputExists when OUT holds anything but what was begun with the same plan."""
+    if (out / PLAN).exists():
+        before = read_json(out / PLAN)
+        if before != plan:
+            names = [name for name in plan if before.get(name) != plan[name]]
+            shown = ", ".join(f"{name} {before.get(name)!r} there, {plan[name]!r} now" for name in names)
+            raise OutputExists(f"{out}: holds other effects ({shown}); choose another --out.")
+    elif out.exists() and any(out.iterdir()):
+        raise OutputExists(f"{out}: exists and is not empty; choose another --out.")
+
+
+def _begin(out: Path, plan: dict[str, Any], needed_bytes: int) -> str:
+    """Make OUT if it is not begun; gives the plan's id. Raises NoSpace where less is free than is still to be written."""
+    there = sum(path.stat().st_size for path in (out / PARTS).glob("*.npz"))
+    require_free_space(out, max(0, needed_bytes - there), "what is measured of each feature, kept until its table is made,")
+    if not (out / PLAN).exists():
+        out.mkdir(parents=True, exist_ok=True)
+        publish_json(out / PLAN, plan)
+    (out / PARTS).mkdir(exist_ok=True)
+    return content_hash(plan)[:16]
+
+
+def _analysis(path: str | Path, spliced: Spliced) -> Analysis:
+    analysis = Analysis(path)
+    if analysis.record["run_id"] != spliced.record.run_id:
+        raise IdentityMismatch(
+            f"{path}: is of run {analysis.record['run_id']}, the SAE is run {spliced.record.run_id}; pass its analysis."
+        )
+    return analysis

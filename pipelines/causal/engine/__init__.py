@@ -1,0 +1,1 @@
+"""A model run on from a site with another activation: what all causal stages share."""

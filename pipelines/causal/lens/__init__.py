@@ -1,0 +1,1 @@
+"""What a direction promotes by the direct path."""

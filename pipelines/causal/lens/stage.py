@@ -1,0 +1,207 @@
+"""In: a run, the model, a store. Out: which tokens a feature's direction promotes by the direct path alone.
+
+The weight of a token is its column of W_U (γ ⊙ (d − mean d)) / σ, less the mean over the vocabulary: what adding the
+decoder direction d once to the stream does to the token's logit, if nothing after the site reacts to it and the final
+LayerNorm's scale stays at σ. Blocks after the site may do more, or the opposite: `ablate` and `effects` measure that.
+
+σ is the mean over sampled rows of the store of the final LayerNorm's scale √(variance + ε), from the model run on their
+windows. It is one positive number for all features: it sets the unit (logits per unit of activation), no order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actstore.errors import InputError
+from actstore.reader import ActivationStore
+from pipelines.causal.engine.subject import Spliced, Subject, open_spliced, open_store
+from pipelines.metrics.model_loss import Batch, window_batches
+from pipelines.models.forward import embed, final_norm, run_blocks, unembedding
+from pipelines.models.sites import MLP_HIDDEN
+from pipelines.shared.visible_text import visible
+from pipelines.text.windows import Windows
+
+SORTS = ("kurtosis", "skew", "peak", "id")
+BLOCK_WEIGHTS = 1 << 25
+"""Logit weights that are held at a time: 0.27 GB in float64."""
+DIRECT = "direct path only"
+
+
+@dataclass(frozen=True)
+class LensConfig:
+    """What `lens` is asked for; the names are the command's options."""
+
+    run: Path
+    feature: int | None = None
+    top: int = 10
+    sort: str = "kurtosis"
+    windows: int = 64
+    store: str | None = None
+    model: str | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.sort not in SORTS:
+            raise InputError(f"sort {self.sort!r}: choose one of {', '.join(SORTS)}.")
+        if self.top < 1 or self.windows < 1:
+            raise InputError(f"top {self.top}, windows {self.windows}: need at least 1.")
+
+
+def lens(config: LensConfig) -> dict[str, Any]:
+    """The tokens one feature promotes and suppresses, or a table of all features with the shape of their weights."""
+    spliced = open_spliced(config.run, config.store, config.model, config.device)
+    _require_stream_width(spliced)
+    store = open_store(config.run, spliced.record, config.store)
+    if config.feature is not None:
+        spliced.require_feature(config.feature)
+    sigma = mean_scale(spliced.subject, train_batches(store, config.windows))
+    head = {
+        "run_id": spliced.record.run_id,
+        "site": spliced.record.site,
+        "path": DIRECT,
+        "mean_scale": sigma,
+        "windows": config.windows,
+    }
+    if config.feature is not None:
+        return {**head, "feature": config.feature, **_card(spliced, config.feature, sigma, config.top)}
+    rows = lens_table(spliced, sigma)
+    if config.sort != "id":
+        rows.sort(key=lambda row: -row[config.sort])
+    return {**head, "sort": config.sort, "features": rows[: config.top]}
+
+
+def _require_stream_width(spliced: Spliced) -> None:
+    if spliced.site.name == MLP_HIDDEN:
+        raise InputError(
+            f"site {spliced.site.label}: its directions are of the MLP's neurons, the lens projects those of the residual "
+            "stream; take a run on another site, or `effects`, which takes this one."
+        )
+
+
+@torch.no_grad()
+def logit_weights(subject: Subject, directions: Tensor, scale: float) -> Tensor:
+    """(n, vocabulary) float64 logit weights of directions (n, d_model) through the final LayerNorm at a fixed scale.
+
+    W_U (γ ⊙ (d − mean d)) / scale, without the LayerNorm's bias, less each direction's mean over the vocabulary. Direct
+    path only. Source: nostalgebraist 2020, the logit lens; Bricken et al. 2023 for features.
+    """
+    d = directions.double()
+    gamma, w_u = final_norm(subject.model).weight.double(), unembedding(subject.model).double()
+    weights = (gamma * (d - d.mean(dim=1, keepdim=True))) @ w_u.T / scale
+    return weights - weights.mean(dim=1, keepdim=True)
+
+
+def shape_of(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(skew, excess kurtosis), (n,) each, of weights (n, vocabulary): moments m3 / m2^1.5 and m4 / m2² − 3.
+
+    A feature of few tokens has a long tail and so a large kurtosis; a normal distribution has 0 of both.
+    """
+    centred = weights - weights.mean(dim=1, keepdim=True)
+    second, third, fourth = (centred.pow(power).mean(dim=1) for power in (2, 3, 4))
+    second = second.clamp_min(torch.finfo(second.dtype).tiny)
+    return third / second**1.5, fourth / second**2 - 3
+
+
+@torch.no_grad()
+def mean_scale(subject: Subject, batches: list[Batch]) -> float:
+    """Mean of √(variance + ε), the final LayerNorm's scale, over the rows of some windows."""
+    total, n = 0.0, 0
+    eps = final_norm(subject.model).eps
+    for windows, chosen in batches:
+        inputs, kept = windows.batch(chosen)
+        hidden = run_blocks(subject.model, embed(subject.model, torch.from_numpy(inputs).to(subject.device)))
+        rows = hidden[torch.from_numpy(kept).to(subject.device)].double()
+        total += float((rows.var(dim=1, correction=0) + eps).sqrt().sum())
+        n += len(rows)
+    if not n:
+        raise InputError("lens: the store's windows hold no row to measure the final LayerNorm's scale on.")
+    return total / n
+
+
+def train_batches(store: ActivationStore, n_windows: int) -> list[Batch]:
+    """Training windows spread evenly over a store."""
+    tables = [
+        Windows(
+            store.table(segment.index, "tokens/ids"),
+            store.table(segment.index, "train/windows/token_start"),
+            store.table(segment.index, "train/windows/n_tokens").astype("int64"),
+            store.manifest.policy,
+        )
+        for segment in store.segments
+    ]
+    return window_batches(tables, n_windows)
+
+
+def lens_table(spliced: Spliced, sigma: float, n_tokens: int = 3) -> list[dict[str, Any]]:
+    """Every feature's skew, kurtosis, largest weight, and most promoted and suppressed tokens, by id."""
+    texts = spliced.subject.codec.token_texts()
+    rows = []
+    for first, weights in _blocks(spliced, sigma):
+        skew, kurtosis = shape_of(weights)
+        high, low = torch.topk(weights, n_tokens, dim=1), torch.topk(-weights, n_tokens, dim=1)
+        for i in range(len(weights)):
+            rows.append(
+                {
+                    "feature": first + i,
+                    "skew": float(skew[i]),
+                    "kurtosis": float(kurtosis[i]),
+                    "peak": float(weights[i].abs().max()),
+                    "promoted": [_text(texts, t) for t in high.indices[i].tolist()],
+                    "suppressed": [_text(texts, t) for t in low.indices[i].tolist()],
+                }
+            )
+    return rows
+
+
+def _blocks(spliced: Spliced, sigma: float) -> Iterator[tuple[int, Tensor]]:
+    """(first feature, logit weights) of all features, some at a time."""
+    directions = spliced.sae.W_dec
+    step = max(1, BLOCK_WEIGHTS // len(unembedding(spliced.subject.model)))
+    for first in range(0, len(directions), step):
+        yield first, logit_weights(spliced.subject, directions[first : first + step], sigma)
+
+
+def _card(spliced: Spliced, feature: int, sigma: float, top: int) -> dict[str, Any]:
+    texts = spliced.subject.codec.token_texts()
+    weights = logit_weights(spliced.subject, spliced.sae.W_dec[feature : feature + 1], sigma)
+    skew, kurtosis = shape_of(weights)
+
+    def tokens(found: Any, sign: float) -> list[dict[str, Any]]:
+        pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+        return [{"token": token, "text": _text(texts, token), "weight": sign * value} for token, value in pairs]
+
+    n = min(top, weights.shape[1])
+    return {
+        "skew": float(skew[0]),
+        "kurtosis": float(kurtosis[0]),
+        "promoted": tokens(torch.topk(weights[0], n), 1.0),
+        "suppressed": tokens(torch.topk(-weights[0], n), -1.0),
+    }
+
+
+def _text(texts: list[str], token: int) -> str:
+    """A token's text; a model may have more rows of W_U than its tokenizer has tokens."""
+    return texts[token] if token < len(texts) else f"<{token}>"
+
+
+def lens_lines(found: dict[str, Any]) -> list[str]:
+    """A feature's tokens in two columns, or the table of features."""
+    head = f"{found['site']}, {found['path']}; logits per unit of activation, at the mean scale {found['mean_scale']:.3f}"
+    if "feature" in found:
+        lines = [f"feature {found['feature']}: {head}", f"skew {found['skew']:.2f}, kurtosis {found['kurtosis']:.2f}"]
+        lines.append(f"  {'promoted':<30}suppressed")
+        for up, down in zip(found["promoted"], found["suppressed"], strict=True):
+            left, right = (f"{t['weight']:>+8.4f} {visible(t['text'])!r}" for t in (up, down))
+            lines.append(f"  {left:<30}{right}")
+        return lines
+    lines = [head, f"{'feature':>7} {'skew':>7} {'kurtosis':>9} {'peak':>8}  {'promoted':<40} suppressed"]
+    for row in found["features"]:
+        up, down = ("  ".join(repr(visible(text)) for text in row[key]) for key in ("promoted", "suppressed"))
+        lines.append(f"{row['feature']:>7} {row['skew']:>7.2f} {row['kurtosis']:>9.2f} {row['peak']:>8.4f}  {up:<40} {down}")
+    return lines

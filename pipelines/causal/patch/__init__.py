@@ -1,0 +1,1 @@
+"""One text's activations in another's run."""

@@ -1,0 +1,1 @@
+"""Text written while a feature is changed."""

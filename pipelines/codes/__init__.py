@@ -1,0 +1,1 @@
+"""From a store and a run to a code store, indexed by feature."""

@@ -1,0 +1,1 @@
+"""What several runs share; superposition, in a toy model and in an SAE."""

@@ -1,1 +1,0 @@
-"""Which features do runs share? Decoder directions matched, firings on the same rows correlated; the stage."""

@@ -1,0 +1,250 @@
+"""In: a run, a store, the model. Out: how well the SAE explains rows and text it was not trained on, kept beside the run.
+
+Rows: the held-out split. Text: the held-out windows through the language model, with the site's activation replaced
+by its reconstruction at the positions that are kept as rows; all other positions pass through. Definitions are the
+field's, written out in docs/GLOSSARY.md; sums are float64.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from actstore.errors import IdentityMismatch, InputError, NotAStore
+from actstore.files import publish_json, read_json
+from actstore.reader import ActivationStore
+from pipelines.metrics.model_loss import heldout_text, positions_said, reconstructing
+from pipelines.models.load import choose_device, load_model, model_identity
+from pipelines.models.sites import Site
+from pipelines.sae.checkpoint import RunRecord, load_run, require_match
+from pipelines.sae.reconstruction_metrics import DENSE, PART, heldout_metrics, heldout_rows
+from pipelines.shared.visible_text import BAR
+
+FORMAT, VERSION = "actstore-evaluation", 1
+PCA_ROWS = 200_000
+BLOCK_COSINES = 1 << 25
+"""Cosines of decoder directions that are held at a time: 0.13 GB."""
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+CLOSE = 0.9
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What `evaluate` is asked for; the names are the command's options."""
+
+    run: Path
+    store: str | Path
+    windows: int = 128
+    pca: int = 16
+    model: str | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.windows < 1 or self.pca < 1:
+            raise InputError(f"windows {self.windows}, pca {self.pca}: need at least 1.")
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Every figure of one SAE as plain values, published at `evaluation_path`; `saved` says where, None for a run's
+    folder that cannot be written to. Raises InputError when the store holds no held-out rows."""
+    store = ActivationStore(config.store)
+    sae, record = load_run(config.run)
+    require_match(config.run, record, store)
+    require_heldout(store)
+    if config.pca >= record.d_model:
+        raise InputError(
+            f"pca {config.pca}: rows have {record.d_model} dimensions; choose --pca {record.d_model - 1} or less."
+        )
+    device = choose_device(config.device)
+    sae.to(device)
+    rows = heldout_metrics(sae, store, record.site)
+    pca_fve = float(linear_fve(store, record.site, *pca_basis(store, record.site, config.pca))[-1])
+    neighbours = nearest_cosines(sae.W_dec)
+    model = load_same_model(config.model or record.model, store, device)
+    text = heldout_text(model, store, Site.parse(record.site), {"sae": reconstructing(sae)}, config.windows, device)
+    figures = {
+        "run_id": record.run_id,
+        "store_id": store.store_id,
+        "snapshot": store.snapshot,
+        "model": record.model,
+        "site": record.site,
+        "architecture": record.architecture,
+        "n_features": record.n_features,
+        "k": record.k,
+        "rows_seen": record.rows_seen,
+        **rows,
+        "silent_features": record.metrics["dead_features"],
+        "silent_share": record.metrics["dead_features"] / record.n_features,
+        "silent_window_rows": record.metrics["dead_window_rows"],
+        "decoder_cosine": cosine_summary(neighbours),
+        "pca_components": config.pca,
+        "pca_fve": pca_fve,
+        "unexplained_over_pca": (1 - rows["fve"]) / (1 - pca_fve),
+        "windows": config.windows,
+        "positions": positions_said(store.manifest.policy),
+        "text_positions": text.n_positions,
+        "text_positions_replaced": text.n_replaced,
+        **text.finalize(),
+    }
+    path = evaluation_path(config.run, record, store.store_id)
+    return {**figures, "saved": save_evaluation(path, figures)}
+
+
+def evaluation_path(run: Path, record: RunRecord, store_id: str, name: str = "evaluation") -> Path:
+    """`evaluation.json` for the store that a run was trained on; another store's has that store's id in its name, so that
+    neither is written over the other."""
+    return run / (f"{name}.json" if store_id == record.store_id else f"{name}-{store_id}.json")
+
+
+def save_evaluation(path: Path, figures: dict[str, Any]) -> str | None:
+    """Publish figures, in place of older ones; gives the path, or None where the folder cannot be written to."""
+    if not os.access(path.parent, os.W_OK):
+        return None
+    publish_json(path, {"format": FORMAT, "version": VERSION, **figures})
+    return str(path)
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """What `save_evaluation` was given. Raises NotAStore when the file is none of ours."""
+    value: dict[str, Any] = read_json(path) if path.exists() else {}
+    if value.pop("format", None) != FORMAT or value.pop("version", None) != VERSION:
+        raise NotAStore(f"{path}: not an evaluation of version {VERSION}; run `evaluate` (again).")
+    return value
+
+
+def require_heldout(store: ActivationStore) -> None:
+    """Raises InputError when a store has nothing to evaluate on."""
+    if not store.n_rows(PART):
+        raise InputError(f"{store.url}: holds no held-out documents; collect more text, so that some are kept apart.")
+
+
+def load_same_model(name: str, store: ActivationStore, device: str) -> nn.Module:
+    """The model a store was collected from. Raises IdentityMismatch when `name` is another one."""
+    model = load_model(name, device, "fp32")
+    ours, theirs = model_identity(model).weights_sha256, store.manifest.model.weights_sha256
+    if ours != theirs:
+        raise IdentityMismatch(
+            f"model {name}: has weights {ours[:12]}, {store.url} comes from {theirs[:12]}; name the right one with --model."
+        )
+    return model
+
+
+def pca_basis(store: ActivationStore, site: str, n_components: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(d, n) leading principal directions of up to 200,000 training rows, and their mean (d,)."""
+    d_model = store.d_model(site)
+    n, total, second = 0, np.zeros(d_model), np.zeros((d_model, d_model))
+    for shard in store.shards():
+        # The first rows of a shard are a uniform sample of it: rows are permuted inside shards.
+        x = store.read(shard, f"acts/{site}", 0, min(shard.n_rows, 1 + PCA_ROWS // len(store.shards()))).astype(np.float64)
+        n, total, second = n + len(x), total + x.sum(axis=0), second + x.T @ x
+    mean = total / n
+    _, vectors = np.linalg.eigh(second / n - np.outer(mean, mean))
+    return vectors[:, ::-1][:, :n_components], mean
+
+
+def linear_fve(
+    store: ActivationStore, site: str, basis: NDArray[np.float64], mean: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """(n,) FVE over the held-out rows of projecting on the first 1, 2, … n directions of a basis (d, n) around a mean."""
+    n, norm, centred_norm = 0, 0.0, 0.0
+    total, along = np.zeros(len(mean)), np.zeros(basis.shape[1])
+    for x in heldout_rows(store, site):
+        exact = x.astype(np.float64)
+        centred = exact - mean
+        along += np.square(centred @ basis).sum(axis=0)
+        centred_norm += float(np.square(centred).sum())
+        n, norm, total = n + len(x), norm + float(np.square(exact).sum()), total + exact.sum(axis=0)
+    error = centred_norm - np.cumsum(along)
+    fve: NDArray[np.float64] = 1.0 - error / n / (norm / n - float(np.square(total / n).sum()))
+    return fve
+
+
+@torch.no_grad()
+def nearest_cosines(directions: Tensor) -> Tensor:
+    """(F,) of each direction (F, d), the largest cosine with another one; (0,) where there is no other."""
+    unit = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    n = len(unit)
+    if n < 2:
+        return unit.new_zeros(0)
+    nearest = unit.new_empty(n)
+    for start in range(0, n, max(1, BLOCK_COSINES // n)):
+        block = unit[start : start + max(1, BLOCK_COSINES // n)] @ unit.T
+        own = torch.arange(len(block), device=unit.device)
+        block[own, start + own] = -torch.inf
+        nearest[start : start + len(block)] = block.amax(dim=1)
+    return nearest
+
+
+def cosine_summary(nearest: Tensor) -> dict[str, Any]:
+    """Mean, quantiles and share above 0.9 of nearest-neighbour cosines. Empty where there are none."""
+    if not len(nearest):
+        return {}
+    values = nearest.double().cpu().numpy()
+    quantiles = dict(zip((f"q{100 * q:02.0f}" for q in QUANTILES), np.quantile(values, QUANTILES).tolist(), strict=True))
+    return {
+        "mean": float(values.mean()),
+        "median": quantiles.pop("q50"),
+        "max": float(values.max()),
+        **quantiles,
+        "share_above_0.9": float((values > CLOSE).mean()),
+    }
+
+
+def evaluation_lines(found: dict[str, Any]) -> list[str]:
+    """What `evaluate` prints."""
+    figures = {
+        "variance explained (FVE)": f"{found['fve']:.4f} ({found['pca_components']}-component PCA {found['pca_fve']:.4f}; "
+        f"unexplained over the PCA's {found['unexplained_over_pca']:.3f})",
+        "active features a row (L0)": f"{found['l0']:.2f}",
+        "mean squared error": f"{found['mse']:.4g}",
+        "cosine": f"{found['cosine']:.4f}",
+        "l2 ratio (shrinkage)": f"{found['l2_ratio']:.4f}",
+        "reconstruction bias": _shown(found["relative_reconstruction_bias"]),
+        "dead features": f"{found['dead_features']:,} ({found['dead_share']:.1%}), fire in none of these rows",
+        "dense features": f"{found['dense_features']:,} ({found['dense_share']:.1%}), fire in more than {DENSE:.0%}",
+        "silent features": f"{found['silent_features']:,} ({found['silent_share']:.1%}), "
+        f"not in the last {found['silent_window_rows']:,} training rows",
+        "log10 of densities": _histogram_line(found["density_histogram"]),
+    }
+    if cosine := found["decoder_cosine"]:
+        figures["nearest decoder direction"] = (
+            f"cosine {cosine['mean']:.3f} (median {cosine['median']:.3f}, 95 % below {cosine['q95']:.3f}; "
+            f"{cosine['share_above_0.9']:.1%} above {CLOSE})"
+        )
+    text = [
+        ("clean", found["ce_clean"], None, None),
+        ("reconstruction", found["ce_sae"], found["delta_ce"], found["kl"]),
+        ("mean ablation", found["ce_mean"], found["ce_mean"] - found["ce_clean"], found["kl_mean"]),
+        ("zero ablation", found["ce_zero"], found["ce_zero"] - found["ce_clean"], found["kl_zero"]),
+    ]
+    return [
+        f"run {found['run_id']}, store {found['store_id']}: {found['site']}, {found['architecture']}, "
+        f"{found['n_features']:,} features",
+        f"{found['heldout_rows']:,} held-out rows",
+        *(f"  {name:<27} {figure}" for name, figure in figures.items()),
+        f"{found['text_tokens']:,} held-out tokens; replaced are {found['text_positions_replaced']:,} of "
+        f"{found['text_positions']:,} positions: {found['positions']}",
+        f"  {'in nats':<27} {'CE':>9}{'ΔCE':>9}{'KL':>9}",
+        *(f"  {name:<27} {ce:>9.4f}{_shown(delta, 9, '+')}{_shown(kl, 9)}".rstrip() for name, ce, delta, kl in text),
+        f"  {'CE-loss score':<27} {_shown(found['ce_loss_score'], 9)}    (mean ablation: "
+        f"{_shown(found['ce_loss_score_mean'])})",
+        f"  {'KL score':<27} {_shown(found['kl_score'], 9)}",
+        f"saved: {found['saved'] or 'no, the folder of the run cannot be written to'}",
+    ]
+
+
+def _shown(value: float | None, width: int = 0, sign: str = "") -> str:
+    return f"{'' if width else 'none':>{width}}" if value is None else f"{value:>{sign}{width}.4f}"
+
+
+def _histogram_line(histogram: dict[str, Any]) -> str:
+    counts, edges = histogram["counts"], histogram["log10_edges"]
+    bars = "".join(BAR[0 if not n else max(1, round(8 * n / max(counts)))] for n in counts)
+    return f"{edges[0]:g} |{bars}| {edges[-1]:g}"

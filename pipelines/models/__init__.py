@@ -1,0 +1,1 @@
+"""Language models: loading, families, sites, the forward pass in pieces."""

@@ -1,0 +1,60 @@
+"""Gated: which features are active and how strongly are two paths (Rajamanoharan et al. 2024, "Improving Dictionary Learning
+with Gated Sparse Autoencoders")."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.sae.architectures.penalised import PenalisedSae
+from pipelines.sae.base import Codes, Losses, Objective, decoded
+
+
+class GatedSae(PenalisedSae):
+    """A feature is active where the gate (x − b_dec) · W_enc + b_gate is positive; its code is then
+    relu((x − b_dec) · W_enc · exp(r_mag) + b_enc).
+
+    The L1 term, `Objective.l1` times the mean over all elements, is of the gate's relu, and so shrinks no code. What the
+    gate's relu reconstructs by itself, with the decoder held fixed, is the auxiliary term that trains the gate.
+    """
+
+    architecture = "gated"
+    in_units_of_x = (*PenalisedSae.in_units_of_x, "b_gate")
+    feature_biases = ("b_enc", "b_gate")
+    needs_scaled_rows = True
+    l1_share = 1.0
+    """Measured (d = 192, F = 1024, 400 steps): L0 7 for k = 8, between 22 and 46 for 32."""
+
+    def __init__(self, d_model: int, n_features: int, k: int, *, seed: int = 0):
+        super().__init__(d_model, n_features, k, seed=seed)
+        self.b_gate = nn.Parameter(torch.zeros(n_features))
+        self.r_mag = nn.Parameter(torch.zeros(n_features))
+
+    @property
+    def gate_bias(self) -> Tensor:
+        return self.b_gate
+
+    @torch.no_grad()
+    def start(self, sample: Tensor) -> None:
+        self.b_gate.copy_(self.starting_bias(sample))
+
+    def training_codes(self, x: Tensor, kernel: str) -> Codes:
+        return self.paths(x, kernel)[0]
+
+    def paths(self, x: Tensor, kernel: str) -> tuple[Codes, Codes]:
+        """The codes of rows (n, d_model), and the gate's relu at the same places."""
+        gate, active = self.preactivations_above(x, self.b_gate, torch.zeros_like(self.b_gate), kernel)
+        product = gate - self.b_gate[active.features]
+        magnitude = product * self.r_mag.exp()[active.features] + self.b_enc[active.features]
+        return Codes(magnitude.relu(), active), Codes(gate.relu(), active)
+
+    def losses(self, x: Tensor, objective: Objective, dead: Tensor | None = None) -> Losses:
+        codes, gate = self.paths(x, objective.kernel)
+        reconstruction = self.reconstruct(codes, objective.kernel)
+        of_gate = decoded(gate, self.W_dec.detach(), objective.kernel) + self.b_dec.detach()
+        terms = {
+            "mse": (reconstruction - x).square().mean(),
+            "l1": objective.l1 * gate.values.sum() / (len(x) * self.n_features),
+            "gate": (of_gate - x).square().mean(),
+        }
+        return self.completed(terms, x, reconstruction, codes, objective, dead)

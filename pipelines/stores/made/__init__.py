@@ -1,0 +1,1 @@
+"""Stores whose truth is known, because it was made: for tests and benchmarks."""

@@ -1,0 +1,1 @@
+"""Documents, tokens, windows, and the text behind a row."""

@@ -1,0 +1,91 @@
+"""What a training is asked for, and which of it a run is known by."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from actstore.errors import IdentityMismatch, InputError
+from pipelines.sae.kernels import KERNELS
+from pipelines.train.trainee import AUXK, RECIPES
+
+NOT_RECORDED = ("out", "resume", "checkpoint_minutes", "tensorboard", "wandb")
+"""Options that change nothing in what is trained."""
+OWN = ("layer", "site", "architecture", "features", "k", "lr", "l1", "seed", "out")
+"""Options in which the SAEs of one pass may differ."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What one SAE is asked for; the names are the command's options.
+
+    `tokens` (rows to train on) wins over `epochs`; `lr` 0 takes `default_learning_rate`, `l1` 0 the architecture's
+    default. `seed` is that of the initial weights, `order_seed` that of the batches.
+    """
+
+    store: str | Path
+    out: Path
+    layer: int | None = None
+    site: str = "resid_post"
+    architecture: str = "topk"
+    features: int = 4096
+    k: int = 32
+    tokens: int = 0
+    epochs: float = 1.0
+    batch: int = 4096
+    lr: float = 0.0
+    l1: float = 0.0
+    auxk: float = AUXK
+    recipe: str = "standard"
+    kernel: str = "auto"
+    seed: int = 0
+    order_seed: int = 0
+    device: str = "auto"
+    checkpoint_minutes: float = 10.0
+    resume: bool = False
+    tensorboard: bool = False
+    wandb: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= self.features:
+            raise InputError(f"k {self.k}: there are {self.features} features; choose --k between 1 and {self.features}.")
+        numbers = (self.epochs, self.lr, self.l1, self.auxk, self.checkpoint_minutes)
+        least = min(self.tokens, self.lr, self.l1, self.auxk, self.checkpoint_minutes)
+        if not all(map(math.isfinite, numbers)) or self.batch < 2 or self.epochs <= 0 or least < 0:
+            raise InputError(
+                f"batch {self.batch}, epochs {self.epochs}, tokens {self.tokens}, lr {self.lr}, l1 {self.l1}, auxk "
+                f"{self.auxk}, checkpoint-minutes {self.checkpoint_minutes}: must be positive and finite, batch at least "
+                "2 (tokens, lr and l1 may be 0 for their default, the last two for none)."
+            )
+        if 0 < self.tokens < self.batch:
+            raise InputError(
+                f"tokens {self.tokens:,}: less than one batch of {self.batch:,}; choose --batch {max(2, self.tokens)} or "
+                "less, or more --tokens."
+            )
+        if self.recipe not in RECIPES:
+            raise InputError(f"recipe {self.recipe!r}: choose from {', '.join(RECIPES)}.")
+        if self.kernel not in ("auto", *KERNELS):
+            raise InputError(f"kernel {self.kernel!r}: choose from auto, {', '.join(KERNELS)}.")
+
+
+def recorded(config: TrainConfig) -> dict[str, Any]:
+    """The options that a run or a state is known by."""
+    values = {name: value for name, value in asdict(config).items() if name not in NOT_RECORDED}
+    return {**values, "store": str(config.store)}
+
+
+def require_same(out: Path, config: TrainConfig, saved: list[dict[str, Any]], index: int, n: int) -> None:
+    """Raises IdentityMismatch, naming the options that differ, when a saved training is not the one asked for, its
+    defaults settled."""
+    if len(saved) != n:
+        raise IdentityMismatch(f"{out}: is a training of {len(saved)} SAEs, asked were {n}; give the options it began with.")
+    asked = recorded(config)
+    differing = [
+        f"{name} (there {theirs}, asked {asked[name]})"
+        for name, theirs in saved[index].items()
+        if name not in ("store", "device") and asked[name] != theirs
+    ]
+    if differing:
+        raise IdentityMismatch(f"{out}: is another training: {', '.join(differing)}; give the options it began with.")

@@ -1,0 +1,307 @@
+"""One pass over a store that trains any number of SAEs: batches in, steps, saved states, runs out."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from actstore.errors import IdentityMismatch, InputError
+from actstore.files import require_free_space
+from actstore.reader import ActivationStore
+from actstore.stream import BatchStream
+from pipelines.sae.base import Sae
+from pipelines.sae.checkpoint import RunRecord, save_run
+from pipelines.shared.progress import Tracker, track
+from pipelines.train.config import TrainConfig, recorded, require_same
+from pipelines.train.log import MetricsLog
+from pipelines.train.ranks import Ranks
+from pipelines.train.start import MEDIAN_ROWS, Samples, new_trainee, sample_rows
+from pipelines.train.state import Saved, save_state
+from pipelines.train.stopping import Stop
+from pipelines.train.trainee import Trainee
+
+LOG_EVERY_STEPS = 25
+
+
+@dataclass
+class Session:
+    """A pass over the store: what is trained, from which streams, and how far it is."""
+
+    configs: list[TrainConfig]
+    out: Path
+    store: ActivationStore
+    trainees: list[Trainee]
+    sites: list[str]
+    streams: dict[str, BatchStream]
+    n_steps: int
+    device: str
+    ranks: Ranks
+    history: list[list[int]]
+    """[rows seen, ranks] at the start, and wherever the number of ranks changed."""
+    log_bytes: list[int]
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    diverged: dict[int, int] = field(default_factory=dict)
+    """Which SAEs left, each within how many rows; the others go on without them."""
+    waited_s: float = 0.0
+
+    @classmethod
+    def begun(
+        cls,
+        configs: Sequence[TrainConfig],
+        out: Path,
+        device: str,
+        ranks: Ranks,
+        saved: Saved | None,
+    ) -> Session:
+        """From the start, or from where a state was saved."""
+        first = configs[0]
+        if first.batch % ranks.n_ranks or first.batch < 2 * ranks.n_ranks:
+            raise InputError(
+                f"batch {first.batch}: cannot be shared by {ranks.n_ranks} ranks; choose a multiple, two rows each at least."
+            )
+        store = ActivationStore(first.store, snapshot=None if saved is None else saved[1]["snapshot"])
+        sites = [store.site(config.site, config.layer) for config in configs]
+        streams = {
+            site: BatchStream(
+                store,
+                site,
+                first.batch // ranks.n_ranks,
+                seed=first.order_seed,
+                rank=ranks.rank,
+                n_ranks=ranks.n_ranks,
+            )
+            for site in dict.fromkeys(sites)
+        }
+        n_rows = next(iter(streams.values())).n_rows
+        n_steps = max(1, (first.tokens or round(first.epochs * n_rows)) // first.batch)
+        weights_bytes = sum(8 * config.features * store.d_model(site) for config, site in zip(configs, sites, strict=True))
+        require_free_space(out, 7 * weights_bytes, f"{len(configs)} SAEs and the state of their training")
+        samples = Samples()
+        trainees, settled = [], []
+        for index, (config, site) in enumerate(zip(configs, sites, strict=True)):
+            trainee = new_trainee(config, site, store, n_steps, device, ranks, samples, fresh=saved is None)
+            settled.append(_settled(config, trainee))
+            if saved is not None:
+                require_same(out, settled[-1], saved[1]["configs"], index, len(configs))
+                trainee.load(saved[0][index], saved[1]["counts"][index])
+            trainees.append(trainee)
+        own = cls(
+            settled,
+            out,
+            store,
+            trainees,
+            sites,
+            streams,
+            n_steps,
+            device,
+            ranks,
+            _with_start(saved[1]["history"], saved[1]["rows_seen"], ranks.n_ranks) if saved else [[0, ranks.n_ranks]],
+            saved[1]["log_bytes"] if saved else [0] * len(configs),
+            saved[1]["metrics"] if saved else [{} for _ in configs],
+            {int(index): rows for index, rows in saved[1]["diverged"].items()} if saved else {},
+        )
+        for stream in streams.values():
+            own._place(stream)
+        rows_seen = own.lead.rows_seen
+        if ranks.mean({"rows_seen": rows_seen}, device)["rows_seen"] != rows_seen:
+            raise IdentityMismatch(
+                f"{out}: this rank is at {rows_seen:,} rows, others are not; show all ranks the same disk."
+            )
+        return own
+
+    @property
+    def alive(self) -> list[int]:
+        """The SAEs that are still trained."""
+        return [index for index in range(len(self.trainees)) if index not in self.diverged]
+
+    @property
+    def lead(self) -> Trainee:
+        """One of those: all are at the same step."""
+        return self.trainees[self.alive[0]]
+
+    def _place(self, stream: BatchStream) -> None:
+        """Where a training with so many rows behind it goes on. With as many ranks as before, that is exact."""
+        stream.load_state_dict({**stream.state_dict(), "row": self.lead.rows_seen // self.ranks.n_ranks})
+
+    def run(self, stop: Stop) -> list[dict[str, Any]]:
+        """All steps that are left, then the runs; of an SAE that diverged, no more than within how many rows."""
+        logs = self._logs() if self.ranks.is_first else []
+        started, rows_before = time.monotonic(), self.lead.rows_seen
+        try:
+            if rows_before < self.n_steps * self.configs[0].batch:
+                with track("train", self.n_steps * self.configs[0].batch, shown=self.ranks.is_first) as progress:
+                    progress.resume(rows_before)
+                    self._loop(stop, logs, progress)
+        finally:
+            for log in logs:
+                log.close()
+        self._leave_out_broken()
+        seconds = time.monotonic() - started
+        timing = {
+            "rows_per_s": round((self.lead.rows_seen - rows_before) / max(seconds, 1e-9)),
+            "data_wait_share": round(self.waited_s / max(seconds, 1e-9), 4),
+        }
+        return [
+            (self._publish(index) if index not in self.diverged else self._left_out(index)) | timing
+            for index in range(len(self.configs))
+        ]
+
+    def _logs(self) -> list[MetricsLog]:
+        return [
+            MetricsLog(
+                config.out,
+                n_bytes,
+                rows_seen=self.lead.rows_seen,
+                tensorboard=config.tensorboard,
+                wandb=recorded(config) if config.wandb else None,
+            )
+            for config, n_bytes in zip(self.configs, self.log_bytes, strict=True)
+        ]
+
+    def _loop(self, stop: Stop, logs: list[MetricsLog], progress: Tracker) -> None:
+        batch_rows, first = self.configs[0].batch, self.configs[0]
+        batches = {site: iter(stream) for site, stream in self.streams.items()}
+        saved_at = time.monotonic()
+        try:
+            for step in range(self.lead.n_steps + 1, self.n_steps + 1):
+                rows = self._next_rows(batches)
+                note = ""
+                is_logged = step % LOG_EVERY_STEPS == 0 or step == self.n_steps
+                for index in self.alive:
+                    trainee = self.trainees[index]
+                    x, losses = trainee.step(rows[self.sites[index]], batch_rows)
+                    if is_logged:
+                        self.metrics[index] = self.ranks.mean(trainee.metrics(x, losses), self.device)
+                        if not math.isfinite(self.metrics[index]["loss"]):
+                            self._leave_out(index)
+                if is_logged:
+                    for index in self.alive if logs else ():
+                        logs[index].write(self.metrics[index])
+                    note = _note([self.metrics[index] for index in self.alive])
+                progress.advance(batch_rows, note)
+                stopping = self.ranks.agree(bool(stop), self.device)
+                is_due = first.checkpoint_minutes > 0 and time.monotonic() - saved_at >= 60 * first.checkpoint_minutes
+                is_last = step == self.n_steps
+                if ((stopping or is_due) and not is_last) or (is_last and len(self.trainees) > 1):
+                    self._save(logs)
+                    saved_at = time.monotonic()
+                if stopping and not is_last:
+                    self.ranks.agree(True, self.device)  # the first rank has saved
+                    _stop(stop)
+        finally:
+            for iterator in batches.values():
+                iterator.close()  # type: ignore[attr-defined]
+
+    def _next_rows(self, batches: dict[str, Iterator[np.ndarray]]) -> dict[str, torch.Tensor]:
+        started = time.monotonic()
+        rows = {site: torch.from_numpy(next(iterator)).to(self.device) for site, iterator in batches.items()}
+        self.waited_s += time.monotonic() - started
+        return rows
+
+    def _leave_out(self, index: int) -> None:
+        """Go on without an SAE that diverged. Raises InputError when none is left."""
+        config, rows = self.configs[index], self.trainees[index].rows_seen
+        said = f"{config.out}: training diverged within {rows:,} rows; choose an --lr below {config.lr:g}"
+        if self.alive == [index]:
+            raise InputError(f"{said}, and another --out.")
+        self.diverged[index], self.metrics[index] = rows, {}
+        if self.ranks.is_first:
+            print(f"{said}; the other SAEs go on.", file=sys.stderr)
+
+    def _leave_out_broken(self) -> None:
+        """Before anything is kept: the last step may have broken what its own loss does not show yet."""
+        for index in self.alive:
+            if not all(bool(parameter.isfinite().all()) for parameter in self.trainees[index].sae.parameters()):
+                self._leave_out(index)
+
+    def _left_out(self, index: int) -> dict[str, Any]:
+        return {"run": str(self.configs[index].out), "diverged_within": self.diverged[index]}
+
+    def _save(self, logs: list[MetricsLog]) -> None:
+        self._leave_out_broken()
+        if not self.ranks.is_first:
+            return
+        self.log_bytes = [log.n_bytes for log in logs]
+        facts = {
+            "snapshot": self.store.snapshot,
+            "rows_seen": self.lead.rows_seen,
+            "diverged": self.diverged,
+            "configs": [recorded(config) for config in self.configs],
+            "counts": [trainee.counts() for trainee in self.trainees],
+            "metrics": self.metrics,
+            "log_bytes": self.log_bytes,
+            "history": self.history,
+        }
+        save_state(self.out, [trainee.tensors() for trainee in self.trainees], facts)
+
+    def _publish(self, index: int) -> dict[str, Any]:
+        """One finished run, in raw units; by the first rank."""
+        config, trainee, site = self.configs[index], self.trainees[index], self.sites[index]
+        sae, manifest = trainee.sae, self.store.manifest
+        sae.fold_input_scale(trainee.scale)
+        record = RunRecord(
+            architecture=sae.architecture,
+            d_model=sae.d_model,
+            n_features=sae.n_features,
+            k=sae.k,
+            code_width=sae.code_width or _code_width(sae, self.store, site, config.seed, self.device),
+            site=site,
+            store_id=self.store.store_id,
+            snapshot=self.store.snapshot,
+            weights_sha256=manifest.model.weights_sha256,
+            model=manifest.provenance.get("model", manifest.model.architecture),
+            bos=manifest.policy.bos,
+            input_scale=trainee.scale,
+            rows_seen=trainee.rows_seen,
+            history=self.history,
+            config=recorded(config),
+            metrics={
+                **self.metrics[index],
+                "dead_features": int(trainee.dead.sum()),
+                "dead_window_rows": min(trainee.recipe.dead_after_rows, trainee.rows_seen),
+            },
+        )
+        if self.ranks.is_first:
+            record = save_run(config.out, sae, record)
+        return {"run": str(config.out), "run_id": record.run_id, **asdict(record)}
+
+
+@torch.no_grad()
+def _code_width(sae: Sae, store: ActivationStore, site: str, seed: int, device: str) -> int:
+    """How many codes of a row are kept where the architecture leaves that open: a quarter more than all but one row in
+    a thousand of a sample have."""
+    rows = torch.from_numpy(sample_rows(store, site, MEDIAN_ROWS, seed)).to(device)
+    counts = torch.cat([sae.codes(part).active.counts for part in rows.split(4096)])
+    return min(sae.n_features, max(1, math.ceil(1.25 * float(torch.quantile(counts.double(), 0.999)))))
+
+
+def _with_start(history: list[list[int]], rows_seen: int, n_ranks: int) -> list[list[int]]:
+    return history if history and history[-1][1] == n_ranks else [*history, [rows_seen, n_ranks]]
+
+
+def _settled(config: TrainConfig, trainee: Trainee) -> TrainConfig:
+    """With the values that defaults stand for."""
+    objective = trainee.recipe.objective
+    return replace(config, lr=trainee.recipe.lr, l1=objective.l1, kernel=objective.kernel)
+
+
+def _note(metrics: list[dict[str, float]]) -> str:
+    if len(metrics) == 1:
+        return "FVE {fve:.3f}  L0 {l0:.1f}  dead {dead:.1%}  loss {loss:.4f}".format(**metrics[0])
+    scores = [own["fve"] for own in metrics]
+    return f"{len(metrics)} SAEs  FVE {min(scores):.3f} to {max(scores):.3f}"
+
+
+def _stop(stop: Stop) -> None:
+    if stop.signal == signal.SIGTERM:
+        raise SystemExit(128 + signal.SIGTERM)
+    raise KeyboardInterrupt

@@ -1,0 +1,78 @@
+"""In: a store. Out: runs, sparse autoencoders trained on shuffled batches streamed from it, any number in one pass.
+
+Every SAE sees the same batches as if it were trained alone, and ends with the same bits. A training that is killed or
+stopped is continued from its last saved state, to the same end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from actstore.errors import InputError, OutputExists
+from pipelines.compute.freed_memory import keep_freed_memory
+from pipelines.models.load import choose_device
+from pipelines.sae.checkpoint import RECORD, WEIGHTS
+from pipelines.sae.tensors import making
+from pipelines.train.config import OWN, TrainConfig
+from pipelines.train.log import METRICS
+from pipelines.train.ranks import device_of_rank, is_first_process, ranks_of_environment
+from pipelines.train.session import Session
+from pipelines.train.state import STATE, discard_state, load_state
+from pipelines.train.stopping import stop_when_asked
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train one SAE on one site of a store and publish the run; returns its record as plain values.
+
+    Raises what `train_together` raises.
+    """
+    found = train_together([config], config.out)[0]
+    finish(config.out)
+    return found
+
+
+def train_together(configs: Sequence[TrainConfig], out: Path) -> list[dict[str, Any]]:
+    """Train SAEs that differ in their own options only, in one pass over the store; publish each at its own `out`.
+
+    One that diverges (its loss is no finite number any more) is left out, with a line on stderr, and the others go on: its
+    result is `diverged_within`, a number of rows, instead of a run's record.
+    `out` is where the state of the training under way is kept: the folder of the run, or one above the runs. The state
+    stays there until `finish`: until then the same training can be resumed, to publish the same bits again. Raises
+    InputError (also when every SAE diverged), NotAStore, IncompleteStore, DamagedStore, NoSpace, OutputExists, and
+    IdentityMismatch when what lies at `out` is another training.
+    """
+    first = configs[0]
+    shared = {replace(config, **{name: getattr(first, name) for name in OWN}) for config in configs}
+    if len(shared) > 1 or len({config.out for config in configs}) < len(configs):
+        raise InputError(f"SAEs trained together may differ in {', '.join(OWN)} only, and each needs a place of its own.")
+    saved = load_state(out)
+    if saved is not None and not first.resume:
+        raise OutputExists(
+            f"{out}: holds a training interrupted after {saved[1]['rows_seen']:,} rows; continue it with --resume, or "
+            "choose another --out."
+        )
+    if saved is None:
+        _require_free_place(configs, out)
+    keep_freed_memory()
+    device = device_of_rank(choose_device(first.device))
+    with ranks_of_environment(device) as ranks, stop_when_asked() as stop:
+        return Session.begun(configs, out, device, ranks, saved).run(stop)
+
+
+def finish(out: Path) -> None:
+    """All that the training at `out` was for is published: its state is needed no more."""
+    if is_first_process():
+        discard_state(out)
+
+
+def _require_free_place(configs: Sequence[TrainConfig], out: Path) -> None:
+    """Raises OutputExists when anything but what an interrupted training leaves is in the way."""
+    leftovers = {METRICS, WEIGHTS, STATE, f".{RECORD}.tmp", "tensorboard", "wandb"}
+    leftovers |= {making(Path(name)).name for name in (WEIGHTS, STATE)}
+    leftovers |= {config.out.name for config in configs if config.out.parent == out}
+    for path in dict.fromkeys((out, *(config.out for config in configs))):
+        if path.exists() and (not path.is_dir() or any(item.name not in leftovers for item in path.iterdir())):
+            raise OutputExists(f"{path}: exists; choose another --out, or move it away.")

@@ -1,0 +1,153 @@
+"""In: a store and values for some of `train`'s options. Out: a run for each combination, and how they compare.
+
+All are trained in one pass over the store. The runs lie below one folder, named by what they differ in, beside
+`sweep.json` (the comparison) and `frontier.svg` (variance explained over active features). They are compared on
+held-out rows, or, where the store has none, by the last training batch.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from actstore.errors import InputError, OutputExists
+from actstore.files import publish_json
+from actstore.reader import ActivationStore
+from pipelines.models.load import choose_device
+from pipelines.sae.checkpoint import load_run
+from pipelines.sae.reconstruction_metrics import heldout_metrics
+from pipelines.train.config import OWN, TrainConfig
+from pipelines.train.ranks import is_first_process
+from pipelines.train.stage import finish, train, train_together
+
+SUMMARY, FRONTIER = "sweep.json", "frontier.svg"
+SWEPT = tuple(name for name in OWN if name != "out")
+COMPARED_ROWS = 200_000
+"""At most, of the held-out rows: the standard error of an FVE is then far below what tells two SAEs apart."""
+COMPARED = ("fve", "l0", "dead", "loss")
+HELDOUT_FIGURES = {"fve": "fve", "l0": "l0", "dead": "dead_share", "heldout_rows": "heldout_rows"}
+HELDOUT, BATCH = "held-out rows", "the last training batch"
+
+
+def sweep(options: dict[str, Any]) -> dict[str, Any]:
+    """`train` with a tuple of values for any of `SWEPT`; one combination is trained as `train` does.
+
+    Raises InputError for a value that is given twice, OutputExists for a finished sweep, and what training raises.
+    """
+    configs = grid(options)
+    if len(configs) == 1:
+        return train(configs[0])
+    out = Path(options["out"])
+    if (out / SUMMARY).exists():
+        raise OutputExists(f"{out}: holds a finished sweep; choose another --out, or move it away.")
+    results = train_together(configs, out)
+    speed = {"sweep": str(out), "rows_per_s": results[0]["rows_per_s"], "data_wait_share": results[0]["data_wait_share"]}
+    if not is_first_process():
+        return speed
+    pairs = list(zip(configs, results, strict=True))
+    finished = [(config, result) for config, result in pairs if "diverged_within" not in result]
+    diverged = [
+        _named(config) | {"diverged_within": own["diverged_within"]} for config, own in pairs if "diverged_within" in own
+    ]
+    measured_on, figures = compared_figures(*map(list, zip(*finished, strict=True)))
+    rows = [_named(config) | own for (config, _), own in zip(finished, figures, strict=True)]
+    rows.sort(key=lambda row: -row["fve"])
+    draw_frontier(rows, out / FRONTIER, measured_on)
+    summary = {
+        "store": str(options["store"]),
+        "measured_on": measured_on,
+        "runs": rows,
+        "diverged": diverged,
+        "frontier": str(out / FRONTIER),
+    }
+    publish_json(out / SUMMARY, summary)
+    finish(out)
+    return {**speed, **summary}
+
+
+def grid(options: dict[str, Any]) -> list[TrainConfig]:
+    """One configuration for each combination of the values; its `out` names what it differs in.
+
+    >>> [config.out.as_posix() for config in grid({"store": "s", "out": "o", "k": (8, 16), "features": (64,)})]
+    ['o/k8', 'o/k16']
+    """
+    values = {name: _values(name, options[name]) for name in SWEPT if name in options}
+    varied = [name for name in values if len(values[name]) > 1]
+    rest = {name: value for name, value in options.items() if name not in values}
+    configs = []
+    for chosen in product(*values.values()):
+        own = dict(zip(values, chosen, strict=True))
+        name = "-".join(own[key] if isinstance(own[key], str) else f"{key}{own[key]}" for key in varied)
+        configs.append(TrainConfig(**{**rest, **own, "out": Path(options["out"]) / name}))
+    return configs
+
+
+def _named(config: TrainConfig) -> dict[str, Any]:
+    return {"run": config.out.name, **{name: getattr(config, name) for name in SWEPT}}
+
+
+def compared_figures(configs: list[TrainConfig], found: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+    """What the runs are compared on, and each one's FVE, L0 and share of dead features there.
+
+    On held-out rows, dead is to fire in none of them; in training, not to have fired for long. All runs are compared on
+    the same: by the batch if the held-out rows of any site are none, or do not vary. The figures of training are there in
+    any case, under names of their own.
+    """
+    training = [{f"training_{name}": result["metrics"][name] for name in COMPARED} for result in found]
+    store = ActivationStore(configs[0].store, snapshot=found[0]["snapshot"])
+    with suppress(InputError):
+        figures = []
+        for config, own in zip(configs, training, strict=True):
+            sae, record = load_run(config.out)
+            heldout = heldout_metrics(sae.to(choose_device(config.device)), store, record.site, COMPARED_ROWS)
+            figures.append({name: heldout[key] for name, key in HELDOUT_FIGURES.items()} | own)
+        return HELDOUT, figures
+    return BATCH, [
+        {name: own[f"training_{name}"] for name in HELDOUT_FIGURES if name != "heldout_rows"} | own for own in training
+    ]
+
+
+def draw_frontier(rows: list[dict[str, Any]], path: Path, measured_on: str) -> None:
+    """Variance explained over active features, a line for each architecture, site and width."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        layer = "" if row["layer"] is None else f".{row['layer']}"
+        lines.setdefault(f"{row['architecture']} {row['site']}{layer} {row['features']:,}", []).append(
+            (row["l0"], row["fve"])
+        )
+    for label, points in sorted(lines.items()):
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+    axes.set(xlabel="L0 (active features in a row)", ylabel="variance explained (FVE)", title=measured_on)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def comparison_lines(summary: dict[str, Any]) -> list[str]:
+    """The comparison as a table, best first."""
+    rows = summary["runs"]
+    width = max(len(row["run"]) for row in rows + summary["diverged"])
+    lines = [f"{'run':<{width}}{'FVE':>9}{'L0':>9}{'dead':>9}"]
+    lines += [f"{row['run']:<{width}}{row['fve']:>9.4f}{row['l0']:>9.1f}{row['dead']:>9.1%}" for row in rows]
+    lines += [f"{own['run']:<{width}}  diverged within {own['diverged_within']:,} rows" for own in summary["diverged"]]
+    dead = "that fire in none" if summary["measured_on"] == HELDOUT else "silent for long in training"
+    return [
+        *lines,
+        f"FVE and L0 of {summary['measured_on']}, dead {dead}; {summary['rows_per_s']:,} rows/s of {len(rows)} SAEs each; "
+        f"plot: {summary['frontier']}",
+    ]
+
+
+def _values(name: str, given: Any) -> tuple[Any, ...]:
+    default = next(field.default for field in fields(TrainConfig) if field.name == name)
+    values = given if isinstance(given, tuple) else (given,)
+    if len(set(values)) < len(values):
+        raise InputError(f"{name} {', '.join(map(str, values))}: a value is given twice; give each once.")
+    return values or (default,)

@@ -1,0 +1,135 @@
+"""The rules that keep the rooms apart, read from the imports, and the promises about what starting up costs."""
+
+from __future__ import annotations
+
+import ast
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rooms import ORDER, START, backward, circle, floors, import_graph, imported_names, modules, room_graph, room_of
+
+ROOT = Path(__file__).resolve().parents[2]
+GRAPH = import_graph(ROOT)
+ROOMS = room_graph(GRAPH)
+PIPELINES = [name for name in GRAPH if name.startswith("pipelines.")]
+
+STORE_LIBRARIES = frozenset({"numpy", "zarr", "numcodecs", "google_crc32c", "obstore"})
+"""What `actstore/` may import besides the standard library and itself."""
+
+COMPOSERS = frozenset({"pipelines.demo", "pipelines.lesson", "pipelines.train.sweep", "pipelines.evaluate.baselines"})
+"""Modules whose work is to call stages one after another."""
+
+MOST_ROOMS, MOST_FLOORS, MOST_ARROWS = 26, 8, 140
+HEAVY = ("torch", "dask", "distributed", "zarr", "transformers", "datasets", "pyarrow", "scipy")
+HELP_SECONDS = 0.5
+
+
+def is_stage(module: str) -> bool:
+    """Whether a module runs a command: it is called `stage`, or it defines the options that a command is asked for."""
+    if module.endswith(".stage"):
+        return True
+    tree = ast.parse(modules(ROOT)[module].read_text(encoding="utf-8"))
+    defines = any(isinstance(node, ast.ClassDef) and node.name.endswith("Config") for node in tree.body)
+    return defines and not module.endswith(".config")
+
+
+STAGES = frozenset(name for name in PIPELINES if is_stage(name))
+
+
+def top(name: str) -> str:
+    return name.partition(".")[0]
+
+
+@pytest.mark.parametrize("module", [name for name in GRAPH if top(name) == "actstore"])
+def test_the_store_imports_only_its_own_libraries(module: str) -> None:
+    allowed = STORE_LIBRARIES | sys.stdlib_module_names | {"actstore"}
+    if module == START:
+        allowed |= {"cli"}  # the installed command starts the command line
+    assert {top(name) for name in imported_names(modules(ROOT)[module], module)} <= allowed
+
+
+def test_a_room_imports_only_rooms_before_it() -> None:
+    assert set(ROOMS) <= set(ORDER), "ORDER names every room"
+    assert backward(ROOMS) == []
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert circle({name: others for name, others in GRAPH.items() if name != START}) == []
+
+
+def test_the_house_stays_small() -> None:
+    assert len(ROOMS) <= MOST_ROOMS
+    assert max(floors(ROOMS).values()) <= MOST_FLOORS
+    assert sum(len(others) for others in ROOMS.values()) <= MOST_ARROWS
+
+
+@pytest.mark.parametrize("module", PIPELINES)
+def test_stages_are_imported_by_commands_and_composers_alone(module: str) -> None:
+    if module in COMPOSERS or room_of(module) == "commands":
+        return
+    assert GRAPH[module] & STAGES == set(), "move what is shared into a part of the room, or meet in a file"
+
+
+def test_the_architecture_page_lists_the_rooms_in_their_order() -> None:
+    page = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)(?:/|\.py)?` \|", page.partition("## The store")[0], re.MULTILINE)
+    assert listed == list(ORDER)
+
+
+def test_the_command_line_imports_nothing_of_the_tests_or_benchmarks() -> None:
+    imported = {top(name) for module in ("cli", *PIPELINES) for name in imported_names(modules(ROOT)[module], module)}
+    assert imported.isdisjoint({"tests", "benchmarks"})
+
+
+def test_every_command_is_in_the_readme() -> None:
+    from cli import cli
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"(?:cli\.py|actstore)\s+([a-z][a-z-]*)", readme))
+    assert set(cli.commands) - shown == set()
+
+
+def loaded_by(code: str) -> set[str]:
+    """Which of the heavy modules a fresh interpreter has loaded after `code`."""
+    script = f"{code}\nimport sys; print(*(name for name in {HEAVY!r} if name in sys.modules))"
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(run.stdout.splitlines()[-1].split()) if run.stdout.strip() else set()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import actstore",
+        "import cli",
+        "from click.testing import CliRunner as R; from cli import cli; assert R().invoke(cli, ['--help']).exit_code == 0",
+    ],
+    ids=["import actstore", "import cli", "--help"],
+)
+def test_starting_up_loads_no_heavy_library(code: str) -> None:
+    assert loaded_by(code) == set()
+
+
+def test_every_commands_help_loads_no_heavy_library() -> None:
+    code = """
+from click.testing import CliRunner
+from cli import cli
+for name in cli.commands:
+    result = CliRunner().invoke(cli, [name, '--help'])
+    assert result.exit_code == 0, (name, result.output)
+"""
+    assert loaded_by(code) == set()
+
+
+def test_the_help_takes_under_half_a_second() -> None:
+    """Processor time, best of three: the wall clock of an idle machine, and no false alarm on a busy one."""
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "cli.py", "--help"], cwd=ROOT, capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    assert min(seconds) < HELP_SECONDS
