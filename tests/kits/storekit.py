@@ -78,7 +78,7 @@ class StoreSpec:
             arrays=(RowArray("rows/window", 0, "uint32", "packed"), RowArray("rows/position", 0, "uint16", "packed"), *acts),
             compute_dtype="fp32",
             seed=self.seed,
-            provenance={"made_by": "tests/storekit.py"},
+            provenance={"made_by": "tests/kits/storekit.py"},
         )
 
 

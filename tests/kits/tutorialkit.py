@@ -1,6 +1,6 @@
 """The code of a tutorial, run as a reader would run it: Python blocks in one session, shell blocks in one folder.
 
-A block is followed by its output in a block without language. `python tests/tutorialkit.py FILE.md` runs a tutorial and
+A block is followed by its output in a block without language. `python tests/kits/tutorialkit.py FILE.md` runs a tutorial and
 writes the outputs of today in the place of those there.
 """
 

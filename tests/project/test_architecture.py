@@ -52,6 +52,13 @@ def test_the_store_imports_only_its_own_libraries(module: str) -> None:
     assert {top(name) for name in imported_names(modules(ROOT)[module], module)} <= allowed
 
 
+@pytest.mark.parametrize("module", PIPELINES)
+def test_pipelines_never_import_the_command_line(module: str) -> None:
+    imported = set(imported_names(modules(ROOT)[module], module))
+    assert "cli" not in {top(name) for name in imported}
+    assert START not in imported
+
+
 def test_a_room_imports_only_rooms_before_it() -> None:
     assert set(ROOMS) <= set(ORDER), "ORDER names every room"
     assert backward(ROOMS) == []

@@ -553,7 +553,7 @@ def test_a_folder_that_is_no_store_or_one_of_another_kind_is_refused(path: Path,
         CodeStore(path)
 
 
-# Damage that a reader meets (tests/test_integrity.py has what `verify` and `repair` make of it)
+# Damage that a reader meets (tests/store/test_integrity.py has what `verify` and `repair` make of it)
 
 
 def test_a_sealed_store_without_a_commit_record_is_a_fault(own: Path) -> None:
