@@ -20,7 +20,6 @@ from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from actstore import paths
-from actstore.codecs import ENCODINGS
 from actstore.layout import Layout
 from actstore.schema import Manifest, RowArray, SegmentRecord
 
@@ -128,10 +127,6 @@ def neighbours(chunks: list[tuple[int, int]], most_bytes: int, most_chunks: int)
         yield together
 
 
-def is_compressed(array: RowArray) -> bool:
-    return ENCODINGS[array.encoding].compressed
-
-
 def check_chunk(data: NDArray[np.uint8], crc: bytes | bytearray) -> None:
     """Raises Unreadable when a chunk's bytes do not have the crc32c that follows them."""
     if _crc(data) != crc:
@@ -159,7 +154,7 @@ def _create_row_array(memory: dict[str, Buffer], name: str, array: RowArray, lay
         shards=(layout.shard_rows, *array.tail),
         dtype=array.dtype,
         fill_value=_no_row_value(np.dtype(array.dtype)),
-        compressors=_compressors(is_compressed(array), np.dtype(array.dtype).itemsize),
+        compressors=_compressors(array.kept_as.compressed, np.dtype(array.dtype).itemsize),
         config=ALL_CHUNKS,
     )
 

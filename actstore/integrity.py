@@ -31,7 +31,7 @@ UNREADABLE = (DamagedStore, NotAStore, OSError, KeyError, TypeError)
 """What reading a record raises when it is not one, or the disk does not give it."""
 PIECE_BYTES = 4 << 20
 SHARD_OBJECT = re.compile(r"/(rows|values)/c/\d+$")
-"""Of the feature index: an object that has chunks, each with its crc32c."""
+"""An object of the feature index that has chunks, each with its crc32c."""
 
 ShardKey = tuple[int, str, int]
 """(segment, part, shard)."""
@@ -63,7 +63,7 @@ class _Check:
     """Of the shard's part; None for objects that are no shard."""
 
 
-class Survey:
+class Inspection:
     """All that the records of a place name, and what is wrong with the records themselves."""
 
     def __init__(self, place: Place):
@@ -96,7 +96,7 @@ class Survey:
 
     @property
     def n_bytes(self) -> int:
-        """Of all objects that will be checked."""
+        """Bytes of all objects that will be checked."""
         return sum(check.entry["bytes"] for check in self.checks)
 
     def _fault(self, name: str, what: str, shard: ShardKey | None = None) -> None:
@@ -210,7 +210,7 @@ class Survey:
 
 def find_faults(place: Place, level: str = "full", progress: Callable[[int], object] = lambda n: None) -> list[Fault]:
     """Everything at a place that is not as it was committed; nothing when all is well."""
-    return Survey(place).find(level, progress)
+    return Inspection(place).find(level, progress)
 
 
 @dataclass(frozen=True)
@@ -238,39 +238,39 @@ def repair(
     `expect` is told the bytes of which `progress` will be told.
     """
     with place.lock():
-        survey = Survey(place)
-        expect(survey.n_bytes)
-        faults = survey.find(level, progress)
+        inspection = Inspection(place)
+        expect(inspection.n_bytes)
+        faults = inspection.find(level, progress)
         restored, dropped = [], []
         shards = sorted({fault.shard for fault in faults if fault.shard is not None})
-        if paths.INDEX_RECORD in survey.there and any(_is_of_index(fault.name) for fault in faults):
+        if paths.INDEX_RECORD in inspection.there and any(_is_of_index(fault.name) for fault in faults):
             place.remove(paths.INDEX_RECORD)
             dropped.append(paths.INDEX_RECORD)
         for fault in faults:
-            copy = _sealed_copy(fault.name, survey)
+            copy = _sealed_copy(fault.name, inspection)
             if fault.shard is not None:
                 continue
             if copy is not None:
                 place.publish(fault.name, copy)
                 restored.append(fault.name)
-            elif fault.name in survey.there and fault.name not in dropped:
+            elif fault.name in inspection.there and fault.name not in dropped:
                 place.remove(fault.name)
                 dropped.append(fault.name)
         mixed = {int(fault.name.split("/")[1]) for fault in faults if "/mixed-" in fault.name}
         for segment in sorted({segment for segment, _, _ in shards} | mixed):
             place.remove(paths.sealed_record(segment))
         for key in shards:
-            dropped += _drop_shard(place, survey, key)
+            dropped += _drop_shard(place, inspection, key)
         return Repair(len(faults), restored, dropped, shards)
 
 
-def _drop_shard(place: Place, survey: Survey, key: ShardKey) -> Iterator[str]:
+def _drop_shard(place: Place, inspection: Inspection, key: ShardKey) -> Iterator[str]:
     segment, part, shard = key
-    arrays = survey.manifest.arrays if survey.manifest else ()
+    arrays = inspection.manifest.arrays if inspection.manifest else ()
     names = [paths.shard_record(*key)]
     names += [paths.shard_object(segment, part, array.name, shard, 1 + len(array.tail)) for array in arrays]
     for name in names:
-        if name in survey.there:
+        if name in inspection.there:
             place.remove(name)
             yield name
 
@@ -279,10 +279,10 @@ def _is_of_index(name: str) -> bool:
     return name == paths.INDEX_RECORD or name.startswith(f"{paths.INDEX}/")
 
 
-def _sealed_copy(name: str, survey: Survey) -> bytes | None:
+def _sealed_copy(name: str, inspection: Inspection) -> bytes | None:
     if name == paths.MANIFEST:
-        return next((seal.manifest.encode() for seal in survey.seals.values()), None)
-    for index, seal in survey.seals.items():
+        return next((seal.manifest.encode() for seal in inspection.seals.values()), None)
+    for index, seal in inspection.seals.items():
         if name == paths.segment_record(index):
             return seal.segment.encode()
     return None
@@ -328,8 +328,8 @@ def _check_chunks(place: Place, name: str, n_bytes: int, layout: Layout) -> None
 def _pieces(place: Place, name: str, n_bytes: int) -> Iterator[memoryview]:
     buffer = memoryview(bytearray(min(PIECE_BYTES, n_bytes)))
     for start in range(0, n_bytes, PIECE_BYTES):
-        found = place.read_into(name, start, buffer[: min(PIECE_BYTES, n_bytes - start)])
-        yield buffer[:found]
+        n_read = place.read_into(name, start, buffer[: min(PIECE_BYTES, n_bytes - start)])
+        yield buffer[:n_read]
 
 
 def _without(message: str, name: str) -> str:

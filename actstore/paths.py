@@ -1,4 +1,4 @@
-"""What the objects of a store are called: names relative to the store, with `/`."""
+"""What a store's objects are called, relative to the store, and its arrays, relative to their segment; with `/`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,54 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 DATA = "data.zarr"
 COMMITS = "commits"
-TABLES = ("tokens/ids", "documents/offsets", "documents/heldout", "documents/source")
-WINDOW_TABLES = ("token_start", "n_tokens", "first_row")
+TOKEN_IDS = "tokens/ids"
+DOCUMENT_OFFSETS, DOCUMENT_HELDOUT, DOCUMENT_SOURCE = "documents/offsets", "documents/heldout", "documents/source"
+TABLES = (TOKEN_IDS, DOCUMENT_OFFSETS, DOCUMENT_HELDOUT, DOCUMENT_SOURCE)
+TOKEN_START, N_TOKENS, FIRST_ROW = WINDOW_TABLES = ("token_start", "n_tokens", "first_row")
+WINDOW, POSITION = ROW_PLACES = ("rows/window", "rows/position")
+"""The row arrays that say where each row stands."""
+CODE_INDEX, CODE_VALUE = "codes/index", "codes/value"
+"""The row arrays of a code store."""
+_ACTS, _SCALES, _CHANNELS = "acts/", "scales/", "channels/"
 INDEX = f"{DATA}/index"
 """The group of a code store's feature index: every firing, feature by feature."""
 INDEX_RECORD = f"{COMMITS}/index.json"
 INDEX_RUNS = "index-runs"
 """Sorted runs of firings, while the index is being made."""
+
+
+def acts(site: str) -> str:
+    """The row array of a site's activations."""
+    return _ACTS + site
+
+
+def scales(site: str) -> str:
+    """The row array of the scales beside a site's activations."""
+    return _SCALES + site
+
+
+def channels(site: str) -> str:
+    """The table of a site's channel means and deviations."""
+    return _CHANNELS + site
+
+
+def is_acts(array_name: str) -> bool:
+    """Whether a row array holds a site's activations."""
+    return array_name.startswith(_ACTS)
+
+
+def site_of(array_name: str) -> str:
+    """The site whose activations a row array holds.
+
+    >>> site_of(acts("resid_post.3"))
+    'resid_post.3'
+    """
+    return array_name.removeprefix(_ACTS)
+
+
+def window_table(part: str, name: str) -> str:
+    """A table of one of `WINDOW_TABLES`, a value for each window of a split."""
+    return f"{part}/windows/{name}"
 
 
 def segment_group(segment: int) -> str:

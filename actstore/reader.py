@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import paths
-from actstore.arrays import (
-    CRC_BYTES,
-    TABLE_CHUNK,
-    Unreadable,
-    check_chunk,
-    index_bytes,
-    is_compressed,
-    neighbours,
-    read_index,
-    read_table,
-    unpack_chunk,
-)
-from actstore.codecs import Channels, decode_rows
+from actstore.arrays import TABLE_CHUNK, Unreadable, read_table
+from actstore.encodings.channels import Channels
 from actstore.errors import DamagedStore, IdentityMismatch, IncompleteStore, InputError, NotAStore
 from actstore.files import content_hash, object_entry
+from actstore.moments import SiteStatistics
 from actstore.open_place import absolute, open_place
 from actstore.place import Place
 from actstore.records import Records, read_manifest
 from actstore.schema import PARTS, RowArray, SegmentRecord
-
-READ_BYTES, READ_CHUNKS = 16 << 20, 256
-"""How much of a shard is asked for in one read, and in how many chunks."""
+from actstore.shard_chunks import ShardChunks
+from actstore.tables import Tables, document_names
 
 
 @dataclass(frozen=True)
@@ -82,31 +70,6 @@ class RowOrigin:
     document_stop: int
 
 
-@dataclass(frozen=True)
-class SiteStatistics:
-    """Of a site's rows as the model gave them: how many, mean and second moment (d_model,), mean Euclidean norm."""
-
-    n_rows: int
-    mean: NDArray[np.float64]
-    second_moment: NDArray[np.float64]
-    mean_norm: float
-
-    @property
-    def deviation(self) -> NDArray[np.float64]:
-        """(d_model,) standard deviation of each channel."""
-        return np.sqrt(np.maximum(self.second_moment - np.square(self.mean), 0))
-
-
-@dataclass(frozen=True)
-class _ShardObject:
-    """Where the chunks of one array of a shard lie: (offset, length) in the object `key`."""
-
-    key: str
-    array: RowArray
-    is_compressed: bool
-    chunks: list[tuple[int, int]]
-
-
 class Store:
     """A store opened for reading, pinned to the shards that are committed now.
 
@@ -129,7 +92,7 @@ class Store:
                 raise self._damaged(paths.MANIFEST, f"is of store {self.store_id}, the segments of {segment.store_id}")
         self._shards = [self._segment_shards(segment) for segment in self.segments]
         self._objects: dict[Shard, dict[str, dict[str, Any]]] = {}
-        self._opened: dict[tuple[Shard, str], _ShardObject] = {}
+        self._opened: dict[tuple[Shard, str], ShardChunks] = {}
         self._tables: dict[tuple[int, str], NDArray[Any]] = {}
         self._channels: dict[tuple[int, str], Channels] = {}
         if snapshot is not None:
@@ -238,9 +201,9 @@ class Store:
         except Unreadable as error:
             raise self._damaged(prefix, error) from error
 
-    def text_tables(self, segment: int) -> dict[str, NDArray[Any]]:
+    def text_tables(self, segment: int) -> Tables:
         """The tables that say which text a segment holds, in which windows: what a store of other rows of it takes over."""
-        names = [*paths.TABLES, *(f"{part}/windows/{name}" for part in PARTS for name in paths.WINDOW_TABLES)]
+        names = [*paths.TABLES, *(paths.window_table(part, name) for part in PARTS for name in paths.WINDOW_TABLES)]
         return {name: self.table(segment, name) for name in names}
 
     def tokenizer_file(self, name: str = "tokenizer.json") -> bytes:
@@ -263,10 +226,14 @@ class Store:
         array = self.manifest.array(name)
         stop = shard.n_rows if stop is None else min(stop, shard.n_rows)
         kept = self._kept_rows(shard, array, start, stop)
-        if array.encoding != "int8":
-            return decode_rows(kept, array.encoding)
-        scale = self._kept_rows(shard, self.manifest.array(scale_array(name)), start, stop)
-        return decode_rows(kept, array.encoding, scale, self.channels(shard.segment, name))
+        if array.kept_as.is_alone:
+            return array.kept_as.decode(kept)
+        scale = channels = None
+        if array.kept_as.has_scale:
+            scale = self._kept_rows(shard, self.manifest.array(paths.scales(paths.site_of(name))), start, stop)
+        if array.kept_as.needs_channels:
+            channels = self.channels(shard.segment, name)
+        return array.kept_as.decode(kept, scale, channels)
 
     def read_chunk(self, shard: Shard, name: str, chunk: int) -> NDArray[Any]:
         """One chunk of a shard, decoded."""
@@ -274,22 +241,22 @@ class Store:
 
     def read_kept_chunk(self, shard: Shard, name: str, chunk: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """One chunk of a shard as its encoding keeps it, checked; in `out`, (chunk_rows, width), when given."""
-        found = self._object(shard, name)
         if out is None:
-            out = np.empty((shard.chunk_rows, *found.array.tail), found.array.dtype)
-        self._read_chunks(found, chunk, chunk + 1, out)
+            array = self.manifest.array(name)
+            out = np.empty((shard.chunk_rows, *array.tail), array.dtype)
+        self._read_chunks(shard, name, chunk, chunk + 1, out)
         return out[: shard.n_chunk_rows(chunk)]
 
     def channels(self, segment: int, name: str) -> Channels:
-        """What the int8 rows of an array are measured by in a segment."""
+        """What the rows of a site's array, such as `acts/resid_post.3`, are measured by in a segment."""
         if (segment, name) not in self._channels:
-            self._channels[segment, name] = Channels.from_table(self.table(segment, channels_table(name)))
+            self._channels[segment, name] = Channels.from_table(self.table(segment, paths.channels(paths.site_of(name))))
         return self._channels[segment, name]
 
     def token_ids(self, shard: Shard) -> NDArray[np.int64]:
         """(n_rows,) the token each row of a shard stands at."""
         index = self.token_index(shard)
-        ids = self.table(shard.segment, "tokens/ids")[index].astype(np.int64)
+        ids = self.table(shard.segment, paths.TOKEN_IDS)[index].astype(np.int64)
         return np.where(index >= 0, ids, self.manifest.policy.bos_token_id)
 
     def token_index(self, shard: Shard) -> NDArray[np.int64]:
@@ -302,11 +269,11 @@ class Store:
 
     def documents_of(self, segment: int, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
         """(n,) the document in which each of n places of a segment's token table lies."""
-        offsets = self.table(segment, "documents/offsets")
+        offsets = self.table(segment, paths.DOCUMENT_OFFSETS)
         return np.asarray(np.searchsorted(offsets, tokens, side="right") - 1, np.int64)
 
     def document_names(self, segment: int) -> list[str]:
-        return bytes(self.table(segment, "documents/source")).decode().split("\n")
+        return document_names(self.table(segment, paths.DOCUMENT_SOURCE))
 
     def locate(self, row: int, part: str = "train") -> RowOrigin:
         """Where the row-th committed row of a split comes from. Raises InputError when there are not so many."""
@@ -315,7 +282,7 @@ class Store:
             if before <= row < before + shard.n_rows:
                 window, position, index, token = self._places(shard, row - before, row - before + 1)
                 document = int(self.documents_of(shard.segment, token)[0])
-                offsets = self.table(shard.segment, "documents/offsets")
+                offsets = self.table(shard.segment, paths.DOCUMENT_OFFSETS)
                 return RowOrigin(
                     segment=shard.segment,
                     shard=shard.index,
@@ -332,15 +299,10 @@ class Store:
 
     def statistics(self, site: str, part: str = "train") -> SiteStatistics:
         """What is recorded of a site's rows, over the committed shards of a split."""
-        total, mean, second, norm = 0, np.zeros(0), np.zeros(0), 0.0
-        for shard, own in zip(self.shards(part), self._site_records(site, part), strict=True):
-            weight = shard.n_rows / (total + shard.n_rows)
-            own_mean, own_second = np.asarray(own["mean"]), np.asarray(own["second_moment"])
-            mean = own_mean if not total else mean + (own_mean - mean) * weight
-            second = own_second if not total else second + (own_second - second) * weight
-            norm += (own["mean_norm"] - norm) * weight
-            total += shard.n_rows
-        return SiteStatistics(total, mean, second, norm)
+        shards = self.shards(part)
+        return SiteStatistics.of_records(
+            (shard.n_rows, own) for shard, own in zip(shards, self._site_records(site, part), strict=True)
+        )
 
     def objects(self, shard: Shard) -> dict[str, dict[str, Any]]:
         """The entry, `{bytes, sha256}`, of each object that a shard's commit record names."""
@@ -359,16 +321,11 @@ class Store:
             yield from pool.map(lambda shard: self._record(shard)["stats"][site], self.shards(part))
 
     def _places(self, shard: Shard, start: int = 0, stop: int | None = None) -> tuple[NDArray[np.int64], ...]:
-        """Of rows [start, stop) of a shard, (n,) each: window, position, token index, and token to tell the document by.
-
-        A start-of-text position has index -1, and is in the document of the token after it.
-        """
-        window = self.read(shard, "rows/window", start, stop).astype(np.int64)
-        position = self.read(shard, "rows/position", start, stop).astype(np.int64)
-        starts = self.table(shard.segment, f"{shard.part}/windows/token_start")
-        offset = position - int(self.manifest.policy.bos)
-        token = starts[window] + np.maximum(offset, 0)
-        return window, position, np.where(offset >= 0, token, -1), token
+        """Rows [start, stop) of a shard, (n,) each: window, position, token index, and token to tell the document by."""
+        window, position = (self.read(shard, name, start, stop).astype(np.int64) for name in paths.ROW_PLACES)
+        starts = self.table(shard.segment, paths.window_table(shard.part, paths.TOKEN_START))[window]
+        policy = self.manifest.policy
+        return window, position, policy.token_index(starts, position), policy.token_at(starts, position)
 
     def _record(self, shard: Shard) -> dict[str, Any]:
         """A shard's commit record. Raises DamagedStore when it is that of another shard."""
@@ -381,50 +338,31 @@ class Store:
         """Rows [start, stop) of a shard as the encoding keeps them."""
         if start >= stop:
             return np.empty((0, *array.tail), array.dtype)
-        found, size = self._object(shard, array.name), shard.chunk_rows
+        size = shard.chunk_rows
         first, last = start // size, -(-stop // size)
         kept = np.empty(((last - first) * size, *array.tail), array.dtype)
-        self._read_chunks(found, first, last, kept)
+        self._read_chunks(shard, array.name, first, last, kept)
         return kept[start - first * size : stop - first * size]
 
-    def _read_chunks(self, found: _ShardObject, first: int, last: int, out: NDArray[Any]) -> None:
-        """Whole chunks [first, last) into `out`, checked; those that lie one behind another in one read."""
-        parts = iter(out.reshape(last - first, -1).view(np.uint8))
+    def _read_chunks(self, shard: Shard, name: str, first: int, last: int, out: NDArray[Any]) -> None:
+        """Whole chunks [first, last) of an array of a shard into `out`, checked."""
+        chunks = self._chunks(shard, name)
         try:
-            for together in neighbours(found.chunks[first:last], READ_BYTES, READ_CHUNKS):
-                pieces = []
-                for part, (_, n_bytes) in zip(islice(parts, len(together)), together, strict=True):
-                    data = np.empty(n_bytes - CRC_BYTES, np.uint8) if found.is_compressed else part
-                    pieces.append((part, data, bytearray(CRC_BYTES)))
-                buffers = [buffer for _, data, crc in pieces for buffer in (data.data, memoryview(crc))]
-                n_bytes = sum(buffer.nbytes for buffer in buffers)
-                if (n_found := self.place.read_into(found.key, together[0][0], *buffers)) != n_bytes:
-                    raise Unreadable(f"{n_bytes} bytes of chunks were expected, {n_found} are there")
-                for part, data, crc in pieces:
-                    check_chunk(data, crc)
-                    if found.is_compressed:
-                        unpack_chunk(data, part)
+            chunks.read(first, last, out)
         except (Unreadable, FileNotFoundError) as error:
-            raise self._damaged(found.key, error) from error
+            raise self._damaged(chunks.key, error) from error
 
-    def _object(self, shard: Shard, name: str) -> _ShardObject:
-        """A shard's object of an array, once it has been found to be as long as was committed."""
+    def _chunks(self, shard: Shard, name: str) -> ShardChunks:
+        """The chunks of an array of a shard, whose object is as long as was committed."""
         if (shard, name) not in self._opened:
             array = self.manifest.array(name)
             key = paths.shard_object(shard.segment, shard.part, name, shard.index, 1 + len(array.tail))
             committed = self.objects(shard)[key]["bytes"]
-            n_bytes = self.place.n_bytes(key)
-            if n_bytes is None:
-                raise self._damaged(key, "it is missing")
-            if n_bytes != committed:
-                raise self._damaged(key, f"it has {n_bytes} bytes, {committed} were committed")
-            index = bytearray(index_bytes(self.segments[shard.segment].parts[shard.part].layout))
+            layout = self.segments[shard.segment].parts[shard.part].layout
             try:
-                self.place.read_into(key, n_bytes - len(index), memoryview(index))
-                chunks = [(offset, length) for offset, length in read_index(bytes(index), shard.n_chunks).tolist()]
+                self._opened[shard, name] = ShardChunks.open(self.place, key, array, committed, layout, shard.n_chunks)
             except (Unreadable, FileNotFoundError) as error:
                 raise self._damaged(key, error) from error
-            self._opened[shard, name] = _ShardObject(key, array, is_compressed(array), chunks)
         return self._opened[shard, name]
 
     def _read(self, key: str) -> bytes:
@@ -465,27 +403,12 @@ class ActivationStore(Store):
         )
 
     def d_model(self, site: str) -> int:
-        return self.manifest.array(f"acts/{site}").width
+        return self.manifest.d_model(site)
 
 
 def _fits(site: str, name: str | None, layer: int | None) -> bool:
     own_name, _, own_layer = site.rpartition(".")
     return name in (None, own_name) and str(layer) in ("None", own_layer)
-
-
-def scale_array(name: str) -> str:
-    """The array of row scales beside an int8 `acts/<site>`."""
-    return name.replace("acts/", "scales/", 1)
-
-
-def channels_table(name: str) -> str:
-    """The table of channel means and deviations of an int8 `acts/<site>`."""
-    return name.replace("acts/", "channels/", 1)
-
-
-def channel_tables(channels: dict[str, Channels]) -> dict[str, NDArray[Any]]:
-    """The tables that keep what int8 sites are measured by."""
-    return {channels_table(f"acts/{site}"): found.table for site, found in channels.items()}
 
 
 def _open_pinned(kind: type[Store], url: str, snapshot: str) -> Store:

@@ -11,12 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import paths
-from actstore.codecs import CHANNEL_WINDOWS, Channels, decode_rows, encode_rows
+from actstore.encodings.channels import CHANNEL_WINDOWS, Channels
+from actstore.encodings.registry import encoding_of
 from actstore.errors import EncodingError
-from actstore.moments import Moments
+from actstore.moments import RowMoments
 from actstore.open_place import open_place
-from actstore.reader import ActivationStore, Shard, channel_tables, scale_array
-from actstore.schema import PARTS, Manifest, SegmentRecord, site_arrays
+from actstore.reader import ActivationStore, Shard
+from actstore.schema import PARTS, Manifest, SegmentRecord, site_arrays, site_values
+from actstore.tables import channel_tables
 from actstore.writer import StoreWriter, require_store_place, write_shard
 
 
@@ -44,7 +46,7 @@ def recode_store(
     errors = {site: np.zeros(2) for site in store.sites}
     means = {site: store.statistics(site).mean for site in store.sites}
     with StoreWriter.open(place, manifest, store.tokenizer_files()) as writer:
-        measured = [_channels(store, segment) if encoding == "int8" else {} for segment in store.segments]
+        measured = [_channels(store, segment) if encoding_of(encoding).needs_channels else {} for segment in store.segments]
         # Every segment first: a copy that was interrupted between two of them would else look whole.
         pairs = zip(store.segments, measured, strict=True)
         targets = [_segment(writer, store, segment, channels) for segment, channels in pairs]
@@ -71,11 +73,9 @@ def recode_store(
 
 
 def _manifest(store: ActivationStore, encoding: str) -> Manifest:
-    plain = [array for array in store.manifest.arrays if array.name.startswith("rows/")]
+    plain = [array for array in store.manifest.arrays if array.name in paths.ROW_PLACES]
     sites = [array for site in store.sites for array in site_arrays(site, store.d_model(site), encoding)]
-    is_exact = not store.manifest.source and all(
-        store.manifest.array(f"acts/{site}").encoding == "fp32" for site in store.sites
-    )
+    is_exact = not store.manifest.source and all(store.manifest.encoding(site).is_exact for site in store.sites)
     source = {} if is_exact else {"store_id": store.store_id}
     provenance = {**store.manifest.provenance, "recoded_from": store.url}
     del provenance["tokenizer_files"]
@@ -91,18 +91,18 @@ def _segment(
 
 
 def _channels(store: ActivationStore, segment: SegmentRecord) -> dict[str, Channels]:
-    """What int8 measures by: as `collect` does it, over the plan's first 256 training windows."""
+    """What rows are measured by: as `collect` does it, over the plan's first 256 training windows."""
     part = PARTS[0] if segment.parts[PARTS[0]].n_windows else PARTS[1]
-    own_first = store.table(segment.index, f"{part}/windows/first_row")
+    own_first = store.table(segment.index, paths.window_table(part, paths.FIRST_ROW))
     first_rows = np.sort(own_first)
     n_rows = int(first_rows[CHANNEL_WINDOWS]) if len(first_rows) > CHANNEL_WINDOWS else segment.parts[part].n_rows
-    moments = {site: Moments(store.d_model(site)) for site in store.sites}
+    moments = {site: RowMoments(store.d_model(site)) for site in store.sites}
     for shard in _shards(store, segment):
         if shard.part == part and shard.start < n_rows:
-            is_first = own_first[store.read(shard, "rows/window")] < n_rows
+            is_first = own_first[store.read(shard, paths.WINDOW)] < n_rows
             for site in store.sites:
-                moments[site].update(store.read(shard, f"acts/{site}")[is_first])
-    return {site: found.channels() for site, found in moments.items()}
+                moments[site].update(store.read(shard, paths.acts(site))[is_first])
+    return {site: own.channels() for site, own in moments.items()}
 
 
 def _recoded(
@@ -114,20 +114,16 @@ def _recoded(
     errors: dict[str, NDArray[np.float64]],
 ) -> dict[str, NDArray[Any]]:
     """A shard's arrays in the other encoding; adds to each site's (missed, total) variance."""
-    arrays = {name: store.read(shard, name) for name in ("rows/window", "rows/position")}
+    arrays = {name: store.read(shard, name) for name in paths.ROW_PLACES}
     for site in store.sites:
-        name = f"acts/{site}"
-        rows = store.read(shard, name)
-        encoding = manifest.array(name).encoding
+        rows, encoding = store.read(shard, paths.acts(site)), manifest.encoding(site)
         try:
-            arrays[name], scale = encode_rows(rows, encoding, channels.get(site))
+            arrays |= site_values(site, rows, encoding, channels.get(site))
         except EncodingError as error:
             document = store.document_names(shard.segment)[int(store.documents(shard)[error.row])]
-            token, position = store.token_index(shard)[error.row], arrays["rows/position"][error.row]
+            token, position = store.token_index(shard)[error.row], arrays[paths.POSITION][error.row]
             raise error.at(site, document, int(token), int(position)) from error
-        if scale is not None:
-            arrays[scale_array(name)] = scale
-        back = decode_rows(arrays[name], encoding, scale, channels.get(site))
+        back = encoding.decode(arrays[paths.acts(site)], arrays.get(paths.scales(site)), channels.get(site))
         errors[site] += np.square(rows - back, dtype=np.float64).sum(), np.square(rows - means[site]).sum()
     return arrays
 

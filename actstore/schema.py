@@ -13,9 +13,12 @@ from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from actstore import paths
-from actstore.codecs import ENCODINGS
+from actstore.encodings.base import Encoding
+from actstore.encodings.channels import Channels
+from actstore.encodings.registry import encoding_of
 from actstore.errors import DamagedStore, InputError, NotAStore
 from actstore.files import content_hash, parse_record, record_bytes
 from actstore.layout import Layout
@@ -44,11 +47,33 @@ class RowArray:
         """Bytes of one row before compression."""
         return max(self.width, 1) * np.dtype(self.dtype).itemsize
 
+    @property
+    def kept_as(self) -> Encoding:
+        """The encoding that its name names."""
+        return encoding_of(self.encoding)
+
+
+ROW_PLACE_ARRAYS = (RowArray(paths.WINDOW, 0, "uint32", "raw"), RowArray(paths.POSITION, 0, "uint16", "raw"))
+"""Where each row stands; the first arrays of every store."""
+
 
 def site_arrays(site: str, d_model: int, encoding: str) -> list[RowArray]:
-    """The row arrays that keep one site: its activations, and for int8 each row's scale."""
-    acts = RowArray(f"acts/{site}", d_model, ENCODINGS[encoding].dtype, encoding)
-    return [acts, RowArray(f"scales/{site}", 0, "float32", "packed")] if encoding == "int8" else [acts]
+    """The row arrays that keep one site: its activations, and each row's scale where the encoding has one."""
+    acts = RowArray(paths.acts(site), d_model, encoding_of(encoding).dtype, encoding)
+    return [acts, RowArray(paths.scales(site), 0, "float32", "packed")] if acts.kept_as.has_scale else [acts]
+
+
+def site_values(
+    site: str, rows: NDArray[np.float32], encoding: Encoding, channels: Channels | None
+) -> dict[str, NDArray[Any]]:
+    """Rows (n, d_model) of a site as its `site_arrays` keep them, by array. Raises EncodingError."""
+    kept, scale = encoding.encode(rows, channels)
+    return {paths.acts(site): kept} | ({} if scale is None else {paths.scales(site): scale})
+
+
+def code_arrays(k: int, index_dtype: str, value_dtype: str) -> list[RowArray]:
+    """The row arrays of a code store: `k` features and their values a row."""
+    return [RowArray(paths.CODE_INDEX, k, index_dtype, "packed"), RowArray(paths.CODE_VALUE, k, value_dtype, "packed")]
 
 
 @dataclass(frozen=True)
@@ -85,6 +110,21 @@ class WindowPolicy:
         """Tokens of the table that one window takes."""
         return self.context - int(self.bos)
 
+    def offset(self, position: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Which of a window's tokens stands at each position; -1 at a start-of-text position."""
+        return np.asarray(position, np.int64) - int(self.bos)
+
+    def token_at(self, token_start: NDArray[np.integer], position: NDArray[np.integer]) -> NDArray[np.int64]:
+        """The place in the token table of positions of windows that begin at `token_start`; any shapes that broadcast.
+
+        A start-of-text position gets the place of the token after it, which tells its document.
+        """
+        return np.asarray(token_start + np.maximum(self.offset(position), 0), np.int64)
+
+    def token_index(self, token_start: NDArray[np.integer], position: NDArray[np.integer]) -> NDArray[np.int64]:
+        """`token_at`, but -1 for a start-of-text position, which has no token."""
+        return np.where(self.offset(position) >= 0, self.token_at(token_start, position), -1)
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -119,7 +159,20 @@ class Manifest:
     @property
     def sites(self) -> list[str]:
         """The sites whose activations are kept, such as `resid_post.3`; none where the rows are codes."""
-        return [array.name.removeprefix("acts/") for array in self.arrays if array.name.startswith("acts/")]
+        return [paths.site_of(array.name) for array in self.arrays if paths.is_acts(array.name)]
+
+    def encoding(self, site: str) -> Encoding:
+        """How a site's rows are kept. Raises InputError when the store does not have the site."""
+        return self.array(paths.acts(site)).kept_as
+
+    def d_model(self, site: str) -> int:
+        """Channels of a site. Raises InputError when the store does not have the site."""
+        return self.array(paths.acts(site)).width
+
+    @property
+    def measured_sites(self) -> list[str]:
+        """The sites whose rows are measured by channels."""
+        return [site for site in self.sites if self.encoding(site).needs_channels]
 
     @property
     def row_bytes(self) -> int:
@@ -175,10 +228,10 @@ def differing_fields(ours: Manifest, theirs: Manifest) -> list[str]:
 
     def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
-            found: dict[str, Any] = {}
+            fields: dict[str, Any] = {}
             for key, inner in value.items():
-                found |= leaves(inner, f"{prefix}.{key}" if prefix else key)
-            return found
+                fields |= leaves(inner, f"{prefix}.{key}" if prefix else key)
+            return fields
         if prefix == "arrays":
             return {prefix: ", ".join("{name} ({width} x {dtype}, {encoding})".format(**array) for array in value)}
         return {prefix: value}

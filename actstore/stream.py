@@ -1,8 +1,8 @@
 """Shuffled batches out of core: runs the plan of `actstore.plan` over a store, in bounded memory.
 
 A stream is the endless sequence of epochs 0, 1, 2, ...; each holds every committed row of the split once, in an
-order that is a pure function of (seed, epoch, round). Its whole state is the number of rows already given out. Of
-several ranks, each streams its own share of every epoch's chunks.
+order that is a pure function of (seed, epoch, round). Its whole state is the number of rows already given out. Each
+of several ranks streams its own share of every epoch's chunks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from weakref import ref
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore.codecs import decode_rows
+from actstore import paths
 from actstore.errors import IdentityMismatch, InputError
 from actstore.layout import ROUND_BUDGET_BYTES
 from actstore.plan import chunk_sequence, round_order, rounds
@@ -48,11 +48,11 @@ class Scaling:
             raise InputError(f"normalise {normalise!r}: choose from {', '.join(NORMALISATIONS)}.")
         if normalise == "none":
             return None
-        found = store.statistics(site)
+        recorded = store.statistics(site)
         if normalise == "mean_norm":
-            return cls(np.float32(0), np.float32(np.sqrt(len(found.mean)) / found.mean_norm))
-        deviation = np.where(found.deviation > 0, found.deviation, 1)
-        return cls(found.mean.astype(np.float32), (1 / deviation).astype(np.float32))
+            return cls(np.float32(0), np.float32(np.sqrt(len(recorded.mean)) / recorded.mean_norm))
+        deviation = np.where(recorded.deviation > 0, recorded.deviation, 1)
+        return cls(recorded.mean.astype(np.float32), (1 / deviation).astype(np.float32))
 
 
 class BatchStream:
@@ -92,7 +92,8 @@ class BatchStream:
                 f"batch rows {batch_rows}, rank {rank} of {n_ranks}: at least 1, and a rank below their number."
             )
         self.store, self.site, self.batch_rows, self.seed = store, site, batch_rows, seed
-        self.array = store.manifest.array(f"acts/{site}")
+        self.array = store.manifest.array(paths.acts(site))
+        self.encoding = self.array.kept_as
         self.part, self.shards = part, store.shards(part)
         self.rank, self.n_ranks, self.epochs = rank, n_ranks, epochs
         self.n_rows = sum(shard.n_rows for shard in self.shards)
@@ -101,7 +102,7 @@ class BatchStream:
         self.d_model = self.array.width
         self.as_kept = as_kept
         self.scaling = Scaling.recorded(store, site, normalise)
-        if as_kept and (self.scaling is not None or self.array.encoding == "int8"):
+        if as_kept and (self.scaling is not None or self.encoding.float_dtype is None):
             raise InputError("as_kept: int8 rows and normalised ones are computed; leave as_kept out.")
         n_chunks = sum(shard.n_chunks for shard in self.shards)
         if n_ranks > n_chunks:
@@ -123,8 +124,13 @@ class BatchStream:
 
     @property
     def _pool_dtype(self) -> np.dtype[Any]:
-        """int8 rows are pooled decoded, all others as they are kept."""
-        return np.dtype(np.float32 if self.array.encoding == "int8" else self.array.dtype)
+        """Rows that need more than themselves to be decoded, as under int8, are pooled decoded, all others as kept."""
+        return np.dtype(self.array.dtype if self.encoding.is_alone else np.float32)
+
+    @property
+    def _decodes(self) -> bool:
+        """Whether rows of a pool are decoded on their way into a batch."""
+        return self.encoding.is_alone and self.encoding.float_dtype != "float32" and not self.as_kept
 
     @property
     def _batch_dtype(self) -> np.dtype[Any]:
@@ -183,15 +189,16 @@ class BatchStream:
 
     def _emit(self, pool: NDArray[Any], places: Ints, out: NDArray[Any], block: NDArray[Any]) -> None:
         """The rows at `places` of a pool into `out`; those to be computed a block at a time, which stays in the cache."""
-        if self.scaling is None and pool.dtype == out.dtype:
+        decodes = self._decodes
+        if self.scaling is None and not decodes:
             _gather(pool, places, out)
             return
         for start in range(0, len(places), BLOCK_ROWS):
             chosen, rows = places[start : start + BLOCK_ROWS], out[start : start + BLOCK_ROWS]
-            kept = rows if pool.dtype == out.dtype else block[: len(chosen)]
+            kept = block[: len(chosen)] if decodes else rows
             _gather(pool, chosen, kept)
-            if kept is not rows:
-                decode_rows(kept, self.array.encoding, out=rows)
+            if decodes:
+                self.encoding.decode(kept, out=rows)
             if self.scaling is not None:
                 rows -= self.scaling.shift
                 rows *= self.scaling.factor
@@ -199,7 +206,7 @@ class BatchStream:
     def _pooled(self, threads: ThreadPoolExecutor) -> Iterator[tuple[NDArray[Any], Ints]]:
         """The pool of every round, and where in it the rows lie in the order of their emission. There are two pools: the
         next round is read into one while the other is consumed."""
-        if self.array.encoding == "int8":
+        if self.encoding.needs_channels:
             for segment in {shard.segment for shard in self.shards}:
                 self.store.channels(segment, self.array.name)  # once, before several threads want them
         pools = cycle([np.empty((self._round_rows, self.d_model), self._pool_dtype) for _ in range(2)])
@@ -232,7 +239,7 @@ class BatchStream:
     def read_chunk(self, chunk: tuple[int, int], out: NDArray[Any]) -> None:
         """One chunk, named by its shard's place among the shards and its number there, into its rows of a pool."""
         shard, number = self.shards[chunk[0]], chunk[1]
-        if self.array.encoding == "int8":
+        if not self.encoding.is_alone:
             out[:] = self.store.read_chunk(shard, self.array.name, number)
         elif len(out) < shard.chunk_rows:  # on disk it has its full length
             out[:] = self.store.read_kept_chunk(shard, self.array.name, number)
@@ -278,7 +285,7 @@ class _Reading:
 class _Batches:
     """Memory of batches, used again when nobody looks at it any more: new memory costs as much as reading.
 
-    What is still looked at when `LENT_BATCHES` others have been lent is left to those who do.
+    Memory still in use when `LENT_BATCHES` others have been lent is given up to its user.
     """
 
     def __init__(self, n_rows: int, width: int, dtype: np.dtype[Any]) -> None:

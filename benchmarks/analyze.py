@@ -64,7 +64,7 @@ from pipelines.codes.code_store import CodeStore
 from pipelines.models.builtin import model_path
 from pipelines.shared.cluster import connect, run_tasks
 from pipelines.statistics.pairs import PairTile, firings_of, marked_codes
-from pipelines.stores.made.made_store import _manifest
+from pipelines.stores.made.made_store import made_manifest
 from pipelines.text.tokens import load_tokenizer
 
 REPETITIONS, TURNS = 3, 6
@@ -97,7 +97,7 @@ def zipf_codes(n_rows: int, seed: int, n_features: int = FEATURES, k: int = K) -
 def write_codes(path: Path, n_rows: int) -> CodeStore:
     """A code store of Zipf codes, one training split, shards of 65,536 rows."""
     codec, files = load_tokenizer(str(model_path()))
-    manifest = _manifest(1, CorpusIdentity("zipf codes", "0" * 64), "fp32", 0)
+    manifest = made_manifest(1, CorpusIdentity("zipf codes", "0" * 64), "fp32", 0)
     policy = replace(manifest.policy, bos_token_id=codec.bos_token_id, separator_token_id=codec.separator_token_id)
     index, value = (
         RowArray("codes/index", K, np.min_scalar_type(FEATURES - 1).name, "packed"),

@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 
-from actstore.codecs import ACTIVATION_ENCODINGS
+from actstore.encodings.registry import activation_encodings
 from actstore.reader import ActivationStore
 from actstore.recode import recode_store
 from benchmarks.madestore import OUTLIERS, SITE, make_store
@@ -44,7 +44,7 @@ def outlier_rows_table(folder: Path) -> dict[str, dict[str, float]]:
     exact = np.concatenate([source.read(shard, f"acts/{SITE}") for shard in source.shards()]).astype(np.float64)
     plain = np.setdiff1d(np.arange(D_MODEL), [channel for channel, _, _ in OUTLIERS])
     found = {}
-    for encoding in ACTIVATION_ENCODINGS:
+    for encoding in activation_encodings():
         if encoding != "fp32":
             recode_store(folder / "fp32", folder / encoding, encoding)
         store = ActivationStore(folder / encoding)
@@ -67,7 +67,7 @@ def trained_table(folder: Path, n_tokens: int, layer: int) -> dict[str, tuple[fl
     exact = folder / "built-in"
     collect(CollectConfig(out=exact, model="builtin", layer=(layer,), tokens=n_tokens, encoding="fp32"))
     found = {}
-    for encoding in ACTIVATION_ENCODINGS:
+    for encoding in activation_encodings():
         copy = exact
         if encoding != "fp32":
             copy = folder / f"built-in-{encoding}"

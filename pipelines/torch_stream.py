@@ -5,7 +5,7 @@
         ...
 
 Each worker of each rank streams a share of its own; together they give every row once an epoch. The order is
-arithmetic, so that a run is continued from the number of batches it has had.
+arithmetic: a run continues from the number of batches that it has had.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
+from actstore import paths
 from actstore.errors import InputError
 from actstore.layout import ROUND_BUDGET_BYTES
 from actstore.reader import ActivationStore
@@ -31,7 +31,7 @@ class ActivationDataset(IterableDataset[Tensor]):
 
     `dtype` None gives rows as they are kept (float16, bfloat16 or float32), to be widened where there is time for it,
     such as on a GPU. `rank` and `n_ranks` are those of `torch.distributed` where it is initialised. `budget_bytes` is
-    shared by the workers of this rank. `start_batch` goes on behind so many batches, with as many workers as then.
+    shared by the workers of this rank. `start_batch` skips that many batches, given with the same number of workers.
     `snapshot` pins a store that has grown since. Raises InputError and what opening the store raises.
     """
 
@@ -64,10 +64,12 @@ class ActivationDataset(IterableDataset[Tensor]):
         is_distributed = distributed.is_available() and distributed.is_initialized()
         own_rank = (distributed.get_rank(), distributed.get_world_size()) if is_distributed else (0, 1)
         self.rank, self.n_ranks = own_rank if rank is None or n_ranks is None else (rank, n_ranks)
-        computed = normalise != "none" or self.store.manifest.array(f"acts/{site}").encoding == "int8"
+        kept_dtype = self.store.manifest.array(paths.acts(site)).kept_as.float_dtype
+        computed = normalise != "none" or kept_dtype is None
         if dtype is None and computed:
             raise InputError("dtype None: int8 rows and normalised ones are computed; choose a dtype.")
         self.options["as_kept"] = not computed
+        self._batch_dtype: torch.dtype = torch.float32 if computed else getattr(torch, str(kept_dtype))
 
     @property
     def snapshot(self) -> str:
@@ -94,8 +96,6 @@ class ActivationDataset(IterableDataset[Tensor]):
             yield self._tensor(batch)
 
     def _tensor(self, batch: NDArray[Any]) -> Tensor:
-        if batch.dtype == np.uint16:  # the bits of bfloat16
-            kept = torch.from_numpy(batch.view(np.int16)).view(torch.bfloat16)
-        else:
-            kept = torch.from_numpy(batch)
+        bits = torch.from_numpy(batch.view(f"i{batch.itemsize}"))  # NumPy has no bfloat16
+        kept = bits.view(self._batch_dtype)
         return kept if self.dtype is None else kept.to(self.dtype, copy=True)

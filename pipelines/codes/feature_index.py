@@ -21,8 +21,9 @@ from actstore.arrays import CRC_BYTES, Unreadable, check_chunk, index_bytes, nei
 from actstore.errors import DamagedStore, IncompleteStore, InputError
 from actstore.files import object_entry, parse_record
 from actstore.layout import Layout
-from actstore.reader import READ_BYTES, READ_CHUNKS, Shard
+from actstore.reader import Shard
 from actstore.schema import PARTS, RowArray
+from actstore.shard_chunks import READ_BYTES, READ_CHUNKS
 from pipelines.codes.code_store import CodeStore
 
 SHARD_ENTRIES, CHUNK_ENTRIES = 1 << 21, 4096

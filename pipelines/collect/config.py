@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from actstore.codecs import ACTIVATION_ENCODINGS
+from actstore.encodings.registry import activation_encodings
 from actstore.errors import InputError
 from actstore.layout import SHARD_BUDGET_BYTES
 from pipelines.models.load import DTYPES
@@ -43,8 +43,8 @@ class CollectConfig:
                 f"tokens {self.tokens}, context {self.context}, batch windows {self.batch_windows}, shard MiB "
                 f"{self.shard_mib}, workers {self.workers}: at least 1, 2, 1, 1 and 0."
             )
-        if self.encoding not in ACTIVATION_ENCODINGS or self.compute_dtype not in DTYPES or self.packing not in PACKINGS:
+        if self.encoding not in activation_encodings() or self.compute_dtype not in DTYPES or self.packing not in PACKINGS:
             raise InputError(
                 f"encoding {self.encoding!r}, compute dtype {self.compute_dtype!r}, packing {self.packing!r}: choose from "
-                f"{', '.join(ACTIVATION_ENCODINGS)}; {', '.join(DTYPES)}; {', '.join(PACKINGS)}."
+                f"{', '.join(activation_encodings())}; {', '.join(DTYPES)}; {', '.join(PACKINGS)}."
             )

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 
 from actstore.arrays import shard_object
-from actstore.codecs import encode_rows
 from actstore.errors import InputError
 from actstore.layout import Layout
-from actstore.schema import PARTS
+from actstore.schema import PARTS, site_values
+from pipelines.collect.collection import Collection
 from pipelines.collect.config import CollectConfig
-from pipelines.collect.prepare import Recipe, prepare
-from pipelines.collect.shard_maker import SegmentText
-from pipelines.text.tokens import TokenSource
+from pipelines.collect.prepare import prepare
+from pipelines.collect.segment_plan import SegmentPlan, part_layout
 
 SAMPLE_BATCHES = 8
 LEAST_SECONDS = 2.0
@@ -41,13 +40,13 @@ class Calibration:
 
 def estimate(config: CollectConfig) -> dict[str, Any]:
     """What collecting would take here. Raises what `collect` raises before it writes, but for what is at --out."""
-    recipe = prepare(config)
-    found = calibrate(config, recipe)
-    n_rows = round(config.tokens * found.rows_per_token)
-    layout = recipe.layout(n_rows, PARTS[0], config.shard_mib)
-    by_array = {name: round(n_bytes * n_rows) for name, n_bytes in found.disk_bytes_per_row.items()}
+    collection = prepare(config)
+    calibration = calibrate(collection)
+    n_rows = round(config.tokens * calibration.rows_per_token)
+    layout = part_layout(collection.manifest, n_rows, PARTS[0], config.shard_mib)
+    by_array = {name: round(n_bytes * n_rows) for name, n_bytes in calibration.disk_bytes_per_row.items()}
     table_bytes = TABLE_BYTES_PER_TOKEN * config.tokens
-    shard_bytes = layout.shard_rows * recipe.manifest.row_bytes
+    shard_bytes = layout.shard_rows * collection.manifest.row_bytes
     return {
         "tokens": config.tokens,
         "rows": n_rows,
@@ -56,53 +55,51 @@ def estimate(config: CollectConfig) -> dict[str, Any]:
         "shards": layout.n_shards,
         "shard_rows": layout.shard_rows,
         "chunk_rows": layout.chunk_rows,
-        "memory_bytes": found.process_bytes + SHARDS_IN_MEMORY * shard_bytes + table_bytes,
-        "tokens_per_s": round(found.tokens_per_s),
-        "seconds": round(config.tokens / found.tokens_per_s),
+        "memory_bytes": calibration.process_bytes + SHARDS_IN_MEMORY * shard_bytes + table_bytes,
+        "tokens_per_s": round(calibration.tokens_per_s),
+        "seconds": round(config.tokens / calibration.tokens_per_s),
     }
 
 
-def calibrate(config: CollectConfig, recipe: Recipe) -> Calibration:
+def calibrate(collection: Collection) -> Calibration:
     """Run the model on the first windows of the corpus and encode their rows. Raises InputError when it has no text."""
-    policy = recipe.manifest.policy
-    source = TokenSource(recipe.corpus.documents(), recipe.codec)
-    table = source.take(min(config.tokens, SAMPLE_BATCHES * config.batch_windows * policy.stride), 0)
+    config, stride = collection.config, collection.manifest.policy.stride
+    table = collection.text.source().take(min(config.tokens, SAMPLE_BATCHES * config.batch_windows * stride), 0)
     if table is None:
         raise InputError(f"corpus {config.corpus}: has no text.")
-    text, parts, _ = recipe.plan(table, 0, config.shard_mib)
+    plan = collection.plan(table, 0)
     n_tokens = len(table.ids) - len(table.names)
     return Calibration(
-        rows_per_token=parts[PARTS[0]].n_rows / n_tokens,
-        tokens_per_s=_tokens_per_s(recipe, text, n_tokens),
-        disk_bytes_per_row=_disk_bytes_per_row(recipe, text),
+        rows_per_token=plan.parts[PARTS[0]].n_rows / n_tokens,
+        tokens_per_s=_tokens_per_s(collection, plan, n_tokens),
+        disk_bytes_per_row=_disk_bytes_per_row(collection, plan),
         process_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
 
 
-def _tokens_per_s(recipe: Recipe, text: SegmentText, n_tokens: int) -> float:
+def _tokens_per_s(collection: Collection, plan: SegmentPlan, n_tokens: int) -> float:
     """Over whole batches, for two seconds or all of the sample, once a first batch has warmed things up."""
-    windows = text.windows[PARTS[0]]
-    batches = np.array_split(np.arange(len(windows)), -(-len(windows) // recipe.maker.batch_windows))
-    recipe.maker.run(windows, batches[0])
+    windows = plan.windows[PARTS[0]]
+    batches = np.array_split(np.arange(len(windows)), -(-len(windows) // collection.config.batch_windows))
+    collection.run(windows, batches[0])
     start, done = time.perf_counter(), 0
     for batch in batches:
-        recipe.maker.run(windows, batch)
+        collection.run(windows, batch)
         done += len(batch)
         if time.perf_counter() - start > LEAST_SECONDS:
             break
     return n_tokens * done / len(windows) / (time.perf_counter() - start)
 
 
-def _disk_bytes_per_row(recipe: Recipe, text: SegmentText) -> dict[str, float]:
+def _disk_bytes_per_row(collection: Collection, plan: SegmentPlan) -> dict[str, float]:
     """By array, from the sample's first rows, encoded and compressed as a shard of their own."""
-    found = {}
-    channels = recipe.maker.channels(text)
+    channels = collection.channels(plan)
     arrays: dict[str, Any] = {}
-    for label, rows in recipe.maker.first_rows(text.windows[PARTS[0]]).items():
+    for site, rows in collection.first_rows(plan.windows[PARTS[0]]).items():
         n_rows = len(rows)
-        kept, scale = encode_rows(rows, recipe.manifest.array(f"acts/{label}").encoding, channels.get(label))
-        arrays |= {f"acts/{label}": kept} | ({f"scales/{label}": scale} if scale is not None else {})
-    for array in recipe.manifest.arrays:
+        arrays |= site_values(site, rows, collection.manifest.encoding(site), channels.get(site))
+    n_bytes = {}
+    for array in collection.manifest.arrays:
         kept = arrays.get(array.name, np.zeros((n_rows, *array.tail), array.dtype))
-        found[array.name] = len(shard_object(array, Layout(n_rows, n_rows, n_rows), kept)) / n_rows
-    return found
+        n_bytes[array.name] = len(shard_object(array, Layout(n_rows, n_rows, n_rows), kept)) / n_rows
+    return n_bytes

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from actstore.codecs import ACTIVATION_ENCODINGS
+from actstore.encodings.registry import activation_encodings
 from actstore.errors import InputError, NotAStore
-from actstore.integrity import Survey
+from actstore.integrity import Inspection
 from actstore.integrity import repair as drop_faults
 from actstore.open_place import open_place
 from actstore.place import Place
@@ -25,15 +25,15 @@ class RecodeConfig:
     encoding: str = "int8"
 
     def __post_init__(self) -> None:
-        if self.encoding not in ACTIVATION_ENCODINGS:
-            raise InputError(f"encoding {self.encoding!r}: choose from {', '.join(ACTIVATION_ENCODINGS)}.")
+        if self.encoding not in activation_encodings():
+            raise InputError(f"encoding {self.encoding!r}: choose from {', '.join(activation_encodings())}.")
 
 
 def verify(store: str | Path, level: str) -> list[str]:
     """One line for each fault. Raises NotAStore when there is nothing to verify."""
-    survey = Survey(_existing(store))
-    with track("verify", survey.n_bytes, "bytes") as progress:
-        return [str(fault) for fault in survey.find(level, progress.advance)]
+    inspection = Inspection(_existing(store))
+    with track("verify", inspection.n_bytes, "bytes") as progress:
+        return [str(fault) for fault in inspection.find(level, progress.advance)]
 
 
 def repair(store: str | Path, level: str) -> dict[str, Any]:

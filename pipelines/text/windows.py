@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actstore import paths
+from actstore.reader import Store
 from actstore.schema import WindowPolicy
 from pipelines.text.tokens import TokenTable
 
@@ -24,6 +26,16 @@ class Windows:
     n_tokens: Ints
     policy: WindowPolicy
 
+    @classmethod
+    def open(cls, store: Store, segment: int, part: str) -> Windows:
+        """The windows of a split of a segment, from the store's tables. Raises DamagedStore."""
+        return cls(
+            store.table(segment, paths.TOKEN_IDS),
+            store.table(segment, paths.window_table(part, paths.TOKEN_START)),
+            store.table(segment, paths.window_table(part, paths.N_TOKENS)).astype(np.int64),
+            store.manifest.policy,
+        )
+
     def __len__(self) -> int:
         return len(self.token_start)
 
@@ -34,8 +46,7 @@ class Windows:
         changes nothing before it. Position 0 and separators are not kept unless the policy keeps special positions.
         """
         policy = self.policy
-        lead = int(policy.bos)
-        place = np.arange(policy.context) - lead
+        place = policy.offset(np.arange(policy.context))
         real = (place >= 0) & (place < self.n_tokens[windows, None])
         source = self.token_start[windows, None] + np.where(real, place, 0)
         inputs = np.where(real, self.ids[source].astype(np.int64), policy.separator_token_id)
@@ -48,6 +59,17 @@ class Windows:
             kept = real & (inputs != policy.separator_token_id)
             kept[:, 0] = False
         return inputs, kept
+
+    def token_at(self, window: Ints, position: Ints) -> Ints:
+        """(n,) the place in `ids` of each position of a window; a start-of-text position has that of the token after it."""
+        return self.policy.token_at(self.token_start[window], position)
+
+    def next_tokens(self, window: Ints, position: Ints) -> Ints:
+        """(n,) the token after each position of a window; -1 where there is none in the window."""
+        place = self.policy.offset(position) + 1
+        has_next = place < self.n_tokens[window]
+        source = np.where(has_next, self.token_start[window] + place, 0)
+        return np.where(has_next, self.ids[source].astype(np.int64), -1)
 
     def kept_counts(self) -> Ints:
         """(n_windows,) kept rows of each window."""

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from actstore.codecs import INT8_STEPS
+from actstore.encodings.int8 import STEPS
 from actstore.errors import EncodingError, InputError
 from actstore.reader import ActivationStore
 from actstore.recode import recode_store
@@ -63,7 +63,7 @@ def test_an_int8_row_is_that_of_fp32_to_half_a_step_of_its_own_scale(
             expected, found = exact.read(theirs, name), kept.read(ours, name)
             scale = kept.read(ours, "scales/resid_post.0")[:, None]
             largest = np.abs((expected - channels.mean) / channels.deviation).max(axis=1, keepdims=True)
-            assert (largest <= scale * INT8_STEPS * (1 + 1e-6)).all()
+            assert (largest <= scale * STEPS * (1 + 1e-6)).all()
             allowed = 0.5 * scale * channels.deviation + 1e-6 * np.abs(expected).max()
             assert (np.abs(found - expected) <= allowed).all()
             missed += np.square(found.astype(float) - expected).sum()

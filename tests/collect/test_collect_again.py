@@ -24,8 +24,8 @@ from actstore.open_place import open_place
 from actstore.reader import ActivationStore
 from actstore.stream import BatchStream
 from pipelines.collect import stage as stage
+from pipelines.collect.collection import Collection
 from pipelines.collect.config import CollectConfig
-from pipelines.collect.shard_maker import ShardMaker
 from pipelines.collect.stage import collect
 
 # Running it again
@@ -153,7 +153,7 @@ def test_hardware_that_computes_other_bits_is_refused_unless_accepted(
     (own_store / "commits/0000/sealed.json").unlink()
     (own_store / "commits/0000/train/000002.json").unlink()
     before = folder_state(own_store)
-    monkeypatch.setattr(ShardMaker, "probe", lambda maker, windows: "00000000")
+    monkeypatch.setattr(Collection, "probe", lambda collection, windows: "00000000")
     with pytest.raises(IdentityMismatch, match=r"here it is 00000000; .*--mixed-hardware"):
         collect(replace(small_config, out=own_store))
     assert folder_state(own_store) == before
@@ -277,13 +277,13 @@ def test_a_lost_table_is_made_again_on_hardware_of_other_bits_unless_it_depends_
     grown: Path, grown_config: CollectConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = Path(shutil.copytree(grown, tmp_path / "store"))
-    channels = ShardMaker.channels
+    channels = Collection.channels
     monkeypatch.setattr(
-        ShardMaker,
+        Collection,
         "channels",
-        lambda maker, text: {
+        lambda collection, plan: {
             site: replace(found, mean=np.nextafter(found.mean, np.float32(1e9)))
-            for site, found in channels(maker, text).items()
+            for site, found in channels(collection, plan).items()
         },
     )
     (own / "data.zarr/segments/0001/tokens/ids/c/0").unlink()

@@ -26,9 +26,9 @@ from storekit import files_of
 from actstore.errors import IdentityMismatch, InputError
 from actstore.reader import ActivationStore
 from cli import cli
-from pipelines.collect import stage as stage
+from pipelines.collect import fill
+from pipelines.collect.collection import Collection
 from pipelines.collect.config import CollectConfig
-from pipelines.collect.shard_maker import ShardMaker
 from pipelines.collect.stage import collect
 from pipelines.shared.cluster import connect, run_tasks
 
@@ -59,8 +59,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def _no_memory_of_other_tests() -> Iterator[None]:
     """What a worker that is a thread of this process keeps of a store."""
     yield
-    stage._opened.cache_clear()
-    stage._maker.cache_clear()
+    fill._opened.cache_clear()
+    fill._collection.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_a_worker_that_computes_other_bits_refuses_unless_accepted(
     (own_store / "commits/0000/train/000002.json").unlink()
     (own_store / "commits/0000/heldout/000000.json").unlink()
     before = folder_state(own_store)
-    monkeypatch.setattr(ShardMaker, "probe", lambda maker, windows: "00000000")
+    monkeypatch.setattr(Collection, "probe", lambda collection, windows: "00000000")
     config = replace(small_config, out=own_store, scheduler=client.scheduler.address)
     with pytest.raises(IdentityMismatch, match=r"here it is 00000000; .*--mixed-hardware"):
         collect(config)
@@ -162,7 +162,7 @@ def test_a_worker_that_sees_another_model_refuses(
     (own_store / "commits/0000/train/000002.json").unlink()
     before = folder_state(own_store)
     plant(Path(small_config.model), tmp_path / "other", "transformer.h.0.ln_1.bias", 0, 1.0)
-    monkeypatch.setattr(stage, "absolute", lambda path: str(tmp_path / "other") if path == small_config.model else str(path))
+    monkeypatch.setattr(fill, "absolute", lambda path: str(tmp_path / "other") if path == small_config.model else str(path))
     with pytest.raises(IdentityMismatch, match=r"has weights \w{12} here, the store comes from \w{12}; show every worker"):
         collect(replace(small_config, out=own_store, scheduler=client.scheduler.address))
     assert folder_state(own_store) == before
@@ -180,7 +180,7 @@ def test_a_worker_that_sees_another_disk_refuses(
     (own_store / "commits/0000/train/000002.json").unlink()
     other = tmp_path / "elsewhere"
     collect(replace(small_config, out=other, tokens=500))
-    monkeypatch.setattr(stage, "absolute", lambda path: str(other) if path == own_store else str(path))
+    monkeypatch.setattr(fill, "absolute", lambda path: str(other) if path == own_store else str(path))
     with pytest.raises(InputError, match="is another store on this worker; show every worker the same disk"):
         collect(replace(small_config, out=own_store, scheduler=client.scheduler.address))
 
@@ -264,13 +264,13 @@ def test_workers_that_outlive_a_killed_command_do_no_harm(
 def test_what_a_killed_worker_left_half_written_is_cleared_away(
     small_store: Path, small_config: CollectConfig, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_tasks = stage.run_tasks
+    run_tasks = fill.run_tasks
 
     def with_a_death(*arguments: Any) -> None:
         run_tasks(*arguments)
         (tmp_path / "store/data.zarr/segments/0000/train/acts/resid_post.0/c/3/.0.0a1b2c3d.tmp").write_bytes(b"half")
 
-    monkeypatch.setattr(stage, "run_tasks", with_a_death)
+    monkeypatch.setattr(fill, "run_tasks", with_a_death)
     collect(replace(small_config, out=tmp_path / "store", scheduler=client.scheduler.address))
     assert files_of(tmp_path / "store") == files_of(small_store)
 

@@ -24,7 +24,8 @@ from forkkit import preload
 from numpy.typing import NDArray
 
 from actstore import lease
-from actstore.codecs import Channels, encode_rows
+from actstore.encodings.channels import Channels
+from actstore.encodings.registry import encoding_of
 from actstore.folder import Folder
 from actstore.layout import Layout
 from actstore.plan import PartPlan, raw_words
@@ -173,7 +174,7 @@ def shard_arrays(spec: StoreSpec, segment: Segment, part: str, shard: int) -> tu
     rows = row_values(row_ids(segment.record.index, part, window, position), spec.d_model)
     arrays: dict[str, NDArray[Any]] = {"rows/window": window.astype(np.uint32), "rows/position": position.astype(np.uint16)}
     for site, kind in spec.sites:
-        kept, scale = encode_rows(rows, kind, CHANNELS(spec.d_model))
+        kept, scale = encoding_of(kind).encode(rows, CHANNELS(spec.d_model))
         arrays[f"acts/{site}"] = kept
         if scale is not None:
             arrays[f"scales/{site}"] = scale

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from actstore.arrays import shard_object
-from actstore.codecs import ACTIVATION_ENCODINGS, ENCODINGS, LARGEST, Channels, decode_rows, encode_rows
+from actstore.encodings.channels import Channels
+from actstore.encodings.registry import activation_encodings, encoding_of, encodings
 from actstore.errors import EncodingError
 from actstore.layout import Layout
 from actstore.schema import site_arrays
 
-BF16_MAX = LARGEST["bf16"]
+BF16_MAX = encoding_of("bf16").largest
 EXACT = ("fp32", "fp16", "bf16")
 """Encodings that keep each value by itself."""
 
@@ -29,7 +30,7 @@ def matrices(largest: float) -> st.SearchStrategy[np.ndarray]:
 
 def kept_alone(rows: np.ndarray, encoding: str) -> np.ndarray:
     """What an encoding without a scale keeps."""
-    kept, scale = encode_rows(rows, encoding)
+    kept, scale = encoding_of(encoding).encode(rows)
     assert scale is None
     return kept
 
@@ -51,14 +52,14 @@ def as_bf16(value: np.float32) -> float:
 
 @given(matrices(float(np.finfo(np.float32).max)))
 def test_fp32_comes_back_exactly(rows: np.ndarray) -> None:
-    assert decode_rows(kept_alone(rows, "fp32"), "fp32").tobytes() == rows.tobytes()
+    assert encoding_of("fp32").decode(kept_alone(rows, "fp32")).tobytes() == rows.tobytes()
 
 
 @given(matrices(65504.0))
 def test_fp16_comes_back_within_half_an_ulp(rows: np.ndarray) -> None:
     kept = kept_alone(rows, "fp16")
     assert kept.dtype == np.float16
-    back = decode_rows(kept, "fp16")
+    back = encoding_of("fp16").decode(kept)
     assert back.dtype == np.float32
     ulp = np.ldexp(1.0, np.maximum(np.frexp(back)[1] - 1, -14) - 10)
     assert (np.abs(back.astype(np.float64) - rows) <= ulp / 2).all()
@@ -71,7 +72,7 @@ def test_every_finite_fp16_comes_back_with_its_own_value(width: int) -> None:
     kept = bits[np.isfinite(bits.view(np.float16))].view(np.float16)
     assert len(kept) == 63_488
     kept = kept[: len(kept) // width * width].reshape(-1, width)
-    back = decode_rows(kept, "fp16")
+    back = encoding_of("fp16").decode(kept)
     assert back.dtype == np.float32
     assert back.tobytes() == kept.astype(np.float32).tobytes()
 
@@ -79,7 +80,7 @@ def test_every_finite_fp16_comes_back_with_its_own_value(width: int) -> None:
 def test_fp16_rows_that_do_not_lie_together_come_back_too() -> None:
     kept = np.arange(60, dtype=np.float16).reshape(10, 6)
     for view in (kept[::2], kept[:, ::2], kept[:0], kept.T):
-        np.testing.assert_array_equal(decode_rows(view, "fp16"), view.astype(np.float32))
+        np.testing.assert_array_equal(encoding_of("fp16").decode(view), view.astype(np.float32))
 
 
 @given(matrices(BF16_MAX))
@@ -87,7 +88,7 @@ def test_fp16_rows_that_do_not_lie_together_come_back_too() -> None:
 def test_bf16_is_rounded_to_nearest_even(rows: np.ndarray) -> None:
     kept = kept_alone(rows, "bf16")
     assert kept.dtype == np.uint16
-    back = decode_rows(kept, "bf16")
+    back = encoding_of("bf16").decode(kept)
     assert back.dtype == np.float32
     assert back.ravel().tolist() == [as_bf16(value) for value in rows.ravel()]
 
@@ -95,8 +96,8 @@ def test_bf16_is_rounded_to_nearest_even(rows: np.ndarray) -> None:
 @pytest.mark.parametrize("encoding", EXACT)
 @given(data=st.data())
 def test_encoding_what_was_decoded_changes_nothing(encoding: str, data: st.DataObject) -> None:
-    kept = kept_alone(data.draw(matrices(LARGEST[encoding])), encoding)
-    assert kept_alone(decode_rows(kept, encoding), encoding).tobytes() == kept.tobytes()
+    kept = kept_alone(data.draw(matrices(encoding_of(encoding).largest)), encoding)
+    assert kept_alone(encoding_of(encoding).decode(kept), encoding).tobytes() == kept.tobytes()
 
 
 # int8
@@ -116,10 +117,10 @@ def rows_and_channels(draw: st.DrawFn) -> tuple[np.ndarray, Channels]:
 def test_int8_comes_back_within_half_a_step(case: tuple[np.ndarray, Channels]) -> None:
     """A step of a value is its row's scale times its channel's deviation; and float32 rounds what is computed."""
     rows, channels = case
-    kept, scale = encode_rows(rows, "int8", channels)
+    kept, scale = encoding_of("int8").encode(rows, channels)
     assert scale is not None
     assert (kept.dtype, scale.dtype, scale.shape) == (np.int8, np.float32, (len(rows),))
-    back = decode_rows(kept, "int8", scale, channels)
+    back = encoding_of("int8").decode(kept, scale, channels)
     assert back.dtype == np.float32
     step = scale[:, None].astype(np.float64) * channels.deviation
     size = np.abs(rows.astype(np.float64)) + np.abs(channels.mean.astype(np.float64)) + 127 * step
@@ -132,7 +133,7 @@ def test_an_int8_step_is_as_fine_as_127_allow_and_no_finer_than_a_29th_of_the_ro
     case: tuple[np.ndarray, Channels],
 ) -> None:
     rows, channels = case
-    kept, scale = encode_rows(rows, "int8", channels)
+    kept, scale = encoding_of("int8").encode(rows, channels)
     assert scale is not None
     standard = (rows.astype(np.float64) - channels.mean) / channels.deviation
     finest = np.maximum(np.abs(standard).max(axis=1) / 127, np.sqrt(np.square(standard).mean(axis=1)) / 29)
@@ -145,9 +146,9 @@ def test_an_int8_step_is_as_fine_as_127_allow_and_no_finer_than_a_29th_of_the_ro
 def test_a_row_at_the_channels_means_comes_back_exactly() -> None:
     channels = Channels(np.array([3, -500], np.float32), np.array([1, 20], np.float32))
     rows = np.tile(channels.mean, (3, 1))
-    kept, scale = encode_rows(rows, "int8", channels)
+    kept, scale = encoding_of("int8").encode(rows, channels)
     assert not kept.any()
-    np.testing.assert_array_equal(decode_rows(kept, "int8", scale, channels), rows)
+    np.testing.assert_array_equal(encoding_of("int8").decode(kept, scale, channels), rows)
 
 
 def outlier_rows(n_rows: int, d_model: int) -> np.ndarray:
@@ -169,11 +170,11 @@ def test_int8_leaves_at_most_2e_4_of_outlier_carrying_rows_unexplained() -> None
     rows = outlier_rows(4096, 768)
     first = rows[:512].astype(np.float64)
     channels = Channels.of_moments(first.mean(axis=0), np.square(first).mean(axis=0))
-    kept, scale = encode_rows(rows, "int8", channels)
-    assert unexplained(rows, decode_rows(kept, "int8", scale, channels)) <= 2e-4
+    kept, scale = encoding_of("int8").encode(rows, channels)
+    assert unexplained(rows, encoding_of("int8").decode(kept, scale, channels)) <= 2e-4
     plain = Channels(np.zeros(768, np.float32), np.ones(768, np.float32))
-    kept, scale = encode_rows(rows, "int8", plain)
-    assert unexplained(rows, decode_rows(kept, "int8", scale, plain)) > 2e-2
+    kept, scale = encoding_of("int8").encode(rows, plain)
+    assert unexplained(rows, encoding_of("int8").decode(kept, scale, plain)) > 2e-2
 
 
 def test_int8_takes_at_most_0_45_of_the_bytes_of_fp16() -> None:
@@ -183,7 +184,7 @@ def test_int8_takes_at_most_0_45_of_the_bytes_of_fp16() -> None:
     layout = Layout(4096, 4096, 1024)
     n_bytes = {}
     for encoding in ("fp16", "int8"):
-        kept = encode_rows(rows, encoding, channels)
+        kept = encoding_of(encoding).encode(rows, channels)
         arrays = zip(site_arrays("site", 768, encoding), (part for part in kept if part is not None), strict=True)
         n_bytes[encoding] = sum(len(shard_object(array, layout, part)) for array, part in arrays)
     assert n_bytes["int8"] <= 0.45 * n_bytes["fp16"]
@@ -220,9 +221,9 @@ def test_channels_come_back_from_their_table(case: tuple[np.ndarray, Channels]) 
 def test_int8_without_its_channels_is_a_mistake() -> None:
     rows = np.zeros((2, 3), np.float32)
     with pytest.raises(ValueError, match="int8 needs the channels' means and deviations"):
-        encode_rows(rows, "int8")
+        encoding_of("int8").encode(rows)
     with pytest.raises(ValueError, match="int8 needs the rows' scales"):
-        decode_rows(rows.astype(np.int8), "int8")
+        encoding_of("int8").decode(rows.astype(np.int8))
 
 
 # What is refused
@@ -233,14 +234,14 @@ def wide_channels(width: int) -> Channels:
     return Channels(np.zeros(width, np.float32), np.full(width, 1e25, np.float32))
 
 
-@pytest.mark.parametrize("encoding", ACTIVATION_ENCODINGS)
+@pytest.mark.parametrize("encoding", activation_encodings())
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 def test_a_value_that_is_not_finite_is_refused_with_its_place(encoding: str, value: float) -> None:
     rows = np.zeros((5, 4), np.float32)
     rows[3, 2] = rows[4, 0] = value
     message = rf"value {value} in channel 2 does not fit {encoding}; the model gave it"
     with pytest.raises(EncodingError, match=message) as error:
-        encode_rows(rows, encoding, wide_channels(4))
+        encoding_of(encoding).encode(rows, wide_channels(4))
     assert error.value.row == 3
 
 
@@ -248,13 +249,13 @@ def test_a_value_that_is_not_finite_is_refused_with_its_place(encoding: str, val
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_value_beyond_the_largest_is_refused_with_its_place_and_the_remedy(encoding: str, step: float, sign: int) -> None:
     rows = np.zeros((2, 3), np.float32)
-    rows[1, 1] = sign * LARGEST[encoding]
-    kept, scale = encode_rows(rows, encoding, wide_channels(3))
-    back = decode_rows(kept, encoding, scale, wide_channels(3))
+    rows[1, 1] = sign * encoding_of(encoding).largest
+    kept, scale = encoding_of(encoding).encode(rows, wide_channels(3))
+    back = encoding_of(encoding).decode(kept, scale, wide_channels(3))
     np.testing.assert_allclose(back, rows, rtol=0.01 if encoding == "int8" else 0)
     rows[1, 1] += sign * step
     with pytest.raises(EncodingError, match=rf"in channel 1 does not fit {encoding}; .*fp32") as error:
-        encode_rows(rows, encoding, wide_channels(3))
+        encoding_of(encoding).encode(rows, wide_channels(3))
     assert error.value.row == 1
 
 
@@ -262,15 +263,15 @@ def test_a_value_too_far_from_a_steady_channels_mean_is_refused_by_int8() -> Non
     """It is in range, its distance in deviations is not: kept, it would come back as anything."""
     channels = Channels(np.zeros(2, np.float32), np.array([1, 1e-30], np.float32))
     rows = np.array([[1, 1e-30], [1, 1e-13]], np.float32)
-    assert encode_rows(rows[:1], "int8", channels)[0].tolist() == [[29, 29]]
+    assert encoding_of("int8").encode(rows[:1], channels)[0].tolist() == [[29, 29]]
     with pytest.raises(EncodingError, match="in channel 1 does not fit int8") as error:
-        encode_rows(rows, "int8", channels)
+        encoding_of("int8").encode(rows, channels)
     assert error.value.row == 1
 
 
 def test_an_encoding_error_reaches_another_process_whole() -> None:
     with pytest.raises(EncodingError) as error:
-        encode_rows(np.array([[0], [np.nan]], np.float32), "fp16")
+        encoding_of("fp16").encode(np.array([[0], [np.nan]], np.float32))
     received = pickle.loads(pickle.dumps(error.value))
     assert type(received) is EncodingError
     assert (str(received), received.row) == (str(error.value), 1)
@@ -281,8 +282,8 @@ def test_an_encoding_error_reaches_another_process_whole() -> None:
 
 def test_integers_are_kept_as_they_are() -> None:
     values = np.array([0, 1, 65535], np.uint16)
-    assert decode_rows(values, "packed") is values
-    assert decode_rows(values, "raw") is values
+    assert encoding_of("packed").decode(values) is values
+    assert encoding_of("raw").decode(values) is values
 
 
 def test_golden_bytes_guard_the_format() -> None:
@@ -292,9 +293,9 @@ def test_golden_bytes_guard_the_format() -> None:
         "fp16": "0000 0080 003c 00c1 4842 043c 0c3c ff7b",
         "bf16": "0000 0080 803f 20c0 4940 803f 823f 8047",
     }
-    found = {name: kept_alone(rows, name).tobytes().hex(" ", ENCODINGS[name].itemsize) for name in golden}
+    found = {name: kept_alone(rows, name).tobytes().hex(" ", encoding_of(name).itemsize) for name in golden}
     assert found == golden
-    assert {name: (kind.dtype, kind.compressed) for name, kind in ENCODINGS.items()} == {
+    assert {name: (kind.dtype, kind.compressed) for name, kind in encodings().items()} == {
         "fp32": ("float32", False),
         "fp16": ("float16", False),
         "bf16": ("uint16", True),
@@ -309,11 +310,11 @@ def test_golden_int8_guards_the_format() -> None:
     takes 127 steps. Row 2 is at the means."""
     channels = Channels(np.array([10, 0, -4, 1] * 10, np.float32), np.array([2, 4, 0.5, 1] * 10, np.float32))
     rows = np.array([[12, -8, -3, 1] * 10, [-110, *channels.mean[1:]], channels.mean], np.float32)
-    kept, scale = encode_rows(rows, "int8", channels)
+    kept, scale = encoding_of("int8").encode(rows, channels)
     assert scale is not None
     assert kept.tolist() == [[19, -39, 39, 0] * 10, [-127, *[0] * 39], [0] * 40]
     np.testing.assert_allclose(scale, [1.5 / 29, 60 / 127, 1], rtol=1e-6)
-    back = decode_rows(kept, "int8", scale, channels)
+    back = encoding_of("int8").decode(kept, scale, channels)
     expected = channels.mean + kept * scale[:, None].astype(np.float64) * channels.deviation
     np.testing.assert_allclose(back, expected, rtol=1e-6)
     assert hashlib.sha256(kept.tobytes() + scale.tobytes()).hexdigest()[:16] == "19364504af11f2fb"

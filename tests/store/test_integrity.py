@@ -20,7 +20,7 @@ from actstore import paths
 from actstore.errors import DamagedStore, IdentityMismatch, LockedStore, NotAStore
 from actstore.files import record_bytes
 from actstore.folder import Folder
-from actstore.integrity import LEVELS, Survey, find_faults, repair
+from actstore.integrity import LEVELS, Inspection, find_faults, repair
 from actstore.reader import ActivationStore
 from actstore.records import Records
 from actstore.schema import PARTS
@@ -159,10 +159,10 @@ def test_a_healthy_store_has_no_fault_at_any_level_and_progress_counts_its_bytes
 ) -> None:
     for level in LEVELS:
         told: list[int] = []
-        survey = Survey(Folder(path))
-        assert survey.find(level, told.append) == []
+        inspection = Inspection(Folder(path))
+        assert inspection.find(level, told.append) == []
         objects = [data for name, data in whole.items() if name.startswith(("data.zarr/", "tokenizer/"))]
-        assert sum(told) == survey.n_bytes == sum(map(len, objects))
+        assert sum(told) == inspection.n_bytes == sum(map(len, objects))
         assert len(told) == len(objects), "each object is checked once"
 
 
@@ -216,16 +216,16 @@ def test_crc_finds_every_flip_inside_a_shards_chunks_and_index(own: Path, whole:
     for array in arrays.values():
         name = paths.shard_object(0, "train", array.name, 0, 1 + len(array.tail))
         data = whole[name]
-        survey = Survey(Folder(own))
-        survey.checks = [check for check in survey.checks if check.name == name]
-        assert survey.find("crc", int) == []
+        inspection = Inspection(Folder(own))
+        inspection.checks = [check for check in inspection.checks if check.name == name]
+        assert inspection.find("crc", int) == []
         index = np.frombuffer(data[-(16 * 4 + 4) : -4], "<u8").reshape(-1, 2)
         assert len(index) == SPEC.shard_rows // SPEC.chunk_rows
         edges = [*index[:, 0], *(index.sum(axis=1) - 4), *(index.sum(axis=1) - 1), len(data) - 4, len(data) - 1]
         middles = [*(index[:, 0] + index[:, 1] // 2), *range(len(data) - 68, len(data) - 4, 7)]
         for byte in [*map(int, edges), *map(int, middles)]:
             flip_bit(own / name, 8 * byte + byte % 8)
-            assert [fault.name for fault in survey.find("crc", int)] == [name], byte
+            assert [fault.name for fault in inspection.find("crc", int)] == [name], byte
             (own / name).write_bytes(data)
 
 

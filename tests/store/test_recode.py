@@ -15,7 +15,8 @@ import storekit
 from forkkit import PROCESSES
 from storekit import StoreSpec, build_segment, files_of, flip_bit, recode_and_die, write_store
 
-from actstore.codecs import CHANNEL_WINDOWS, Channels, decode_rows, encode_rows
+from actstore.encodings.channels import CHANNEL_WINDOWS, Channels
+from actstore.encodings.registry import encoding_of
 from actstore.errors import DamagedStore, EncodingError, IdentityMismatch, IncompleteStore, NoSpace, NotAStore, OutputExists
 from actstore.folder import Folder
 from actstore.integrity import find_faults, repair
@@ -87,8 +88,8 @@ def test_each_row_is_the_one_that_encoding_it_gives(path: Path, recoded: Recoded
         for shard, of_copy in zip(all_shards(source), all_shards(copy), strict=True):
             assert of_copy == shard
             own = copy.channels(shard.segment, f"acts/{site}") if encoding == "int8" else None
-            kept, scale = encode_rows(source.read(shard, f"acts/{site}"), encoding, own)
-            np.testing.assert_array_equal(copy.read(shard, f"acts/{site}"), decode_rows(kept, encoding, scale, own))
+            kept, scale = encoding_of(encoding).encode(source.read(shard, f"acts/{site}"), own)
+            np.testing.assert_array_equal(copy.read(shard, f"acts/{site}"), encoding_of(encoding).decode(kept, scale, own))
             if own is not None:
                 np.testing.assert_allclose(own.table, channels[shard.segment].table, rtol=1e-5)
 
@@ -255,8 +256,10 @@ def test_a_copy_of_what_was_rounded_names_its_source(recoded: Recoded, tmp_path:
     assert copy.store_id != ActivationStore(recoded(second)[0]).store_id
     for shard in all_shards(source):
         channels = copy.channels(shard.segment, f"acts/{SITES[0]}") if second == "int8" else None
-        kept, scale = encode_rows(source.read(shard, f"acts/{SITES[0]}"), second, channels)
-        np.testing.assert_array_equal(copy.read(shard, f"acts/{SITES[0]}"), decode_rows(kept, second, scale, channels))
+        kept, scale = encoding_of(second).encode(source.read(shard, f"acts/{SITES[0]}"), channels)
+        np.testing.assert_array_equal(
+            copy.read(shard, f"acts/{SITES[0]}"), encoding_of(second).decode(kept, scale, channels)
+        )
 
 
 def test_a_copy_of_a_copy_of_what_was_rounded_is_still_no_original(recoded: Recoded, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from storekit import (
     write_store,
 )
 
-from actstore.codecs import decode_rows, encode_rows
+from actstore.encodings.registry import encoding_of
 from actstore.errors import (
     DamagedStore,
     IdentityMismatch,
@@ -106,7 +106,7 @@ def test_each_row_read_back_is_the_one_computed_for_its_window_and_position(path
             rows = row_values(ids, SPEC.d_model)
             np.testing.assert_array_equal(store.read(shard, SITE), rows)
             np.testing.assert_array_equal(
-                store.read(shard, "acts/resid_post.1"), decode_rows(encode_rows(rows, "bf16")[0], "bf16")
+                store.read(shard, "acts/resid_post.1"), encoding_of("bf16").decode(encoding_of("bf16").encode(rows)[0])
             )
             seen.extend(ids.tolist())
         expected = planned_ids(SPEC, part)

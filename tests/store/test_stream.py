@@ -22,9 +22,10 @@ from storekit import CONTEXT, StoreSpec, build_segment, write_store
 
 from actstore import reader
 from actstore.arrays import read_table
-from actstore.codecs import decode_rows
+from actstore.encodings.registry import encoding_of
 from actstore.errors import DamagedStore, IdentityMismatch, InputError
-from actstore.reader import ActivationStore, Shard, SiteStatistics
+from actstore.moments import SiteStatistics
+from actstore.reader import ActivationStore, Shard
 from actstore.stream import BatchStream, Scaling
 
 SPEC = StoreSpec(n_segments=2, n_documents=90, document_tokens=20, shard_rows=128, chunk_rows=16)
@@ -415,7 +416,7 @@ def test_rows_as_kept_are_the_same_once_decoded(encoded: ActivationStore, site: 
     plain = BatchStream(encoded, site, 90, epochs=2)
     for batch, expected in zip(kept, plain, strict=True):
         assert batch.dtype == dtype
-        np.testing.assert_array_equal(decode_rows(batch, kept.array.encoding), expected)
+        np.testing.assert_array_equal(encoding_of(kept.array.encoding).decode(batch), expected)
     assert kept.state_dict() == plain.state_dict()
 
 

@@ -14,30 +14,33 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore.codecs import encode_rows
+from actstore import paths
+from actstore.encodings.registry import encoding_of
 from actstore.layout import MIN_SHARDS, Layout, choose_layout
-from actstore.moments import Moments
+from actstore.moments import RowMoments
 from actstore.plan import PartPlan
 from actstore.schema import (
     PARTS,
+    ROW_PLACE_ARRAYS,
     CorpusIdentity,
     Manifest,
     ModelIdentity,
     PartRecord,
-    RowArray,
     SegmentRecord,
     WindowPolicy,
+    code_arrays,
     site_arrays,
+    site_values,
 )
+from actstore.tables import Tables, channel_tables, text_tables, window_tables
 from actstore.writer import StoreWriter, write_shard
 
 SITE = "resid_post.0"
 CONTEXT = 128
 CHANNEL_ROWS = 4096
-"""How many of the first rows measure the channels of an int8 store."""
+"""How many of the first rows measure the channels, where the encoding needs them."""
 
 Rows = Callable[[int, int], NDArray[np.float32]]
-Tables = dict[str, NDArray[Any]]
 
 
 def write_made_store(
@@ -59,12 +62,12 @@ def write_made_store(
     """
     sample = rows(0, min(n_rows, CHANNEL_ROWS))
     d_model = sample.shape[1]
-    channels = _moments(sample).channels()
-    manifest = _manifest(d_model, corpus, encoding, seed)
+    channels, kept_as = _moments(sample).channels(), encoding_of(encoding)
+    manifest = made_manifest(d_model, corpus, encoding, seed)
     n_rows_of = dict(zip(PARTS, (n_rows, n_heldout), strict=True))
     parts, plans, own = _plan(manifest, n_rows_of)
-    if encoding == "int8":
-        own[f"channels/{SITE}"] = channels.table
+    if kept_as.needs_channels:
+        own |= channel_tables({SITE: channels})
     n_documents = sum(count > 0 for count in n_rows_of.values())
     record = SegmentRecord(manifest.store_id, 0, 0, 0, n_documents, 0, n_documents, n_rows + n_heldout, 0, parts, {}, {})
     with StoreWriter.open(path, manifest, {"tokenizer.json": b"{}"}) as writer:
@@ -73,10 +76,7 @@ def write_made_store(
             start, stop = segment.parts[part].layout.shard_range(shard)
             first = n_rows if part == PARTS[1] else 0
             made = rows(first + start, first + stop)
-            kept, scale = encode_rows(made, encoding, channels)
-            arrays = {**_places(plans[part], shard), f"acts/{SITE}": kept}
-            if scale is not None:
-                arrays[f"scales/{SITE}"] = scale
+            arrays = _places(plans[part], shard) | site_values(SITE, made, kept_as, channels)
             write_shard(writer.place, manifest, segment, part, shard, arrays, {"stats": {SITE: _moments(made).record()}})
         if not writer.is_sealed(segment):
             writer.seal(segment)
@@ -100,10 +100,11 @@ def write_made_codes(
     """
     k = codes(0, 1)[0].shape[1]
     index_dtype = np.min_scalar_type(n_features - 1).name
-    arrays = (RowArray("codes/index", k, index_dtype, "packed"), RowArray("codes/value", k, value_dtype, "packed"))
-    manifest = _manifest(1, CorpusIdentity("made-up", "0" * 64), "fp32", seed)
+    manifest = made_manifest(1, CorpusIdentity("made-up", "0" * 64), "fp32", seed)
     source = {"store_id": "none", "snapshot": "none", "run_id": "none", "site": SITE, "n_features": n_features}
-    manifest = replace(manifest, kind="codes", arrays=(*manifest.arrays[:2], *arrays), source=source)
+    manifest = replace(
+        manifest, kind="codes", arrays=(*ROW_PLACE_ARRAYS, *code_arrays(k, index_dtype, value_dtype)), source=source
+    )
     parts, plans, tables = _plan(manifest, dict(zip(PARTS, (n_rows, n_heldout), strict=True)), shard_rows)
     n_documents = 1 + (n_heldout > 0)
     record = SegmentRecord(manifest.store_id, 0, 0, 0, n_documents, 0, n_documents, n_rows + n_heldout, 0, parts, {}, {})
@@ -113,28 +114,25 @@ def write_made_codes(
             start, stop = segment.parts[part].layout.shard_range(shard)
             first = n_rows if part == PARTS[1] else 0
             indices, values = codes(first + start, first + stop)
-            found = _places(plans[part], shard)
-            order = np.lexsort((found["rows/position"], found["rows/window"]))
-            own = {name: column[order] for name, column in found.items()}
-            own |= {"codes/index": indices.astype(index_dtype), "codes/value": values.astype(value_dtype)}
+            places = _places(plans[part], shard)
+            order = np.lexsort((places[paths.POSITION], places[paths.WINDOW]))
+            own = {name: column[order] for name, column in places.items()}
+            own |= {paths.CODE_INDEX: indices.astype(index_dtype), paths.CODE_VALUE: values.astype(value_dtype)}
             write_shard(writer.place, manifest, segment, part, shard, own, {"stats": {}, "rows_cut": 0, "codes_cut": 0})
         if not writer.is_sealed(segment):
             writer.seal(segment)
     return path
 
 
-def _manifest(d_model: int, corpus: CorpusIdentity, encoding: str, seed: int) -> Manifest:
+def made_manifest(d_model: int, corpus: CorpusIdentity, encoding: str, seed: int) -> Manifest:
+    """The manifest of a store of one made-up site, `resid_post.0`."""
     return Manifest(
         kind="activations",
         model=ModelIdentity("made-up", 1, d_model, "0" * 64),
         tokenizer_sha256="0" * 64,
         corpus=corpus,
         policy=WindowPolicy(CONTEXT, True, "packed", False, 0, 0),
-        arrays=(
-            RowArray("rows/window", 0, "uint32", "raw"),
-            RowArray("rows/position", 0, "uint16", "raw"),
-            *site_arrays(SITE, d_model, encoding),
-        ),
+        arrays=(*ROW_PLACE_ARRAYS, *site_arrays(SITE, d_model, encoding)),
         compute_dtype="fp32",
         seed=seed,
         provenance={"model": "made-up"},
@@ -147,12 +145,12 @@ def _plan(
     """How the splits are cut, which token each row stands at, and the tables of the text that this makes."""
     stride = manifest.policy.stride
     offsets = np.concatenate([[0], np.cumsum([count + 1 for count in n_rows.values() if count])])
-    tables: Tables = {
-        "tokens/ids": np.ones(offsets[-1], np.uint16),  # a document ends with a separator
-        "documents/offsets": offsets,
-        "documents/heldout": np.arange(len(offsets) - 1).astype(np.uint8),
-        "documents/source": np.frombuffer("\n".join(part for part in PARTS if n_rows[part]).encode(), np.uint8),
-    }
+    tables = text_tables(
+        np.ones(offsets[-1], np.uint16),  # a document ends with a separator
+        offsets,
+        np.arange(len(offsets) - 1).astype(np.uint8),
+        [part for part in PARTS if n_rows[part]],
+    )
     parts, plans, first_token = {}, {}, 0
     for index, part in enumerate(PARTS):
         starts = np.arange(0, n_rows[part], stride, dtype=np.int64)
@@ -162,11 +160,7 @@ def _plan(
             layout = Layout(n_rows[part], shard_rows, shard_rows)
         plans[part] = PartPlan.build(manifest.seed, 0, index, layout, counts)
         parts[part] = PartRecord(len(counts), layout.n_rows, layout.shard_rows, layout.chunk_rows)
-        tables |= {
-            f"{part}/windows/token_start": starts + first_token,
-            f"{part}/windows/n_tokens": counts.astype(np.uint32),
-            f"{part}/windows/first_row": plans[part].first_rows,
-        }
+        tables |= window_tables(part, starts + first_token, counts, plans[part].first_rows)
         first_token += n_rows[part] + 1
     return parts, plans, tables
 
@@ -176,12 +170,12 @@ def _places(plan: PartPlan, shard: int) -> Tables:
     row = plan.row_order(shard) + plan.layout.shard_range(shard)[0]
     place = np.searchsorted(plan.row_bounds, row, side="right") - 1
     return {
-        "rows/window": plan.window_order[place].astype(np.uint32),
-        "rows/position": (1 + row - plan.row_bounds[place]).astype(np.uint16),
+        paths.WINDOW: plan.window_order[place].astype(np.uint32),
+        paths.POSITION: (1 + row - plan.row_bounds[place]).astype(np.uint16),
     }
 
 
-def _moments(rows: NDArray[np.float32]) -> Moments:
-    moments = Moments(rows.shape[1])
+def _moments(rows: NDArray[np.float32]) -> RowMoments:
+    moments = RowMoments(rows.shape[1])
     moments.update(rows)
     return moments

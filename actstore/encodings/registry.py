@@ -1,0 +1,39 @@
+"""The encodings by name. A new one is one file of this package: a module that has an `ENCODING`."""
+
+from __future__ import annotations
+
+import pkgutil
+from functools import cache
+from importlib import import_module
+
+import actstore.encodings
+from actstore.encodings.base import Encoding
+
+
+@cache
+def encodings() -> dict[str, Encoding]:
+    """Every encoding by its name.
+
+    >>> encodings()["fp16"].largest
+    65504.0
+    """
+    package = actstore.encodings
+    modules = [import_module(f"{package.__name__}.{module.name}") for module in pkgutil.iter_modules(package.__path__)]
+    kinds = [module.ENCODING for module in modules if hasattr(module, "ENCODING")]
+    return {kind.name: kind for kind in kinds}
+
+
+@cache
+def activation_encodings() -> tuple[str, ...]:
+    """The names that `collect --encoding` offers, in the order in which they are offered.
+
+    >>> activation_encodings()
+    ('fp16', 'fp32', 'bf16', 'int8')
+    """
+    places = [(kind.offered, kind.name) for kind in encodings().values() if kind.offered is not None]
+    return tuple(name for _, name in sorted(places))
+
+
+def encoding_of(name: str) -> Encoding:
+    """The encoding that a manifest names."""
+    return encodings()[name]
