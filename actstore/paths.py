@@ -12,7 +12,7 @@ TABLES = (TOKEN_IDS, DOCUMENT_OFFSETS, DOCUMENT_HELDOUT, DOCUMENT_SOURCE)
 TOKEN_START, N_TOKENS, FIRST_ROW = WINDOW_TABLES = ("token_start", "n_tokens", "first_row")
 WINDOW, POSITION = ROW_PLACES = ("rows/window", "rows/position")
 """The row arrays that say where each row stands."""
-CODE_INDEX, CODE_VALUE = "codes/index", "codes/value"
+CODE_INDEX, CODE_VALUE = CODES = "codes/index", "codes/value"
 """The row arrays of a code store."""
 _ACTS, _SCALES, _CHANNELS = "acts/", "scales/", "channels/"
 INDEX = f"{DATA}/index"

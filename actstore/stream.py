@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import paths
+from actstore.encodings.registry import computed_encodings
 from actstore.errors import IdentityMismatch, InputError
 from actstore.layout import ROUND_BUDGET_BYTES
 from actstore.plan import chunk_sequence, round_order, rounds
@@ -103,7 +104,8 @@ class BatchStream:
         self.as_kept = as_kept
         self.scaling = Scaling.recorded(store, site, normalise)
         if as_kept and (self.scaling is not None or self.encoding.float_dtype is None):
-            raise InputError("as_kept: int8 rows and normalised ones are computed; leave as_kept out.")
+            names = ", ".join(computed_encodings())
+            raise InputError(f"as_kept: {names} rows and normalised ones are computed; leave as_kept out.")
         n_chunks = sum(shard.n_chunks for shard in self.shards)
         if n_ranks > n_chunks:
             raise InputError(f"{store.place}: has {n_chunks} {part} chunks for {n_ranks} ranks; use fewer, or collect more.")

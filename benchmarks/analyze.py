@@ -50,9 +50,11 @@ import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 
+from actstore import paths
 from actstore.open_place import open_place
 from actstore.reader import Shard
-from actstore.schema import PARTS, CorpusIdentity, PartRecord, RowArray, SegmentRecord
+from actstore.schema import PARTS, ROW_PLACE_ARRAYS, CorpusIdentity, PartRecord, SegmentRecord, code_arrays
+from actstore.tables import text_tables, window_tables
 from actstore.writer import StoreWriter, write_shard
 from pipelines.analysis.stage import AnalyzeConfig, analyze
 from pipelines.analysis.survey.held_codes import countable, forget_codes
@@ -99,15 +101,11 @@ def write_codes(path: Path, n_rows: int) -> CodeStore:
     codec, files = load_tokenizer(str(model_path()))
     manifest = made_manifest(1, CorpusIdentity("zipf codes", "0" * 64), "fp32", 0)
     policy = replace(manifest.policy, bos_token_id=codec.bos_token_id, separator_token_id=codec.separator_token_id)
-    index, value = (
-        RowArray("codes/index", K, np.min_scalar_type(FEATURES - 1).name, "packed"),
-        RowArray("codes/value", K, "float32", "packed"),
-    )
     manifest = replace(
         manifest,
         kind="codes",
         policy=policy,
-        arrays=(*manifest.arrays[:2], index, value),
+        arrays=(*ROW_PLACE_ARRAYS, *code_arrays(K, np.min_scalar_type(FEATURES - 1).name, "float32")),
         source={"store_id": "none", "snapshot": "none", "run_id": "none", "site": "none", "n_features": FEATURES},
         provenance={"model": "made-up", "run": "none", "store": "none"},
     )
@@ -117,17 +115,15 @@ def write_codes(path: Path, n_rows: int) -> CodeStore:
     offsets = np.append(np.arange(0, n_rows, DOCUMENT_ROWS), n_rows).astype(np.int64)
     n_vocabulary = codec.backend.get_vocab_size()
     empty = np.empty(0, np.int64)
-    tables: dict[str, NDArray[Any]] = {
-        "tokens/ids": (np.random.default_rng(0).random(n_rows) ** 3 * n_vocabulary).astype(np.uint16),
-        "documents/offsets": offsets,
-        "documents/heldout": np.zeros(len(offsets) - 1, np.uint8),
-        "documents/source": np.frombuffer("\n".join(f"part{i % 7}/{i}" for i in range(len(offsets) - 1)).encode(), np.uint8),
-        "train/windows/token_start": starts,
-        "train/windows/n_tokens": lengths.astype(np.uint32),
-        "train/windows/first_row": starts,
-        "heldout/windows/token_start": empty,
-        "heldout/windows/n_tokens": empty.astype(np.uint32),
-        "heldout/windows/first_row": empty,
+    tables = {
+        **text_tables(
+            (np.random.default_rng(0).random(n_rows) ** 3 * n_vocabulary).astype(np.uint16),
+            offsets,
+            np.zeros(len(offsets) - 1, np.uint8),
+            [f"part{i % 7}/{i}" for i in range(len(offsets) - 1)],
+        ),
+        **window_tables("train", starts, lengths, starts),
+        **window_tables("heldout", empty, empty, empty),
     }
     shard_rows = min(SHARD_ROWS, -(-n_rows // CHUNK_ROWS) * CHUNK_ROWS)
     counts = (len(starts), n_rows), (0, 0)
@@ -140,8 +136,8 @@ def write_codes(path: Path, n_rows: int) -> CodeStore:
             row = np.arange(*parts[part].layout.shard_range(shard))
             indices, values = zipf_codes(len(row), shard, FEATURES, K)
             places = {
-                "rows/window": (row // stride).astype(np.uint32),
-                "rows/position": (row % stride + 1).astype(np.uint16),
+                paths.WINDOW: (row // stride).astype(np.uint32),
+                paths.POSITION: (row % stride + 1).astype(np.uint16),
             }
             arrays = {**places, "codes/index": indices, "codes/value": values}
             write_shard(writer.place, manifest, segment, part, shard, arrays, {"stats": {}})

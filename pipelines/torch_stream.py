@@ -20,6 +20,7 @@ from torch import Tensor, distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
 from actstore import paths
+from actstore.encodings.registry import computed_encodings
 from actstore.errors import InputError
 from actstore.layout import ROUND_BUDGET_BYTES
 from actstore.reader import ActivationStore
@@ -67,7 +68,8 @@ class ActivationDataset(IterableDataset[Tensor]):
         kept_dtype = self.store.manifest.array(paths.acts(site)).kept_as.float_dtype
         computed = normalise != "none" or kept_dtype is None
         if dtype is None and computed:
-            raise InputError("dtype None: int8 rows and normalised ones are computed; choose a dtype.")
+            names = ", ".join(computed_encodings())
+            raise InputError(f"dtype None: {names} rows and normalised ones are computed; choose a dtype.")
         self.options["as_kept"] = not computed
         self._batch_dtype: torch.dtype = torch.float32 if computed else getattr(torch, str(kept_dtype))
 

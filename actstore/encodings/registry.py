@@ -34,6 +34,15 @@ def activation_encodings() -> tuple[str, ...]:
     return tuple(name for _, name in sorted(places))
 
 
+def computed_encodings() -> tuple[str, ...]:
+    """The offered names whose rows are computed, and cannot be handed out as kept.
+
+    >>> computed_encodings()
+    ('int8',)
+    """
+    return tuple(name for name in activation_encodings() if encoding_of(name).float_dtype is None)
+
+
 def encoding_of(name: str) -> Encoding:
     """The encoding that a manifest names."""
     return encodings()[name]

@@ -127,7 +127,7 @@ def build_segment(spec: StoreSpec, index: int) -> Segment:
         tables[f"{part}/windows/n_tokens"] = n_tokens.astype(np.uint16)
         tables[f"{part}/windows/first_row"] = plans[part].first_rows
     for site, kind in spec.sites:
-        if kind == "int8":
+        if encoding_of(kind).needs_channels:
             tables[f"channels/{site}"] = CHANNELS(spec.d_model).table
     record = SegmentRecord(
         store_id=spec.manifest.store_id,
