@@ -139,7 +139,7 @@ def write_codes(path: Path, n_rows: int) -> CodeStore:
                 paths.WINDOW: (row // stride).astype(np.uint32),
                 paths.POSITION: (row % stride + 1).astype(np.uint16),
             }
-            arrays = {**places, "codes/index": indices, "codes/value": values}
+            arrays = {**places, paths.CODE_INDEX: indices, paths.CODE_VALUE: values}
             write_shard(writer.place, manifest, segment, part, shard, arrays, {"stats": {}})
         writer.seal(segment)
     return CodeStore(path)

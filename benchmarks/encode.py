@@ -24,6 +24,7 @@ from statistics import median
 import torch
 from distributed import Client
 
+from actstore import paths
 from actstore.reader import ActivationStore
 from benchmarks.madestore import SITE, make_store
 from pipelines.codes.code_store import CodeStore, read_codes
@@ -81,7 +82,7 @@ def save_made_run(path: Path, store: ActivationStore) -> None:
 def bare_product(store: ActivationStore, weight: torch.Tensor, dtype: torch.dtype) -> Callable[[], None]:
     """x · W_encᵀ of as many rows as the store has."""
     block_rows = BLOCK_ROWS * 2 // dtype.itemsize
-    rows = torch.from_numpy(store.read(store.shards()[0], f"acts/{SITE}", 0, block_rows)).to(dtype)
+    rows = torch.from_numpy(store.read(store.shards()[0], paths.acts(SITE), 0, block_rows)).to(dtype)
     weight, n_blocks = weight.to(dtype), -(-store.n_rows() // block_rows)
     out = torch.empty(len(rows), len(weight), dtype=dtype)
 

@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 
+from actstore import paths
 from actstore.encodings.registry import activation_encodings
 from actstore.reader import ActivationStore
 from actstore.recode import recode_store
@@ -41,14 +42,14 @@ LARGEST_SHARE, LARGEST_FVU, LARGEST_FVE_POINTS = 0.45, 2e-4, 0.2
 def outlier_rows_table(folder: Path) -> dict[str, dict[str, float]]:
     """Bytes a row and unexplained variance of each encoding, on rows with outlier dimensions."""
     source = ActivationStore(make_store(folder / "fp32", N_ROWS, D_MODEL, "fp32"))
-    exact = np.concatenate([source.read(shard, f"acts/{SITE}") for shard in source.shards()]).astype(np.float64)
+    exact = np.concatenate([source.read(shard, paths.acts(SITE)) for shard in source.shards()]).astype(np.float64)
     plain = np.setdiff1d(np.arange(D_MODEL), [channel for channel, _, _ in OUTLIERS])
     found = {}
     for encoding in activation_encodings():
         if encoding != "fp32":
             recode_store(folder / "fp32", folder / encoding, encoding)
         store = ActivationStore(folder / encoding)
-        kept = np.concatenate([store.read(shard, f"acts/{SITE}") for shard in store.shards()])
+        kept = np.concatenate([store.read(shard, paths.acts(SITE)) for shard in store.shards()])
         n_bytes = sum(size for name, size in store.place.names().items() if f"/acts/{SITE}" in name or "/scales/" in name)
         total = np.square(exact - exact.mean(axis=0))
         missed = np.square(exact - kept)

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from actstore import paths
 from actstore.reader import ActivationStore
 from actstore.stream import BatchStream
 from benchmarks.peers.environments import PeerFailed, Peers, add_options, choose
@@ -70,7 +71,7 @@ def own_recipe(n_rows: int, features: int, k: int) -> Recipe:
 def write_rows(store: ActivationStore, site: str, n_rows: int, batch: int, seed: int, path: Path) -> None:
     """The first whole batches of a shuffled stream, as one .npy of the store's precision."""
     n_batches = n_rows // batch
-    dtype = np.float16 if store.manifest.array(f"acts/{site}").encoding == "fp16" else np.float32
+    dtype = np.float16 if store.manifest.array(paths.acts(site)).encoding == "fp16" else np.float32
     out = np.lib.format.open_memmap(path, "w+", dtype, (n_batches * batch, store.d_model(site)))
     for index, x in enumerate(islice(BatchStream(store, site, batch, seed=seed), n_batches)):
         out[index * batch : (index + 1) * batch] = x

@@ -7,6 +7,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from actstore import paths
 from actstore.reader import Shard, Store
 
 
@@ -22,14 +23,14 @@ class CodeStore(Store):
 
     @property
     def k(self) -> int:
-        return self.manifest.array("codes/index").width
+        return self.manifest.array(paths.CODE_INDEX).width
 
 
 def read_codes(
     codes: CodeStore, shard: Shard, start: int = 0, stop: int | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """(indices, values), each (rows, k), of rows [start, stop) of a shard; float32, however they are kept."""
-    indices, values = (codes.read(shard, f"codes/{name}", start, stop) for name in ("index", "value"))
+    indices, values = (codes.read(shard, name, start, stop) for name in paths.CODES)
     return indices.astype(np.int64), values.astype(np.float32, copy=False)
 
 

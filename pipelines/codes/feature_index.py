@@ -84,7 +84,7 @@ def index_layout(n_entries: int) -> Layout:
 def index_arrays(codes: CodeStore, n_rows: int) -> tuple[RowArray, RowArray]:
     """`rows` and `values` of an index over that many rows."""
     row_dtype = np.min_scalar_type(max(n_rows - 1, 0)).name
-    value_dtype = codes.manifest.array("codes/value").dtype
+    value_dtype = codes.manifest.array(paths.CODE_VALUE).dtype
     return RowArray("rows", 0, row_dtype, "packed"), RowArray("values", 0, value_dtype, "packed")
 
 
@@ -159,8 +159,8 @@ class FeatureIndex:
             shard, mine = self.numbers.shards[number], np.flatnonzero((which == number) & (chunk == own))
             inside = place[mine] - own * shard.chunk_rows
             found.segment[mine] = shard.segment
-            found.window[mine] = self.codes.read_chunk(shard, "rows/window", own)[inside]
-            found.position[mine] = self.codes.read_chunk(shard, "rows/position", own)[inside]
+            found.window[mine] = self.codes.read_chunk(shard, paths.WINDOW, own)[inside]
+            found.position[mine] = self.codes.read_chunk(shard, paths.POSITION, own)[inside]
         parts = np.array([(shard.segment, PARTS.index(shard.part)) for shard in self.numbers.shards]).reshape(-1, 2)[which]
         for segment, part in np.unique(parts, axis=0).tolist():
             self._texts(segment, PARTS[part], found, np.flatnonzero((parts == (segment, part)).all(axis=1)))
@@ -169,12 +169,11 @@ class FeatureIndex:
     def _texts(self, segment: int, part: str, found: RowPlaces, mine: NDArray[np.int64]) -> None:
         """Fill in token and document of rows of one part whose window and position are known."""
         policy = self.codes.manifest.policy
-        starts = self.codes.table_at(segment, f"{part}/windows/token_start", found.window[mine])
-        offset = found.position[mine] - int(policy.bos)
-        token = starts + np.maximum(offset, 0)
-        ids = self.codes.table_at(segment, "tokens/ids", token).astype(np.int64)
-        found.token_index[mine] = np.where(offset >= 0, token, -1)
-        found.token[mine] = np.where(offset >= 0, ids, policy.bos_token_id)
+        starts = self.codes.table_at(segment, paths.window_table(part, paths.TOKEN_START), found.window[mine])
+        token = policy.token_at(starts, found.position[mine])
+        ids = self.codes.table_at(segment, paths.TOKEN_IDS, token).astype(np.int64)
+        found.token_index[mine] = index = policy.token_index(starts, found.position[mine])
+        found.token[mine] = np.where(index >= 0, ids, policy.bos_token_id)
         found.document[mine] = self.codes.documents_of(segment, token)
 
     def _range(self, feature: int) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from actstore import paths
 from actstore.errors import EncodingError, IdentityMismatch, InputError
 from actstore.open_place import absolute, open_place
 from actstore.reader import ActivationStore, Shard, Store
-from actstore.schema import PARTS, Manifest, RowArray
+from actstore.schema import PARTS, ROW_PLACE_ARRAYS, Manifest, code_arrays
 from actstore.writer import StoreWriter, require_store_place, write_shard
 from pipelines.codes.build_index import build_index, index_bytes_of
 from pipelines.codes.code_store import CodeStore
@@ -113,14 +113,14 @@ def encode_shard(
     store, sae, record = _opened(store_url, run_path, snapshot, run_id)
     target = Store(out, partial=True)
     shard = next(s for s in store.shards(part) if (s.segment, s.index) == (segment, index))
-    window, position = store.read(shard, "rows/window"), store.read(shard, "rows/position")
+    window, position = store.read(shard, paths.WINDOW), store.read(shard, paths.POSITION)
     order = np.lexsort((position, window))
-    index_array, value_array = target.manifest.array("codes/index"), target.manifest.array("codes/value")
+    index_array, value_array = target.manifest.array(paths.CODE_INDEX), target.manifest.array(paths.CODE_VALUE)
     kernel = target.manifest.source.get("kernel", EXACT_KERNEL)
     indices = np.empty((shard.n_rows, record.code_width), index_array.dtype)
     values = np.empty((shard.n_rows, record.code_width), value_array.dtype)
     rows_cut = codes_cut = 0
-    for start, rows in _blocks(store, shard, f"acts/{record.site}"):
+    for start, rows in _blocks(store, shard, paths.acts(record.site)):
         with torch.inference_mode():
             codes = sae.codes(torch.from_numpy(rows), kernel)
             found_values, found_indices = codes.padded(record.code_width)
@@ -132,8 +132,8 @@ def encode_shard(
         except EncodingError as error:
             place = f"segment {segment}, {part} shard {index}, row {start + error.row}"
             raise EncodingError(f"{out}: {place}: {error}", start + error.row) from error
-    arrays = {"rows/window": window[order], "rows/position": position[order]}
-    arrays |= {"codes/index": indices[order], "codes/value": values[order]}
+    arrays = {paths.WINDOW: window[order], paths.POSITION: position[order]}
+    arrays |= {paths.CODE_INDEX: indices[order], paths.CODE_VALUE: values[order]}
     write_shard(
         target.place,
         target.manifest,
@@ -196,10 +196,8 @@ def _manifest(store: ActivationStore, record: RunRecord, config: EncodeConfig) -
         store.manifest,
         kind="codes",
         arrays=(
-            RowArray("rows/window", 0, "uint32", "raw"),
-            RowArray("rows/position", 0, "uint16", "raw"),
-            RowArray("codes/index", record.code_width, index_dtype, "packed"),
-            RowArray("codes/value", record.code_width, VALUE_DTYPES[config.value_dtype], "packed"),
+            *ROW_PLACE_ARRAYS,
+            *code_arrays(record.code_width, index_dtype, VALUE_DTYPES[config.value_dtype]),
         ),
         source={
             "store_id": store.store_id,

@@ -15,6 +15,7 @@ import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 
+from actstore import paths
 from actstore.errors import IdentityMismatch, InputError
 from actstore.reader import ActivationStore, Shard, Store
 from actstore.schema import PARTS
@@ -43,7 +44,7 @@ def encoded_source(url: str, sae: Sae, record: RunRecord, path: Path) -> Source:
     size = batch_rows(record.n_features)
 
     def codes_of(shard: Shard, rows: NDArray[np.int64]) -> sp.csr_array:
-        x = store.read(shard, f"acts/{record.site}")[rows]
+        x = store.read(shard, paths.acts(record.site))[rows]
         pieces = []
         with torch.inference_mode():
             for start in range(0, len(x), size):
@@ -99,8 +100,8 @@ def shared_codes(sources: list[Source], n_rows: int) -> list[sp.csr_array]:
 
 def row_keys(store: Store, shard: Shard) -> Keys:
     """(n_rows,) a number for where each row of a shard stands, which all stores of the same text share."""
-    window = store.read(shard, "rows/window").astype(np.int64)
-    position = store.read(shard, "rows/position").astype(np.int64)
+    window = store.read(shard, paths.WINDOW).astype(np.int64)
+    position = store.read(shard, paths.POSITION).astype(np.int64)
     segment = shard.segment * len(PARTS) + PARTS.index(shard.part)
     return (segment << 48) | (window << POSITION_BITS) | position
 
@@ -130,7 +131,7 @@ def _shards(store: Store) -> list[Shard]:
 def _require_same_text(one: Store, other: Store) -> None:
     """Raises IdentityMismatch unless the segments that both have hold the same tokens in the same windows."""
     for mine, theirs in zip(one.segments, other.segments, strict=False):
-        for name in ("tokens/ids", *(f"{part}/windows/token_start" for part in PARTS)):
+        for name in (paths.TOKEN_IDS, *(paths.window_table(part, paths.TOKEN_START) for part in PARTS)):
             if not np.array_equal(one.table(mine.index, name), other.table(theirs.index, name)):
                 raise IdentityMismatch(
                     f"{one.url} and {other.url}: hold other text, or other windows of it ({name} of segment {mine.index} "

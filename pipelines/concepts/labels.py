@@ -23,6 +23,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from actstore import paths
 from actstore.errors import InputError
 from actstore.reader import Shard, Store
 from actstore.schema import PARTS
@@ -112,8 +113,8 @@ def stored_documents(store: Store) -> list[StoredDocument]:
     last: dict[str, int] = {}  # of each part, which one may go on in the next segment
     for segment in store.segments:
         names = store.document_names(segment.index)
-        offsets = store.table(segment.index, "documents/offsets").tolist()
-        heldout = store.table(segment.index, "documents/heldout")
+        offsets = store.table(segment.index, paths.DOCUMENT_OFFSETS).tolist()
+        heldout = store.table(segment.index, paths.DOCUMENT_HELDOUT)
         before, last = last, {}
         for i, name in enumerate(names):
             part = PARTS[int(heldout[i])]
@@ -245,7 +246,7 @@ def _with_bytes(
 ) -> Iterator[tuple[StoredDocument, list[bytes]]]:
     """Each document, and the bytes that each of its tokens stands for."""
     pieces = codec.token_bytes()
-    ids = [store.table(segment.index, "tokens/ids") for segment in store.segments]
+    ids = [store.table(segment.index, paths.TOKEN_IDS) for segment in store.segments]
     for document in documents:
         yield document, [pieces[i] for segment, start, stop in document.spans for i in ids[segment][start:stop]]
 
@@ -256,7 +257,7 @@ def _text(token_bytes: list[bytes]) -> str:
 
 def _table(store: Store, documents: list[StoredDocument], names: tuple[str, ...], places: Places) -> LabelTable:
     """Labels of documents as labels of the token tables, separators and other documents without any."""
-    sizes = [len(store.table(segment.index, "tokens/ids")) for segment in store.segments]
+    sizes = [len(store.table(segment.index, paths.TOKEN_IDS)) for segment in store.segments]
     halves = [np.zeros(n, np.bool_) for n in sizes]
     for document in documents:
         for segment, start, stop in document.spans:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actstore import paths
 from actstore.reader import Shard
 from pipelines.concepts.absorption import Absorption, Moments, Probes, ScoreHistogram
 from pipelines.concepts.labels import SegmentLabels, shard_labels
@@ -59,7 +60,7 @@ def shard_moments(rows: Subject, shard: Shard, labels: SegmentLabels) -> Moments
     store = rows.open()
     holds, half = shard_labels(store, shard, labels)
     mine = np.flatnonzero(~half)
-    values = store.read(shard, f"acts/{rows.site}")
+    values = store.read(shard, rows.acts)
     moments = Moments(holds.shape[1], values.shape[1])
     moments.update(values[mine], holds[mine])
     return moments
@@ -70,7 +71,7 @@ def shard_scores(rows: Subject, shard: Shard, labels: SegmentLabels, probes: Pro
     store = rows.open()
     holds, half = shard_labels(store, shard, labels)
     histogram = ScoreHistogram(holds.shape[1])
-    histogram.update(probes.scores(store.read(shard, f"acts/{rows.site}")), holds.toarray() > 0, half)
+    histogram.update(probes.scores(store.read(shard, rows.acts)), holds.toarray() > 0, half)
     return histogram
 
 
@@ -85,12 +86,12 @@ def shard_absorption(
     probes, thresholds, mains, along = shared
     coded, store = codes.open(), rows.open()
     source = next(s for s in store.shards(shard.part) if (s.segment, s.index) == (shard.segment, shard.index))
-    window, position = store.read(source, "rows/window"), store.read(source, "rows/position")
+    window, position = store.read(source, paths.WINDOW), store.read(source, paths.POSITION)
     order = np.lexsort((position, window))  # as the codes of a shard are
-    assert np.array_equal(coded.read(shard, "rows/window"), window[order])
+    assert np.array_equal(coded.read(shard, paths.WINDOW), window[order])
     holds, half = shard_labels(coded, shard, labels)
     mine = np.flatnonzero(half)
-    scores = probes.scores(store.read(source, f"acts/{rows.site}")[order[mine]])
+    scores = probes.scores(store.read(source, rows.acts)[order[mine]])
     found = Absorption(len(mains), codes.n_units)
     found.update(codes.sparse(shard)[mine], holds[mine].toarray() > 0, scores, thresholds, mains, along)
     return found

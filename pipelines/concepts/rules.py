@@ -14,6 +14,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from actstore import paths
 from actstore.reader import Shard, Store
 from pipelines.concepts.labels import SegmentLabels, shard_labels
 from pipelines.shared.visible_text import visible
@@ -144,7 +145,7 @@ def shard_rules(
     """(rule matrix, half of each row) of a shard of any store over the labelled token table."""
     holds, half = shard_labels(store, shard, labels)
     index = store.token_index(shard)
-    ids = store.table(shard.segment, "tokens/ids")
+    ids = store.table(shard.segment, paths.TOKEN_IDS)
     separator = store.manifest.policy.separator_token_id
     previous = np.where(index > 0, ids[np.maximum(index, 1) - 1].astype(np.int64), separator)
     return rule_matrix(holds, store.token_ids(shard), previous, n_vocabulary), half

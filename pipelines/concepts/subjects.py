@@ -14,6 +14,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from actstore import paths
 from actstore.open_place import absolute
 from actstore.reader import ActivationStore, Shard, Store
 from actstore.schema import PARTS
@@ -48,6 +49,12 @@ class Subject:
         return _open(self.url, self.snapshot, self.site is None)
 
     @property
+    def acts(self) -> str:
+        """The row array of the site whose dimensions these are."""
+        assert self.site is not None, "features are no site"
+        return paths.acts(self.site)
+
+    @property
     def is_signed(self) -> bool:
         """Whether a dimension counts in both signs. A neuron's activation, after its non-linearity, has one."""
         return self.site is not None and not self.site.startswith(MLP_HIDDEN)
@@ -58,7 +65,7 @@ class Subject:
         if self.site is None:
             assert isinstance(store, CodeStore)
             return store.n_features
-        return store.manifest.array(f"acts/{self.site}").width * (1 + self.is_signed)
+        return store.manifest.d_model(self.site) * (1 + self.is_signed)
 
     def unit_name(self, unit: int) -> str:
         """A feature's or neuron's number; a dimension's with its sign."""
@@ -73,7 +80,7 @@ class Subject:
 
     def dense(self, shard: Shard, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         """(n, U) values of rows of a shard of a site, the dimensions with their sign turned behind them as they are."""
-        rows = self.open().read(shard, f"acts/{self.site}", start, stop)
+        rows = self.open().read(shard, self.acts, start, stop)
         return np.concatenate([rows, -rows], axis=1) if self.is_signed else np.asarray(rows, np.float32)
 
     def sparse(self, shard: Shard) -> sp.csr_array:

@@ -235,7 +235,7 @@ def _on_random_model(
                 site=(site.name,),
                 tokens=n_tokens,
                 context=manifest.policy.context,
-                encoding=manifest.array(f"acts/{record.site}").encoding,
+                encoding=manifest.encoding(record.site).name,
                 compute_dtype=manifest.compute_dtype,
                 device=config.device,
                 seed=manifest.seed,

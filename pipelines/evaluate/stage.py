@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from actstore import paths
 from actstore.errors import IdentityMismatch, InputError, NotAStore
 from actstore.files import publish_json, read_json
 from actstore.reader import ActivationStore
@@ -142,7 +143,7 @@ def pca_basis(store: ActivationStore, site: str, n_components: int) -> tuple[NDA
     n, total, second = 0, np.zeros(d_model), np.zeros((d_model, d_model))
     for shard in store.shards():
         # The first rows of a shard are a uniform sample of it: rows are permuted inside shards.
-        x = store.read(shard, f"acts/{site}", 0, min(shard.n_rows, 1 + PCA_ROWS // len(store.shards()))).astype(np.float64)
+        x = store.read(shard, paths.acts(site), 0, min(shard.n_rows, 1 + PCA_ROWS // len(store.shards()))).astype(np.float64)
         n, total, second = n + len(x), total + x.sum(axis=0), second + x.T @ x
     mean = total / n
     _, vectors = np.linalg.eigh(second / n - np.outer(mean, mean))

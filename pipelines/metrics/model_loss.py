@@ -144,15 +144,7 @@ def positions_said(policy: WindowPolicy) -> str:
 
 def heldout_windows(store: ActivationStore) -> list[Windows]:
     """The held-out windows of every segment."""
-    return [
-        Windows(
-            store.table(segment.index, "tokens/ids"),
-            store.table(segment.index, f"{PART}/windows/token_start"),
-            store.table(segment.index, f"{PART}/windows/n_tokens").astype(np.int64),
-            store.manifest.policy,
-        )
-        for segment in store.segments
-    ]
+    return [Windows.open(store, segment.index, PART) for segment in store.segments]
 
 
 def window_batches(segments: list[Windows], n_windows: int, batch_windows: int = BATCH_WINDOWS) -> list[Batch]:

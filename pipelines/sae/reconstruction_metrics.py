@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from actstore import paths
 from actstore.errors import InputError
 from actstore.reader import ActivationStore
 from pipelines.sae.base import Sae
@@ -146,7 +147,7 @@ def heldout_rows(
         # The first rows of a shard are a uniform sample of it: rows are permuted inside shards.
         stop = max(1, round(share * shard.n_rows))
         for start in range(0, stop, batch_rows):
-            yield store.read(shard, f"acts/{site}", start, min(start + batch_rows, stop))
+            yield store.read(shard, paths.acts(site), start, min(start + batch_rows, stop))
 
 
 def heldout_metrics(sae: Sae, store: ActivationStore, site: str, max_rows: int | None = None) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def _store(path: Path) -> Listed:
     planned = sum(part.n_rows for segment in store.segments for part in segment.parts.values())
     of_all = "" if rows == planned else f" of {planned:,}"
     if sites := manifest.sites:
-        shown = f"{', '.join(sites)}, {manifest.array(f'acts/{sites[0]}').encoding}"
+        shown = f"{', '.join(sites)}, {manifest.encoding(sites[0]).name}"
     else:
         shown = f"{manifest.source['n_features']:,} features of {manifest.source['site']}, codes"
     what = f"{rows:,}{of_all} rows, {shown}, {store.disk_bytes / 1e6:,.0f} MB"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actstore import paths
 from actstore.errors import InputError
 from actstore.open_place import absolute
 from actstore.reader import Shard
@@ -81,7 +82,7 @@ def _documents(codes: CodeStore, half: int, seed: int) -> list[tuple[bytes, int,
     """(sort key, segment, document, tokens) of every document of a half; the key is a hash of seed and name."""
     found = []
     for segment in codes.segments:
-        lengths = np.diff(codes.table(segment.index, "documents/offsets")).tolist()
+        lengths = np.diff(codes.table(segment.index, paths.DOCUMENT_OFFSETS)).tolist()
         for document, (name, n) in enumerate(zip(codes.document_names(segment.index), lengths, strict=True)):
             if document_half(name) == half:
                 found.append((hashlib.sha256(f"{seed} {name}".encode()).digest(), segment.index, document, n))
@@ -95,7 +96,7 @@ def sample_shard(
     codes = open_codes(codes_url, snapshot)
     slot = chosen[codes.documents(shard)]
     tokens = codes.token_index(shard)
-    start = codes.table(shard.segment, "documents/offsets")[codes.documents(shard)]
+    start = codes.table(shard.segment, paths.DOCUMENT_OFFSETS)[codes.documents(shard)]
     kept = np.flatnonzero((slot >= 0) & (tokens - start < cap))
     indices, values = read_codes(codes, shard)
     features = np.where(values[kept] > 0, indices[kept], codes.n_features).astype(np.int32)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from actstore import paths
 from pipelines.analysis.reader import Analysis
 from pipelines.codes.code_store import CodeStore
 from pipelines.shared.visible_text import visible
@@ -53,8 +54,8 @@ class Naming:
 
     def _context(self, row: int) -> dict[str, str]:
         segment, token = int(self.sample.segments[row]), int(self.sample.tokens[row])
-        ids = self.codes.table(segment, "tokens/ids")
-        offsets = self.codes.table(segment, "documents/offsets")
+        ids = self.codes.table(segment, paths.TOKEN_IDS)
+        offsets = self.codes.table(segment, paths.DOCUMENT_OFFSETS)
         document = int(np.searchsorted(offsets, max(token, 0), side="right")) - 1
         first, last = max(int(offsets[document]), token - BEFORE), min(int(offsets[document + 1]), token + AFTER + 1)
         before, after = (visible(self.codec.text(ids[a:b])) for a, b in ((first, token), (token + 1, last)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from actstore import paths
 from actstore.reader import Store
 from pipelines.text.tokens import store_tokenizer
 
@@ -15,7 +16,7 @@ def describe_row(url: str, row: int, part: str = "train") -> dict[str, Any]:
     """Where a row comes from, and its document's text around its token. Raises InputError when there is no such row."""
     store = Store(url, partial=True)
     origin, codec = store.locate(row, part), store_tokenizer(store)
-    ids = store.table(origin.segment, "tokens/ids")
+    ids = store.table(origin.segment, paths.TOKEN_IDS)
     at = max(origin.token_index, origin.document_start - 1)
     first, last = max(at - CONTEXT_TOKENS, origin.document_start), min(at + CONTEXT_TOKENS, origin.document_stop)
     token = codec.text(ids[at : at + 1]) if origin.token_index >= 0 else codec.text([codec.bos_token_id])

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import torch
 
+from actstore import paths
 from actstore.errors import InputError
 from actstore.plan import SAMPLE, permutation
 from actstore.reader import ActivationStore
@@ -103,5 +104,5 @@ def sample_rows(store: ActivationStore, site: str, n_rows: int, seed: int) -> np
     for index in permutation(len(chunks), seed, SAMPLE):
         if sum(map(len, found)) >= n_rows:
             break
-        found.append(store.read_chunk(chunks[index][0], f"acts/{site}", chunks[index][1]))
+        found.append(store.read_chunk(chunks[index][0], paths.acts(site), chunks[index][1]))
     return np.concatenate(found)[:n_rows]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actstore import paths
 from actstore.reader import Shard
 from actstore.schema import PARTS
 from pipelines.analysis.survey.job import Job, window_base
@@ -19,11 +20,11 @@ Columns = dict[str, NDArray[Any]]
 def example_values(job: Job, shard: Shard, found: Columns, before: int, after: int) -> NDArray[np.float32]:
     """(n, before + 1 + after) values of each example's feature around it, 0 where this shard has no row. On a worker."""
     codes = job.open()
-    indices, values = (codes.read(shard, f"codes/{name}") for name in ("index", "value"))
+    indices, values = (codes.read(shard, name) for name in paths.CODES)
     context = codes.manifest.policy.context
-    row_window = codes.read(shard, "rows/window").astype(np.int64) + window_base(codes, shard)
+    row_window = codes.read(shard, paths.WINDOW).astype(np.int64) + window_base(codes, shard)
     # Rows lie in (window, position) order: each wanted place is found by its key.
-    row_key = row_window * context + codes.read(shard, "rows/position")
+    row_key = row_window * context + codes.read(shard, paths.POSITION)
     wanted = found["position"][:, None] + np.arange(-before, after + 1)
     key = found["window"][:, None] * context + wanted
     row = np.minimum(np.searchsorted(row_key, key), len(row_key) - 1)
@@ -44,7 +45,7 @@ def contexts(
     values = np.zeros((len(found["feature"]), width), np.float32)
     tasks, places = [], []
     for segment in codes.segments:
-        ids = codes.table(segment.index, "tokens/ids").astype(np.int32)
+        ids = codes.table(segment.index, paths.TOKEN_IDS).astype(np.int32)
         for part in PARTS:
             own = [shard for shard in codes.shards(part) if shard.segment == segment.index]
             if not own:
@@ -53,7 +54,7 @@ def contexts(
             mine = np.flatnonzero((found["window"] >= base) & (found["window"] < base + segment.parts[part].n_windows))
             window = found["window"][mine] - base
             tokens[mine] = _window_tokens(codes, segment.index, part, ids, window, found["position"][mine], before, after)
-            first_row = codes.table(segment.index, f"{part}/windows/first_row")
+            first_row = codes.table(segment.index, paths.window_table(part, paths.FIRST_ROW))
             bounds = np.append(np.sort(first_row), segment.parts[part].n_rows)
             last_row = bounds[np.searchsorted(bounds, first_row[window], side="right")] - 1
             for shard in own:
@@ -79,8 +80,8 @@ def _window_tokens(
 ) -> NDArray[np.int32]:
     """(n, before + 1 + after) token ids around a position of each window; -1 outside it, and for its start token."""
     lead = int(codes.manifest.policy.bos)
-    start = codes.table(segment, f"{part}/windows/token_start")[window]
-    n_tokens = codes.table(segment, f"{part}/windows/n_tokens").astype(np.int64)[window]
+    start = codes.table(segment, paths.window_table(part, paths.TOKEN_START))[window]
+    n_tokens = codes.table(segment, paths.window_table(part, paths.N_TOKENS)).astype(np.int64)[window]
     place = position[:, None] - lead + np.arange(-before, after + 1)
     inside = (place >= 0) & (place < n_tokens[:, None])
     return np.where(inside, ids[np.where(inside, start[:, None] + place, 0)], -1).astype(np.int32)
@@ -95,8 +96,8 @@ def example_documents(codes: CodeStore, found: Columns) -> NDArray[np.int64]:
         for part in PARTS:
             n_windows = segment.parts[part].n_windows
             mine = (window >= base) & (window < base + n_windows)
-            start = codes.table(segment.index, f"{part}/windows/token_start")[window[mine] - base]
-            token = start + np.maximum(position[mine] - int(codes.manifest.policy.bos), 0)
+            start = codes.table(segment.index, paths.window_table(part, paths.TOKEN_START))[window[mine] - base]
+            token = codes.manifest.policy.token_at(start, position[mine])
             documents[mine] = documents_before + codes.documents_of(segment.index, token)
             base += n_windows
         documents_before += segment.n_documents

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actstore import paths
 from actstore.reader import Shard
 from actstore.schema import PARTS
 from pipelines.analysis.survey.survey import Extent, Survey
@@ -98,8 +99,8 @@ def row_columns(job: Job, shard: Shard) -> dict[str, NDArray[Any]]:
     documents = codes.documents(shard) + before
     return {
         "tokens": codes.token_ids(shard),
-        "windows": codes.read(shard, "rows/window").astype(np.int64) + window_base(codes, shard),
-        "positions": codes.read(shard, "rows/position").astype(np.int64),
+        "windows": codes.read(shard, paths.WINDOW).astype(np.int64) + window_base(codes, shard),
+        "positions": codes.read(shard, paths.POSITION).astype(np.int64),
         "documents": documents,
         "parts": _document_parts(job.codes_url, job.snapshot)[documents],
     }
@@ -111,5 +112,5 @@ def blocks(job: Job, shard: Shard, block_rows: int) -> Any:
     columns = row_columns(job, shard)
     for start in range(0, shard.n_rows, block_rows):
         rows = slice(start, min(start + block_rows, shard.n_rows))
-        indices, values = (codes.read(shard, f"codes/{name}", rows.start, rows.stop) for name in ("index", "value"))
+        indices, values = (codes.read(shard, name, rows.start, rows.stop) for name in paths.CODES)
         yield CodeBlock(codes.n_features, indices, values, **{name: column[rows] for name, column in columns.items()})

@@ -14,6 +14,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from actstore import paths
 from actstore.open_place import open_place
 from actstore.reader import Shard
 from pipelines.analysis.arrays import ColumnWriter, create_arrays
@@ -173,7 +174,7 @@ def widened(job: Job, shard: Shard, reach: int) -> tuple[NDArray[Any], NDArray[n
     """
     codes = job.open()
     record = codes.segments[shard.segment].parts[shard.part]
-    first_row = codes.table(shard.segment, f"{shard.part}/windows/first_row").astype(np.int64)
+    first_row = codes.table(shard.segment, paths.window_table(shard.part, paths.FIRST_ROW)).astype(np.int64)
     bounds = np.append(np.sort(first_row), record.n_rows)
     begin = bounds[np.searchsorted(bounds, shard.start, side="right") - 1]
     end = bounds[np.searchsorted(bounds, shard.stop - 1, side="right")]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actstore import paths
 from actstore.errors import IdentityMismatch
 from actstore.plan import raw_words
 from actstore.reader import Shard
@@ -96,7 +97,7 @@ def draw_firings(
             total += np.bincount(feature, minlength=codes.n_features)
             pick, weight = _one_of_each(feature, places["window"][row], raw_words(len(row), seed, ROWS, *_number(shard)))
             row, slot = row[pick], slot[pick]
-            n_windows = len(codes.table(shard.segment, f"{PART}/windows/n_tokens"))
+            n_windows = len(codes.table(shard.segment, paths.window_table(PART, paths.N_TOKENS)))
             window_keys = raw_words(n_windows, seed, WINDOWS, shard.segment)[places["window"][row]]
             found: dict[str, NDArray[Any]] = {name: column[row] for name, column in places.items()}
             found |= {"feature": indices[row, slot], "value": values[row, slot], "weight": weight}
@@ -129,27 +130,16 @@ def document_halves(codes: CodeStore, segment: int) -> NDArray[np.int64]:
 
 def window_ids(codes: CodeStore, segment: int, windows: Ints) -> Ints:
     """(n, context) what the model gets of some windows of the training split, and so what their rows come from."""
-    table = {name: codes.table(segment, f"{PART}/windows/{name}") for name in ("token_start", "n_tokens")}
-    ids, policy = codes.table(segment, "tokens/ids"), codes.manifest.policy
-    return Windows(ids, table["token_start"], table["n_tokens"].astype(np.int64), policy).batch(windows)[0]
+    return Windows.open(codes, segment, PART).batch(windows)[0]
 
 
 def next_tokens(codes: CodeStore, shard: Shard) -> Ints:
     """(n_rows,) the token after each row of a shard; -1 where that is not in its window."""
-    return _next_tokens(codes, shard, *_window_position(codes, shard))
+    return Windows.open(codes, shard.segment, PART).next_tokens(*_window_position(codes, shard))
 
 
 def _window_position(codes: CodeStore, shard: Shard) -> tuple[Ints, Ints]:
-    return codes.read(shard, "rows/window").astype(np.int64), codes.read(shard, "rows/position").astype(np.int64)
-
-
-def _next_tokens(codes: CodeStore, shard: Shard, window: Ints, position: Ints) -> Ints:
-    lead = int(codes.manifest.policy.bos)
-    n_tokens = codes.table(shard.segment, f"{PART}/windows/n_tokens").astype(np.int64)
-    start = codes.table(shard.segment, f"{PART}/windows/token_start")
-    has_next = position + 1 < n_tokens[window] + lead
-    ids = codes.table(shard.segment, "tokens/ids")
-    return np.where(has_next, ids[np.where(has_next, start[window] + position + 1 - lead, 0)].astype(np.int64), -1)
+    return codes.read(shard, paths.WINDOW).astype(np.int64), codes.read(shard, paths.POSITION).astype(np.int64)
 
 
 def _places(codes: CodeStore, shard: Shard, half: int | None) -> dict[str, Ints]:
@@ -157,7 +147,8 @@ def _places(codes: CodeStore, shard: Shard, half: int | None) -> dict[str, Ints]
     document not of the half."""
     window, position = _window_position(codes, shard)
     document = codes.documents(shard)
-    following = _next_tokens(codes, shard, window, position)
+    windows = Windows.open(codes, shard.segment, PART)
+    following = windows.next_tokens(window, position)
     if half is not None:
         following = np.where(document_halves(codes, shard.segment)[document] == half, following, -1)
     lead = int(codes.manifest.policy.bos)
@@ -166,7 +157,7 @@ def _places(codes: CodeStore, shard: Shard, half: int | None) -> dict[str, Ints]
         "window": window,
         "position": position,
         "document": document,
-        "n_real": codes.table(shard.segment, f"{PART}/windows/n_tokens").astype(np.int64)[window] + lead,
+        "n_real": windows.n_tokens[window] + lead,
         "next_token": following,
     }
 

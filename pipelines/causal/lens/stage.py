@@ -126,15 +126,7 @@ def mean_scale(subject: Subject, batches: list[Batch]) -> float:
 
 def train_batches(store: ActivationStore, n_windows: int) -> list[Batch]:
     """Training windows spread evenly over a store."""
-    tables = [
-        Windows(
-            store.table(segment.index, "tokens/ids"),
-            store.table(segment.index, "train/windows/token_start"),
-            store.table(segment.index, "train/windows/n_tokens").astype("int64"),
-            store.manifest.policy,
-        )
-        for segment in store.segments
-    ]
+    tables = [Windows.open(store, segment.index, "train") for segment in store.segments]
     return window_batches(tables, n_windows)
 
 
