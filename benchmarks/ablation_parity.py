@@ -25,7 +25,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from benchmarks.evaluate_parity import save_model  # noqa: E402
 from benchmarks.peers.environments import run_script  # noqa: E402
-from pipelines.causal.ablate.edits import ablate, read_prompt, set_everywhere  # noqa: E402
+from pipelines.causal.ablate.feature_edits import ablate, read_prompt, set_everywhere  # noqa: E402
 from pipelines.causal.engine.subject import Spliced, open_spliced  # noqa: E402
 from pipelines.sae.checkpoint import WEIGHTS  # noqa: E402
 

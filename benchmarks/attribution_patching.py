@@ -29,13 +29,13 @@ import torch
 from torch import Tensor
 
 from actstore.reader import ActivationStore
-from pipelines.causal.attribute.parts import attribute_logit, only_layers, stream_parts
+from pipelines.causal.attribute.logit_parts import attribute_logit, only_layers, stream_parts
 from pipelines.causal.engine.answer_metrics import change_metric
 from pipelines.causal.engine.subject import Spliced, open_spliced, open_store
 from pipelines.causal.engine.trace import Trace, trace
-from pipelines.causal.patch.agreement import rank_correlation
-from pipelines.causal.patch.estimates import feature_effects, gradients, integrated_gradients
-from pipelines.causal.patch.grid import dense_codes, feature_cells, run_logits
+from pipelines.causal.patch.gradient_estimates import feature_effects, gradients, integrated_gradients
+from pipelines.causal.patch.patch_grid import dense_codes, feature_cells, run_logits
+from pipelines.causal.patch.rank_agreement import rank_correlation
 from pipelines.metrics.model_loss import heldout_windows, window_batches
 
 AT_LEAST = 0.9

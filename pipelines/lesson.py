@@ -34,8 +34,10 @@ from pipelines.causal.textbook import (
     require_family,
 )
 from pipelines.evaluate.inspect import strongest
+from pipelines.models.capture import capture
+from pipelines.models.forward import blocks_of
 from pipelines.models.load import choose_device, load_model, model_identity, resolve_model
-from pipelines.models.sites import Site, blocks_of, capture
+from pipelines.models.sites.site import Site
 from pipelines.sae.base import Objective, Sae
 from pipelines.sae.checkpoint import RunRecord, require_match, save_run
 from pipelines.sae.textbook import SparseAutoencoder, sae_loss

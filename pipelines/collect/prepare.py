@@ -24,8 +24,10 @@ from actstore.schema import (
 )
 from pipelines.collect.config import CollectConfig
 from pipelines.collect.shard_maker import SegmentText, ShardMaker
+from pipelines.models.capture import require_collected, site_width
+from pipelines.models.forward import blocks_of
 from pipelines.models.load import DTYPES, choose_device, load_model, model_identity, resolve_model
-from pipelines.models.sites import Site, blocks_of, site_module, site_width
+from pipelines.models.sites.site import Site
 from pipelines.text.corpus import Corpus, open_corpus
 from pipelines.text.tokens import TextCodec, TokenTable, load_tokenizer
 from pipelines.text.windows import cut_windows
@@ -95,7 +97,7 @@ def _sites(config: CollectConfig, model: nn.Module) -> list[Site]:
     layers = config.layer or (len(blocks_of(model)) // 2,)
     sites = [Site(name, layer) for layer in sorted(set(layers)) for name in dict.fromkeys(config.site)]
     for site in sites:
-        site_module(model, site)
+        require_collected(model, site)
     limit = cast(Any, model).config.max_position_embeddings
     if config.context > limit:
         raise InputError(f"context {config.context}: the model has {limit} positions; choose --context {limit} or less.")

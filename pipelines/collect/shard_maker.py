@@ -27,8 +27,9 @@ from actstore.moments import Moments
 from actstore.plan import PartPlan
 from actstore.reader import Store, scale_array
 from actstore.schema import PARTS, Manifest, SegmentRecord
+from pipelines.models.capture import capture
 from pipelines.models.load import DTYPES, choose_device, load_model, model_identity
-from pipelines.models.sites import Site, capture
+from pipelines.models.sites.site import Site
 from pipelines.text.windows import Windows
 
 Ints = NDArray[np.int64]

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actstore.errors import IdentityMismatch, InputError
+from pipelines.models.capture import capture
 from pipelines.models.load import choose_device, load_model, model_identity, resolve_model
-from pipelines.models.sites import Site, capture
+from pipelines.models.sites.site import Site
 from pipelines.sae.checkpoint import load_run
 from pipelines.text.tokens import load_tokenizer
 

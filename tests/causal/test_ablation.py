@@ -13,13 +13,15 @@ from torch import Tensor
 
 from actstore.errors import IdentityMismatch, InputError
 from pipelines.analysis.reader import Analysis
-from pipelines.causal.ablate.edits import Edit, Read, ablate, one_by_one, read_prompt, set_everywhere
+from pipelines.causal.ablate.feature_edits import Edit, Read, ablate, one_by_one, read_prompt, set_everywhere
 from pipelines.causal.ablate.stage import AblateConfig, ablate_features, ablate_lines
-from pipelines.causal.engine.branches import finish, finish_branches, read_site
-from pipelines.causal.engine.divergence import kl, top_candidates
+from pipelines.causal.engine.branches import finish_branches
+from pipelines.causal.engine.candidates import top_candidates
+from pipelines.causal.engine.cut import cut_at, finish
 from pipelines.causal.engine.subject import Spliced, open_spliced
-from pipelines.models.forward import logits
-from pipelines.models.sites import Site, blocks_of
+from pipelines.metrics.divergence import kl
+from pipelines.models.forward import blocks_of, logits
+from pipelines.models.sites.site import Site
 
 TEXT = "The fox 31 went to the wood, and saw 4 friends"
 SITES = [Site("resid_pre", 1), Site("resid_post", 1), Site("resid_post", 2), Site("attn_out", 1), Site("mlp_out", 2)]
@@ -70,7 +72,7 @@ def test_a_branch_is_the_whole_texts_forward_pass_at_the_edited_position(spliced
     at = torch.randint(0, 20, (2, 5), generator=generator)
     change = torch.randn(2, 5, 32, generator=generator)
     with torch.no_grad():
-        reading = read_site(model, site, ids)
+        reading = cut_at(model, site, ids)
         clean, branches = finish_branches(model, reading, change, at)
         torch.testing.assert_close(logits(model, clean), model(input_ids=ids).logits, rtol=0, atol=1e-4)
         for text in range(2):
@@ -153,7 +155,7 @@ def test_one_by_one_edits_each_position_alone(read: Read) -> None:
 
 def test_no_hook_is_left_behind_also_after_an_exception(spliced: Spliced) -> None:
     model = spliced.subject.model
-    reading = read_site(model, Site("attn_out", 1), torch.arange(1, 9)[None])
+    reading = cut_at(model, Site("attn_out", 1), torch.arange(1, 9)[None])
 
     def hooks() -> int:
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

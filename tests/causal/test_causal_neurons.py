@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from actstore.errors import InputError
-from pipelines.causal.ablate.edits import ablate, read_prompt, set_everywhere
+from pipelines.causal.ablate.feature_edits import ablate, read_prompt, set_everywhere
 from pipelines.causal.attribute.stage import AttributeConfig, attribute
 from pipelines.causal.effects.stage import EffectsConfig, effects
 from pipelines.causal.effects.table import read_table
-from pipelines.causal.engine.stream_edits import require_patch_site
 from pipelines.causal.engine.subject import Spliced, open_spliced
 from pipelines.causal.lens.stage import LensConfig, lens
 from pipelines.causal.patch.stage import PatchConfig, patch
 from pipelines.causal.steer.stage import SteerConfig, steer
-from pipelines.models.sites import Site, blocks_of
+from pipelines.models.capture import require_patched
+from pipelines.models.forward import blocks_of
+from pipelines.models.sites.site import Site
 
 TEXT = "The fox 31 went to the wood"
 LAYER = 1
@@ -109,6 +110,6 @@ def test_what_cannot_take_neurons_refuses_them_in_one_line(
 
 def test_neurons_are_no_site_of_a_patch(spliced: Spliced) -> None:
     with pytest.raises(InputError, match=r"site mlp_hidden\.0: .*neither attributed nor patched"):
-        require_patch_site(spliced.subject.model, Site("mlp_hidden", 0))
+        require_patched(spliced.subject.model, Site("mlp_hidden", 0))
     with pytest.raises(InputError, match="site 'mlp_hidden': known are resid_pre"):
         PatchConfig("a", "b", site="mlp_hidden")

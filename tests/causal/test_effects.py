@@ -24,7 +24,7 @@ from storekit import files_of
 from actstore.errors import IdentityMismatch, InputError, NoSpace, OutputExists
 from actstore.files import RESERVE_BYTES, read_json
 from benchmarks.roles import benjamini_hochberg, wilson
-from pipelines.causal.ablate.edits import Edit, ablate, read_prompt
+from pipelines.causal.ablate.feature_edits import Edit, ablate, read_prompt
 from pipelines.causal.ablate.stage import drawn_value
 from pipelines.causal.effects import measure as stage
 from pipelines.causal.effects.stage import EffectsConfig, effects

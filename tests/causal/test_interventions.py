@@ -10,17 +10,18 @@ from modelkit import build_model, write_texts
 from torch import Tensor
 
 from actstore.errors import InputError
-from pipelines.causal.engine.stream_edits import HEADS, PATCH_SITES, require_patch_site
 from pipelines.causal.engine.subject import Subject, open_subject
 from pipelines.causal.engine.trace import (
     after_edits,
     after_row_edits,
     edited_logits,
-    reading,
     trace,
 )
-from pipelines.models.forward import heads_together
-from pipelines.models.sites import Site, blocks_of, hooked
+from pipelines.models.capture import hooked, require_patched
+from pipelines.models.families.registry import family_of
+from pipelines.models.forward import blocks_of
+from pipelines.models.sites.registry import patched_names
+from pipelines.models.sites.site import Site
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +40,8 @@ def one_by_one(subject: Subject, tokens: Tensor, site: Site, edited: Tensor) -> 
     """(n, position, vocabulary) by a hook in the whole model, an edit at a time."""
     found = []
     for edit in edited:
-        if site.name == HEADS:
-            module = heads_together(subject.model, site.layer)
+        if site.name == "head_out":
+            module = family_of(subject.model).heads_together(blocks_of(subject.model)[site.layer])
             handle = module.register_forward_pre_hook(lambda _m, _a, edit=edit: (edit[None],))
             found.append(subject.model(input_ids=tokens[None], use_cache=False).logits[0])
             handle.remove()
@@ -51,7 +52,7 @@ def one_by_one(subject: Subject, tokens: Tensor, site: Site, edited: Tensor) -> 
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-@pytest.mark.parametrize("name", PATCH_SITES)
+@pytest.mark.parametrize("name", patched_names())
 def test_a_batch_of_edits_gives_what_hooks_give_one_at_a_time(subject: Subject, name: str, layer: int) -> None:
     tokens, site = ids(), Site(name, layer)
     run = trace(subject.model, tokens)
@@ -66,7 +67,7 @@ def test_a_batch_of_edits_gives_what_hooks_give_one_at_a_time(subject: Subject, 
     assert (expected[:, -1] - expected[0, -1]).abs().max() > 1e-3, "the edits matter"
 
 
-@pytest.mark.parametrize("name", PATCH_SITES)
+@pytest.mark.parametrize("name", patched_names())
 def test_an_edit_that_changes_nothing_gives_the_models_logits(subject: Subject, name: str) -> None:
     tokens = ids()
     run = trace(subject.model, tokens)
@@ -76,7 +77,7 @@ def test_an_edit_that_changes_nothing_gives_the_models_logits(subject: Subject, 
 
 
 @pytest.mark.parametrize("at", [-1, 4, 0])
-@pytest.mark.parametrize("name", PATCH_SITES)
+@pytest.mark.parametrize("name", patched_names())
 def test_row_edits_begin_at_their_position_and_give_what_edits_of_the_whole_text_give(
     subject: Subject, name: str, at: int
 ) -> None:
@@ -120,17 +121,17 @@ def test_no_hook_is_left_behind_also_after_an_exception(subject: Subject) -> Non
     def fail(_: Tensor) -> None:
         raise RuntimeError("stop")
 
-    for name in PATCH_SITES:
-        with pytest.raises(RuntimeError, match="stop"), reading(subject.model, Site(name, 0), fail):
+    for name in patched_names():
+        with pytest.raises(RuntimeError, match="stop"), hooked(subject.model, Site(name, 0), fail):
             subject.model(input_ids=ids()[None])
     assert n_hooks(subject) == 0
 
 
 def test_a_site_or_layer_that_is_not_there_is_refused(subject: Subject) -> None:
     with pytest.raises(InputError, match=r"site 'resid_mid': known sites are .*head_out"):
-        require_patch_site(subject.model, Site("resid_mid", 0))
+        require_patched(subject.model, Site("resid_mid", 0))
     with pytest.raises(InputError, match=r"layer 3: the model has 3 blocks; choose 0 to 2"):
-        require_patch_site(subject.model, Site(HEADS, len(blocks_of(subject.model))))
+        require_patched(subject.model, Site("head_out", len(blocks_of(subject.model))))
 
 
 def test_the_trace_works_on_a_saved_model_of_another_shape(tmp_path: Path) -> None:
@@ -140,5 +141,5 @@ def test_the_trace_works_on_a_saved_model_of_another_shape(tmp_path: Path) -> No
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=24, n_layer=2, n_head=3, n_inner=40)).eval()
     run = trace(model, torch.arange(9))
     assert run.streams.shape == (3, 9, 24)
-    assert run.head_out.shape == (2, 9, 24)
-    torch.testing.assert_close(run.streams[1], run.streams[0] + run.attn_out[0] + run.mlp_out[0])
+    assert run.held["head_out"].shape == (2, 9, 24)
+    torch.testing.assert_close(run.streams[1], run.streams[0] + run.held["attn_out"][0] + run.held["mlp_out"][0])

@@ -27,7 +27,8 @@ from pipelines.causal.lens.stage import (
     train_batches,
 )
 from pipelines.causal.steer.stage import SteerConfig, Steering, generate, steer, steer_lines, steered
-from pipelines.models.forward import final_norm, unembedding
+from pipelines.models.families.registry import family_of
+from pipelines.models.forward import unembedding
 from pipelines.sae.checkpoint import load_run, save_run
 
 TEXT = "The fox went"
@@ -108,9 +109,9 @@ def test_a_row_moves_along_the_decoder_direction_by_what_is_asked(
 ) -> None:
     prompt = spliced.subject.prompt(TEXT)
     ids, sae = prompt.ids[None], spliced.sae
-    from pipelines.causal.engine.branches import read_site
+    from pipelines.causal.engine.cut import cut_at
 
-    rows = read_site(spliced.subject.model, spliced.site, ids).x
+    rows = cut_at(spliced.subject.model, spliced.site, ids).x
     feature = int(sae.codes(rows[0, prompt.kept]).active.features[0])
     steering = Steering(feature, torch.tensor([1.5]), mode, 2.0 if mode != "scale" else 1.0, "all")
     moved = steered(spliced, steering, prompt, lambda: ids, lambda: ids.shape[1])(rows) - rows
@@ -175,7 +176,7 @@ def test_a_store_of_another_layer_is_refused(run: Path, small_store: Path) -> No
 def test_the_lens_is_the_direct_path_through_the_final_layer_norm(run: Path, store: Path, spliced: Spliced) -> None:
     """Against plain numpy, and against the change of logits when the scale is held."""
     model, d = spliced.subject.model, spliced.sae.W_dec[FEATURE].double().numpy()
-    gamma, w_u = final_norm(model).weight.double().numpy(), unembedding(model).double().numpy()
+    gamma, w_u = family_of(model).final_norm(model).weight.double().numpy(), unembedding(model).double().numpy()
     sigma = mean_scale(spliced.subject, train_batches(ActivationStore(store), 8))
     expected = w_u @ (gamma * (d - d.mean())) / sigma
     expected -= expected.mean()
@@ -193,14 +194,14 @@ def test_the_mean_scale_is_that_of_the_final_layer_norm_over_rows(store: Path, s
     """What the module itself divides by, read from its input by a hook."""
     model, seen = spliced.subject.model, []
     batches = train_batches(ActivationStore(store), 5)
-    handle = final_norm(model).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    handle = family_of(model).final_norm(model).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     scales = []
     try:
         for windows, chosen in batches:
             inputs, kept = windows.batch(chosen)
             model(input_ids=torch.from_numpy(inputs))
             rows = seen.pop()[torch.from_numpy(kept)].double().numpy()
-            scales.append(np.sqrt(rows.var(axis=1) + final_norm(model).eps))
+            scales.append(np.sqrt(rows.var(axis=1) + family_of(model).final_norm(model).eps))
     finally:
         handle.remove()
     assert mean_scale(spliced.subject, batches) == pytest.approx(np.concatenate(scales).mean(), rel=1e-5)

@@ -12,8 +12,8 @@ from torch import Tensor
 from actstore.errors import IdentityMismatch, InputError
 from actstore.plan import raw_words
 from pipelines.analysis.reader import Analysis
-from pipelines.causal.ablate.edits import ERRORS, Ablations, Read, ablate, one_by_one, read_prompt, set_everywhere
-from pipelines.causal.engine.divergence import top_candidates
+from pipelines.causal.ablate.feature_edits import ERRORS, Ablations, Read, ablate, one_by_one, read_prompt, set_everywhere
+from pipelines.causal.engine.candidates import top_candidates
 from pipelines.causal.engine.drawn_firings import Firings, draw_firings, open_run_codes
 from pipelines.causal.engine.subject import Spliced, open_spliced
 from pipelines.shared.visible_text import BAR, visible

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from actstore.errors import InputError
-from pipelines.causal.attribute.parts import (
+from pipelines.causal.attribute.logit_parts import (
     Parts,
     attribute_logit,
     feature_parts,
@@ -17,10 +15,11 @@ from pipelines.causal.attribute.parts import (
     stream_parts,
     top_movers,
 )
-from pipelines.causal.engine.stream_edits import require_patch_site
 from pipelines.causal.engine.subject import Prompt, Spliced, Subject, open_either
 from pipelines.causal.engine.trace import Trace, trace
-from pipelines.causal.patch.grid import run_logits
+from pipelines.causal.patch.patch_grid import run_logits
+from pipelines.metrics.divergence import probabilities
+from pipelines.models.capture import require_patched
 from pipelines.shared.visible_text import visible
 
 
@@ -59,7 +58,7 @@ def attribute(config: AttributeConfig) -> dict[str, Any]:
     """
     subject, spliced = open_either(config.run, config.store, config.model, config.device)
     if spliced is not None:
-        require_patch_site(subject.model, spliced.site)
+        require_patched(subject.model, spliced.site)
     prompt = subject.prompt(config.text)
     run = trace(subject.model, prompt.ids)
     return _attributed(config, subject, spliced, prompt, run, require_position(run, config.position))
@@ -93,7 +92,7 @@ def _attributed(
         "against": None if against is None else text([against]),
         "centred": against is None and not config.raw,
         "final_norm": config.final_norm,
-        "probability": float(torch.softmax(scores.double(), dim=-1)[target]),
+        "probability": float(probabilities(scores)[target]),
         "rank": int((scores > scores[target]).sum()) + 1,
         "logit": found.logit,
         "sum": float(found.shares.sum()),

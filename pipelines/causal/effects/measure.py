@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actstore.files import publish_bytes
-from pipelines.causal.engine.branches import Reading, feature_values, finish, finish_branches, read_site
-from pipelines.causal.engine.divergence import ROWS, kl
+from pipelines.causal.engine.branches import finish_branches
+from pipelines.causal.engine.cut import Cut, cut_at, finish
 from pipelines.causal.engine.drawn_firings import Firings, window_ids
+from pipelines.causal.engine.feature_values import feature_values
 from pipelines.causal.engine.subject import Spliced
 from pipelines.codes.code_store import CodeStore
+from pipelines.metrics.divergence import ROWS, kl
 from pipelines.models.forward import logits
 
 BATCH_POSITIONS = 4096
@@ -121,7 +123,7 @@ def _measured(
     spliced: Spliced, ids: Tensor, text: NDArray[np.int64], own: Firings, how: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float32]]:
     """(KL, rise of the loss, change of every centred logit (n, vocabulary)) of each firing's ablation."""
-    reading = read_site(spliced.subject.model, spliced.site, ids)
+    reading = cut_at(spliced.subject.model, spliced.site, ids)
     change = ablation_changes(spliced, reading, text, own.position, own.feature)
     layout = branch_layout(text, own.position, spliced.subject.device)
     tokens = torch.from_numpy(own.next_token).to(ids.device)
@@ -143,7 +145,7 @@ def _measured(
 
 
 def ablation_changes(
-    spliced: Spliced, reading: Reading, text: NDArray[np.int64], position: NDArray[np.int64], feature: NDArray[np.int64]
+    spliced: Spliced, reading: Cut, text: NDArray[np.int64], position: NDArray[np.int64], feature: NDArray[np.int64]
 ) -> Tensor:
     """(n, d_model) what setting a feature to 0 adds to the row at (text, position): −code · W_dec, the code anew."""
     device = reading.x.device
@@ -155,7 +157,7 @@ def ablation_changes(
     return -values[:, None] * spliced.sae.W_dec[f]
 
 
-def predicted(spliced: Spliced, reading: Reading, change: Tensor, layout: Branches) -> tuple[Tensor, Tensor]:
+def predicted(spliced: Spliced, reading: Cut, change: Tensor, layout: Branches) -> tuple[Tensor, Tensor]:
     """(n, d_model) each, after the last block at each edit's position: without it, and with `change` (n, d_model)."""
     padded = change.new_zeros(len(reading.x), layout.at.shape[1], change.shape[1])
     padded[layout.text, layout.slot] = change
@@ -164,7 +166,7 @@ def predicted(spliced: Spliced, reading: Reading, change: Tensor, layout: Branch
 
 
 def _later(
-    spliced: Spliced, reading: Reading, ids: Tensor, change: Tensor, text: NDArray[np.int64], own: Firings
+    spliced: Spliced, reading: Cut, ids: Tensor, change: Tensor, text: NDArray[np.int64], own: Firings
 ) -> tuple[Tensor, Tensor]:
     """(KL, rise of the loss), (n,) each: means over the firing position and all later ones of the text."""
     model, n_positions = spliced.subject.model, ids.shape[1]

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from actstore.errors import IdentityMismatch, InputError, StoreError
 from actstore.reader import ActivationStore
+from pipelines.models.families.registry import family_of
 from pipelines.models.load import choose_device, load_model, model_identity, resolve_model
-from pipelines.models.sites import Site
+from pipelines.models.sites.site import Site
 from pipelines.sae.base import Sae
 from pipelines.sae.checkpoint import RunRecord, load_run, require_match
 from pipelines.text.tokens import TextCodec, load_tokenizer, store_tokenizer
@@ -52,8 +53,7 @@ class Subject:
     @property
     def n_positions(self) -> int:
         """The longest text the model takes, in tokens."""
-        limit: int = self.model.config.max_position_embeddings  # type: ignore[union-attr, assignment]
-        return limit
+        return family_of(self.model).n_positions(self.model)
 
     def prompt(self, text: str) -> Prompt:
         """Tokenise a text. Raises InputError when it has no token, or more than the model has positions."""

@@ -22,8 +22,9 @@ from actstore.errors import InputError
 from actstore.reader import ActivationStore
 from pipelines.causal.engine.subject import Spliced, Subject, open_spliced, open_store
 from pipelines.metrics.model_loss import Batch, window_batches
-from pipelines.models.forward import embed, final_norm, run_blocks, unembedding
-from pipelines.models.sites import MLP_HIDDEN
+from pipelines.models.families.registry import family_of
+from pipelines.models.forward import embed, run_blocks, unembedding
+from pipelines.models.sites.registry import kind_of
 from pipelines.shared.visible_text import visible
 from pipelines.text.windows import Windows
 
@@ -77,9 +78,10 @@ def lens(config: LensConfig) -> dict[str, Any]:
 
 
 def _require_stream_width(spliced: Spliced) -> None:
-    if spliced.site.name == MLP_HIDDEN:
+    kind = kind_of(spliced.site.name)
+    if not kind.in_stream_basis:
         raise InputError(
-            f"site {spliced.site.label}: its directions are of the MLP's neurons, the lens projects those of the residual "
+            f"site {spliced.site.label}: its directions are of {kind.values_are}, the lens projects those of the residual "
             "stream; take a run on another site, or `effects`, which takes this one."
         )
 
@@ -91,9 +93,8 @@ def logit_weights(subject: Subject, directions: Tensor, scale: float) -> Tensor:
     W_U (γ ⊙ (d − mean d)) / scale, without the LayerNorm's bias, less each direction's mean over the vocabulary. Direct
     path only. Source: nostalgebraist 2020, the logit lens; Bricken et al. 2023 for features.
     """
-    d = directions.double()
-    gamma, w_u = final_norm(subject.model).weight.double(), unembedding(subject.model).double()
-    weights = (gamma * (d - d.mean(dim=1, keepdim=True))) @ w_u.T / scale
+    family, model = family_of(subject.model), subject.model
+    weights = family.final_linear(model, directions) @ family.unembedding(model).double().T / scale
     return weights - weights.mean(dim=1, keepdim=True)
 
 
@@ -112,12 +113,11 @@ def shape_of(weights: Tensor) -> tuple[Tensor, Tensor]:
 def mean_scale(subject: Subject, batches: list[Batch]) -> float:
     """Mean of √(variance + ε), the final LayerNorm's scale, over the rows of some windows."""
     total, n = 0.0, 0
-    eps = final_norm(subject.model).eps
     for windows, chosen in batches:
         inputs, kept = windows.batch(chosen)
         hidden = run_blocks(subject.model, embed(subject.model, torch.from_numpy(inputs).to(subject.device)))
-        rows = hidden[torch.from_numpy(kept).to(subject.device)].double()
-        total += float((rows.var(dim=1, correction=0) + eps).sqrt().sum())
+        rows = hidden[torch.from_numpy(kept).to(subject.device)]
+        total += float(family_of(subject.model).final_scale(subject.model, rows).sum())
         n += len(rows)
     if not n:
         raise InputError("lens: the store's windows hold no row to measure the final LayerNorm's scale on.")

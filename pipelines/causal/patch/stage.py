@@ -15,31 +15,34 @@ import torch
 from torch import Tensor
 
 from actstore.errors import InputError
-from pipelines.causal.attribute.parts import require_position
+from pipelines.causal.attribute.logit_parts import require_position
 from pipelines.causal.engine.answer_metrics import Metric, change_metric, pair_metric, require_metric
-from pipelines.causal.engine.stream_edits import HEADS, PATCH_SITES, require_patch_site
 from pipelines.causal.engine.subject import Prompt, Spliced, Subject, open_either
 from pipelines.causal.engine.trace import trace
-from pipelines.causal.patch.agreement import agreement
-from pipelines.causal.patch.estimates import activation_effects, feature_effects, gradients, integrated_gradients
-from pipelines.causal.patch.grid import (
+from pipelines.causal.patch.gradient_estimates import activation_effects, feature_effects, gradients, integrated_gradients
+from pipelines.causal.patch.heatmap import heat_lines, require_picture_path, save_heatmap
+from pipelines.causal.patch.patch_grid import (
     DIRECTIONS,
     Grid,
     Pair,
     dense_codes,
     feature_cells,
     feature_grid,
+    n_heads_at,
     patch_cells,
     patch_grid,
     require_equal_length,
+    row_names,
     run_logits,
 )
-from pipelines.causal.patch.heatmap import heat_lines, require_picture_path, save_heatmap
-from pipelines.models.sites import Site, blocks_of
+from pipelines.causal.patch.rank_agreement import agreement
+from pipelines.models.capture import require_patched
+from pipelines.models.forward import blocks_of
+from pipelines.models.sites.registry import patched_names
+from pipelines.models.sites.site import Site
 from pipelines.shared.visible_text import visible
 
 FEATURES = "features"
-SITES = (*PATCH_SITES, FEATURES)
 METHODS = ("exact", "attribution")
 KL_STEPS = 16
 """Of integrated gradients, where a plain gradient of KL is zero and no number is asked for."""
@@ -70,7 +73,7 @@ class PatchConfig:
 
     def __post_init__(self) -> None:
         for name, value, known in (
-            ("site", self.site, SITES),
+            ("site", self.site, (*patched_names(), FEATURES)),
             ("direction", self.direction, DIRECTIONS),
             ("method", self.method, METHODS),
         ):
@@ -116,7 +119,7 @@ def patch(config: PatchConfig) -> dict[str, Any]:
     """
     subject, spliced = open_either(config.run, config.store, config.model, config.device)
     if spliced is not None:
-        require_patch_site(subject.model, spliced.site)
+        require_patched(subject.model, spliced.site)
     task, answers = _task(config, subject, spliced)
     notes: list[str] = []
     steps = _steps(config, task, notes)
@@ -210,9 +213,10 @@ def _estimated(config: PatchConfig, task: Task, steps: int) -> Grid:
         }
     else:
         slopes = gradients(model, pair.into, sites, task.metric.of, pair.at)
-    n_heads: int = model.config.num_attention_heads if config.site == HEADS else 1  # type: ignore[union-attr, assignment]
-    effects = torch.cat([activation_effects(pair.into, pair.source, s, slopes[s.label], n_heads) for s in sites]).double()
-    names = [f"L{s.layer}H{head}" if config.site == HEADS else s.label for s in sites for head in range(n_heads)]
+    effects = torch.cat(
+        [activation_effects(pair.into, pair.source, s, slopes[s.label], n_heads_at(model, s)) for s in sites]
+    ).double()
+    names = [name for site in sites for name in row_names(model, site)]
     return Grid(tuple(names), before + torch.cat([effects, effects.sum(dim=1, keepdim=True)], dim=1).cpu())
 
 

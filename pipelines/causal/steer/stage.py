@@ -25,9 +25,9 @@ from torch import Tensor
 
 from actstore.errors import IdentityMismatch, InputError
 from pipelines.analysis.reader import Analysis
-from pipelines.causal.engine.branches import feature_values
+from pipelines.causal.engine.feature_values import feature_values
 from pipelines.causal.engine.subject import Prompt, Spliced, open_spliced, open_store
-from pipelines.models.sites import hooked
+from pipelines.models.capture import hooked
 from pipelines.shared.visible_text import visible
 
 MODES = ("add", "clamp", "scale")
