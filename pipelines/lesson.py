@@ -35,6 +35,7 @@ from pipelines.causal.textbook import (
 )
 from pipelines.evaluate.inspect import strongest
 from pipelines.models.capture import capture
+from pipelines.models.families.registry import family_of
 from pipelines.models.forward import blocks_of
 from pipelines.models.load import choose_device, load_model, model_identity, resolve_model
 from pipelines.models.sites.site import Site
@@ -308,8 +309,7 @@ def _require_layer(model: nn.Module, layer: int, name: str) -> None:
 
 
 def _n_positions(model: nn.Module) -> int:
-    limit: int = model.config.max_position_embeddings  # type: ignore[union-attr, assignment]
-    return limit
+    return family_of(model).n_positions(model)
 
 
 def _fitting(ids: list[int], model: nn.Module, codec: TextCodec) -> list[int]:

@@ -25,6 +25,7 @@ from actstore.schema import (
 from pipelines.collect.config import CollectConfig
 from pipelines.collect.shard_maker import SegmentText, ShardMaker
 from pipelines.models.capture import require_collected, site_width
+from pipelines.models.families.registry import family_of
 from pipelines.models.forward import blocks_of
 from pipelines.models.load import DTYPES, choose_device, load_model, model_identity, resolve_model
 from pipelines.models.sites.site import Site
@@ -98,7 +99,7 @@ def _sites(config: CollectConfig, model: nn.Module) -> list[Site]:
     sites = [Site(name, layer) for layer in sorted(set(layers)) for name in dict.fromkeys(config.site)]
     for site in sites:
         require_collected(model, site)
-    limit = cast(Any, model).config.max_position_embeddings
+    limit = family_of(model).n_positions(model)
     if config.context > limit:
         raise InputError(f"context {config.context}: the model has {limit} positions; choose --context {limit} or less.")
     return sites

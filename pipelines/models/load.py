@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,7 +13,7 @@ from actstore.errors import InputError
 from actstore.schema import ModelIdentity
 from pipelines.compute.cpu_products import speed_up
 from pipelines.models.builtin import model_path
-from pipelines.models.families.registry import families
+from pipelines.models.families.registry import families, family_of
 from pipelines.shared.error_line import first_line
 from pipelines.shared.hub_connection import go_offline_if_unreachable
 
@@ -83,5 +82,5 @@ def model_identity(model: nn.Module) -> ModelIdentity:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    config: Any = model.config
-    return ModelIdentity(config.model_type, config.num_hidden_layers, config.hidden_size, digest.hexdigest())
+    family = family_of(model)
+    return ModelIdentity(family.model_type, len(family.blocks(model)), family.d_model(model), digest.hexdigest())

@@ -99,8 +99,15 @@ def feature_parts(model: nn.Module, run: Trace, site: Site, sae: Sae, position: 
     """The same, with what the SAE reads in place of the parts that it is the sum of.
 
     x = Σ code_f · W_dec,f + b_dec + error, a part for each active feature, one for b_dec and one for the error. Of a
-    residual site x is everything written before it; of `attn_out` or `mlp_out` that layer's attention or MLP.
+    residual site x is everything written before it; of `attn_out` or `mlp_out` that layer's attention or MLP. Raises
+    InputError for a site whose values are no directions of the stream.
     """
+    kind = kind_of(site.name)
+    if not kind.in_stream_basis:
+        raise InputError(
+            f"site {site.label}: {kind.values_are} are not what was written to the stream, of which a logit is the sum; take "
+            "a run on a site of the stream, of attention's or of the MLP's output."
+        )
     x = run.at(site)[position]
     values, indices = sae.encode(x[None].float())
     active = [(f, v) for f, v in zip(indices[0].tolist(), values[0].double(), strict=True) if v > 0]
@@ -108,7 +115,7 @@ def feature_parts(model: nn.Module, run: Trace, site: Site, sae: Sae, position: 
     pieces.append(("sae_bias", site.name, site.layer, sae.b_dec.double()))
     error = x.double() - torch.stack([vector for *_, vector in pieces]).sum(dim=0)
     pieces.append(("sae_error", site.name, site.layer, error))
-    parts, kind = stream_parts(model, run, position, by_head=by_head), kind_of(site.name)
+    parts = stream_parts(model, run, position, by_head=by_head)
     kept = [
         (name, writer, layer, vector)
         for name, writer, layer, vector in zip(parts.names, parts.writers, parts.layers, parts.vectors, strict=True)
