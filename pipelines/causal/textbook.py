@@ -16,7 +16,7 @@ from actstore.errors import InputError
 from pipelines.causal.ablate.feature_edits import Edit, ablate, read_prompt
 from pipelines.causal.attribute.logit_parts import direct_logit_attribution as attributed
 from pipelines.causal.engine.candidates import top_candidates
-from pipelines.causal.engine.subject import Spliced, Subject
+from pipelines.causal.engine.language_model import LanguageModel, Spliced
 from pipelines.causal.engine.trace import trace
 from pipelines.causal.patch.patch_grid import Pair, patch_activation, run_logits
 from pipelines.models.families.registry import family_of
@@ -130,14 +130,14 @@ def ablate_feature(
     if sparse.d_model != width:
         raise InputError(f"sae: has d_model {sparse.d_model}, the model {width}; pass one trained on this model's rows.")
     device = str(next(model.parameters()).device)
-    subject = Subject("given", model, codec_of(tokenizer), bos=False, keep_special=True, device=device)
+    lm = LanguageModel("given", model, codec_of(tokenizer), bos=False, keep_special=True, device=device)
     record = record_of(sparse, layer)
-    spliced = Spliced(subject, sparse.to(device), Site(SITE, layer), record)
-    read = read_prompt(spliced, subject.prompt(text), [feature_idx])
+    spliced = Spliced(lm, sparse.to(device), Site(SITE, layer), record)
+    read = read_prompt(spliced, lm.prompt(text), [feature_idx])
     edit = Edit.of(feature_idx, read.fires_at(feature_idx))
     found = ablate(read, [edit], "keep" if keep_error else "drop")
     normal, ablated = (
-        [(candidate.text, candidate.probability) for candidate in top_candidates(read.logits(hidden), subject.codec, TOP)]
+        [(candidate.text, candidate.probability) for candidate in top_candidates(read.logits(hidden), lm.codec, TOP)]
         for hidden in (read.normal[-1], found.hidden[0])
     )
     own, rest = found.normal_reconstruction, found.reconstruction_ablated

@@ -17,7 +17,7 @@ from torch import Tensor
 from actstore.errors import InputError
 from pipelines.causal.engine.cut import Cut, cut_at, finish
 from pipelines.causal.engine.feature_values import feature_values
-from pipelines.causal.engine.subject import Prompt, Spliced
+from pipelines.causal.engine.language_model import Prompt, Spliced
 from pipelines.metrics.divergence import ROWS, kl
 from pipelines.models.forward import logits
 
@@ -74,12 +74,12 @@ class Read:
     def normal(self) -> Tensor:
         """(position, d_model) after the last block, nothing edited."""
         with torch.no_grad():
-            return finish(self.spliced.subject.model, self.cut, self.cut.x)[0]
+            return finish(self.spliced.lm.model, self.cut, self.cut.x)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, vocabulary) of (…, d_model) after the last block."""
         with torch.no_grad():
-            return logits(self.spliced.subject.model, hidden)
+            return logits(self.spliced.lm.model, hidden)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def read_prompt(spliced: Spliced, prompt: Prompt, features: list[int] | None = N
             spliced.require_feature(feature)
     if not bool(prompt.kept.any()):
         raise InputError("prompt: none of its positions is a row (start token and separators are none); give some text.")
-    cut = cut_at(spliced.subject.model, spliced.site, prompt.ids[None])
+    cut = cut_at(spliced.lm.model, spliced.site, prompt.ids[None])
     rows = cut.x[0]
     found = spliced.sae.codes(rows[prompt.kept])
     chosen = found.active.features[found.values > 0].unique() if features is None else torch.tensor(features).unique()
@@ -138,7 +138,7 @@ def ablate(read: Read, edits: list[Edit], error: str = "keep") -> Ablations:
     if error == "keep":
         hidden, changed, _ = _run_all(read, read.rows, edits, read.normal)
         return Ablations(edits, hidden, changed)
-    spliced_in = finish(read.spliced.subject.model, read.cut, read.reconstruction[None])
+    spliced_in = finish(read.spliced.lm.model, read.cut, read.reconstruction[None])
     hidden, changed, from_normal = _run_all(read, read.reconstruction, edits, spliced_in[0], against=read.normal)
     own = _divergences(read, read.normal[None], spliced_in, 1)[0]
     return Ablations(edits, hidden, from_normal, own, changed, spliced_in[0, -1])
@@ -168,7 +168,7 @@ def _run_all(
     run of that shape, it ends as in `unedited` (position, d_model).
     """
     n = min(len(edits), max(1, BATCH_POSITIONS // len(base)))
-    model = read.spliced.subject.model
+    model = read.spliced.lm.model
     clean = finish(model, read.cut, base.repeat(n, 1, 1))
     hidden, changed, from_other = [], [], []
     for start in range(0, len(edits), n):

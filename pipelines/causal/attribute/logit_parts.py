@@ -105,8 +105,8 @@ def feature_parts(model: nn.Module, run: Trace, site: Site, sae: Sae, position: 
     kind = kind_of(site.name)
     if not kind.in_stream_basis:
         raise InputError(
-            f"site {site.label}: {kind.values_are} are not what was written to the stream, of which a logit is the sum; take "
-            "a run on a site of the stream, of attention's or of the MLP's output."
+            f"site {site.label}: {kind.values_are} are not what was written to the stream, of which a logit is the sum; "
+            "take a run on a site of the stream, of attention's or of the MLP's output."
         )
     x = run.at(site)[position]
     values, indices = sae.encode(x[None].float())

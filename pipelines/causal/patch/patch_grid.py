@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from actstore.errors import InputError
 from pipelines.causal.engine.answer_metrics import Figure
-from pipelines.causal.engine.subject import Prompt
+from pipelines.causal.engine.language_model import Prompt
 from pipelines.causal.engine.trace import Trace, after_edits, edited_logits, row_edited_logits
 from pipelines.models.capture import require_patched
 from pipelines.models.families.registry import family_of

@@ -17,7 +17,7 @@ from torch import Tensor
 from actstore.errors import InputError
 from pipelines.causal.attribute.logit_parts import require_position
 from pipelines.causal.engine.answer_metrics import Metric, change_metric, pair_metric, require_metric
-from pipelines.causal.engine.subject import Prompt, Spliced, Subject, open_either
+from pipelines.causal.engine.language_model import LanguageModel, Prompt, Spliced, open_either
 from pipelines.causal.engine.trace import trace
 from pipelines.causal.patch.gradient_estimates import activation_effects, feature_effects, gradients, integrated_gradients
 from pipelines.causal.patch.heatmap import heat_lines, require_picture_path, save_heatmap
@@ -99,7 +99,7 @@ class PatchConfig:
 class Task:
     """What a grid is made of: the run that is patched, codes or activations to patch with, and the figure."""
 
-    subject: Subject
+    lm: LanguageModel
     spliced: Spliced | None
     prompt: Prompt
     pair: Pair
@@ -117,23 +117,21 @@ def patch(config: PatchConfig) -> dict[str, Any]:
     effects are largest. The answers are by default what the two runs find most likely. Raises InputError for texts of
     unequal length, answers that the runs do not tell apart, and whatever else will not do.
     """
-    subject, spliced = open_either(config.run, config.store, config.model, config.device)
+    lm, spliced = open_either(config.run, config.store, config.model, config.device)
     if spliced is not None:
-        require_patched(subject.model, spliced.site)
-    task, answers = _task(config, subject, spliced)
+        require_patched(lm.model, spliced.site)
+    task, answers = _task(config, lm, spliced)
     notes: list[str] = []
     steps = _steps(config, task, notes)
     if spliced is None:
         exact = config.method == "exact"
-        grid = (
-            patch_grid(subject.model, task.pair, config.site, task.metric.of) if exact else _estimated(config, task, steps)
-        )
+        grid = patch_grid(lm.model, task.pair, config.site, task.metric.of) if exact else _estimated(config, task, steps)
     else:
         grid = _features(config, task, steps)
     columns = [*task.prompt.texts, "all"]
     values = [[float(v) if math.isfinite(v) else None for v in row] for row in grid.values.tolist()]
     found = {
-        "model": subject.name,
+        "model": lm.name,
         "run_id": spliced.record.run_id if spliced else None,
         "site": spliced.site.label if spliced else config.site,
         "direction": config.direction if config.corrupt is not None else "ablation",
@@ -157,25 +155,25 @@ def patch(config: PatchConfig) -> dict[str, Any]:
     return found
 
 
-def _task(config: PatchConfig, subject: Subject, spliced: Spliced | None) -> tuple[Task, dict[str, Any]]:
+def _task(config: PatchConfig, lm: LanguageModel, spliced: Spliced | None) -> tuple[Task, dict[str, Any]]:
     """The runs, the figure, and the answers as text."""
-    prompt = subject.prompt(config.clean)
-    other = prompt if config.corrupt is None else subject.prompt(config.corrupt)
+    prompt = lm.prompt(config.clean)
+    other = prompt if config.corrupt is None else lm.prompt(config.corrupt)
     require_equal_length(prompt, other)
-    clean = trace(subject.model, prompt.ids)
-    corrupt = clean if config.corrupt is None else trace(subject.model, other.ids)
+    clean = trace(lm.model, prompt.ids)
+    corrupt = clean if config.corrupt is None else trace(lm.model, other.ids)
     at = require_position(clean, config.position)
     pair = Pair(clean, corrupt, config.direction, at)
-    first, last = (run_logits(subject.model, run, at) for run in (clean, corrupt))
-    target = int(first.argmax()) if config.target is None else subject.token(config.target)
-    against = None if config.against is None else subject.token(config.against)
+    first, last = (run_logits(lm.model, run, at) for run in (clean, corrupt))
+    target = int(first.argmax()) if config.target is None else lm.token(config.target)
+    against = None if config.against is None else lm.token(config.against)
     if config.corrupt is None:
         metric = change_metric(config.metric or "log_probability", first, target, against)
     else:
         against = int(last.argmax()) if against is None else against
         name = config.metric or "logit_difference"
         if name == "logit_difference" and target == against:
-            name = subject.codec.text([target])
+            name = lm.codec.text([target])
             raise InputError(
                 f"both texts are most likely followed by {name!r}, so there is no difference of answers; name two with "
                 "--target and --against."
@@ -185,9 +183,9 @@ def _task(config: PatchConfig, subject: Subject, spliced: Spliced | None) -> tup
     if spliced is not None:
         own = dense_codes(spliced.sae, pair.into.at(spliced.site), kept)
         change = -own if config.corrupt is None else dense_codes(spliced.sae, pair.source.at(spliced.site), kept) - own
-    text = subject.codec.text
+    text = lm.codec.text
     answers = {"target": text([target]), "against": None if against is None else text([against])}
-    return Task(subject, spliced, prompt, pair, metric, kept, change), answers
+    return Task(lm, spliced, prompt, pair, metric, kept, change), answers
 
 
 def _steps(config: PatchConfig, task: Task, notes: list[str]) -> int:
@@ -204,7 +202,7 @@ def _steps(config: PatchConfig, task: Task, notes: list[str]) -> int:
 
 def _estimated(config: PatchConfig, task: Task, steps: int) -> Grid:
     """The grid of a site by gradients: each cell the metric before plus its estimated change, the last column their sum."""
-    model, pair, before = task.subject.model, task.pair, _before(task)
+    model, pair, before = task.lm.model, task.pair, _before(task)
     sites = [Site(config.site, layer) for layer in range(len(blocks_of(model)))]
     if steps:
         slopes = {
@@ -224,7 +222,7 @@ def feature_estimates(task: Task, steps: int) -> Tensor:
     """(position, n_features) estimated change of the metric by each feature's patch."""
     assert task.spliced is not None
     assert task.change is not None
-    model, site, sae, run = task.subject.model, task.spliced.site, task.spliced.sae, task.pair.into
+    model, site, sae, run = task.lm.model, task.spliced.site, task.spliced.sae, task.pair.into
     if steps:
         end = run.at(site) + task.change @ sae.W_dec.to(task.change.dtype)
         slope = integrated_gradients(model, run, site, end, task.metric.of, steps, task.pair.at)
@@ -245,7 +243,7 @@ def _features(config: PatchConfig, task: Task, steps: int) -> Grid:
         raise InputError("no feature's code differs between the two texts: there is nothing to patch; choose other texts.")
     if config.method == "exact":
         return feature_grid(
-            task.subject.model, task.pair.into, task.spliced.site, task.spliced.sae, chosen, task.change, task.kept,
+            task.lm.model, task.pair.into, task.spliced.site, task.spliced.sae, chosen, task.change, task.kept,
             task.metric.of, task.pair.at,
         )  # fmt: skip
     own = effects[:, chosen].T
@@ -256,12 +254,12 @@ def _features(config: PatchConfig, task: Task, steps: int) -> Grid:
 
 def _before(task: Task) -> float:
     """The metric of the patched run as it is."""
-    return float(task.metric.of(run_logits(task.subject.model, task.pair.into, task.pair.at)))
+    return float(task.metric.of(run_logits(task.lm.model, task.pair.into, task.pair.at)))
 
 
 def _agreement(config: PatchConfig, task: Task, grid: Grid) -> dict[str, Any]:
     """The estimates against exact interventions in `check` cells: of the grid, or of all features whose codes change."""
-    model, metric, n_positions = task.subject.model, task.metric, len(task.pair.into)
+    model, metric, n_positions = task.lm.model, task.metric, len(task.pair.into)
     if task.spliced is not None:
         site, sae, change = task.spliced.site, task.spliced.sae, task.change
         assert change is not None

@@ -40,7 +40,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Subject:
+class LanguageModel:
     """A language model in evaluation mode, without gradients, and how text is put to it."""
 
     name: str
@@ -87,9 +87,9 @@ class Subject:
 
 @dataclass(frozen=True)
 class Spliced:
-    """A subject and an SAE that reads one of its sites."""
+    """A language model and an SAE that reads one of its sites."""
 
-    subject: Subject
+    lm: LanguageModel
     sae: Sae
     site: Site
     record: RunRecord
@@ -104,12 +104,12 @@ class Spliced:
         return feature
 
 
-def open_subject(model: str, device: str = "auto", *, bos: bool = True, keep_special: bool = False) -> Subject:
+def open_language_model(model: str, device: str = "auto", *, bos: bool = True, keep_special: bool = False) -> LanguageModel:
     """A model and the tokenizer that lies beside it. Raises InputError when either cannot be loaded."""
     chosen = choose_device(device)
     loaded = frozen(load_model(model, chosen, "fp32"))  # first: without network it is soon refused, and its reason is clear
     codec, _ = load_tokenizer(resolve_model(model))
-    return Subject(model, loaded, codec, bos, keep_special, chosen)
+    return LanguageModel(model, loaded, codec, bos, keep_special, chosen)
 
 
 def open_spliced(run: Path, store: str | Path | None = None, model: str | None = None, device: str = "auto") -> Spliced:
@@ -127,8 +127,8 @@ def open_spliced(run: Path, store: str | Path | None = None, model: str | None =
     if model_identity(loaded).weights_sha256 != record.weights_sha256:
         raise IdentityMismatch(f"model {name}: is not the one {run} was trained on; name the right one with --model.")
     policy = opened.manifest.policy
-    subject = Subject(name, frozen(loaded), store_tokenizer(opened), policy.bos, policy.keep_special, chosen)
-    return Spliced(subject, sae.to(chosen), Site.parse(record.site), record)
+    lm = LanguageModel(name, frozen(loaded), store_tokenizer(opened), policy.bos, policy.keep_special, chosen)
+    return Spliced(lm, sae.to(chosen), Site.parse(record.site), record)
 
 
 def open_store(run: Path, record: RunRecord, store: str | Path | None = None) -> ActivationStore:
@@ -163,18 +163,18 @@ def frozen(model: nn.Module) -> nn.Module:
 
 def open_either(
     run: Path | None, store: str | Path | None, model: str | None, device: str
-) -> tuple[Subject, Spliced | None]:
+) -> tuple[LanguageModel, Spliced | None]:
     """A run's SAE in its model, or without a run a model alone (`DEFAULT_MODEL` where none is named)."""
     if run is None:
         if store is not None:
             raise InputError(f"store {store}: is of use with a run only; name its run with --run.")
         if model is not None:
-            return open_subject(model, device), None
+            return open_language_model(model, device), None
         try:
-            return open_subject(DEFAULT_MODEL, device), None
+            return open_language_model(DEFAULT_MODEL, device), None
         except InputError as error:
             raise InputError(
                 f"{str(error).rstrip('.')}; {DEFAULT_MODEL} is the default, --model builtin needs no network."
             ) from error
     spliced = open_spliced(run, store, model, device)
-    return spliced.subject, spliced
+    return spliced.lm, spliced
