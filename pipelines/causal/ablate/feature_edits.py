@@ -111,13 +111,17 @@ def read_prompt(spliced: Spliced, prompt: Prompt, features: list[int] | None = N
         raise InputError("prompt: none of its positions is a row (start token and separators are none); give some text.")
     cut = cut_at(spliced.lm.model, spliced.site, prompt.ids[None])
     rows = cut.x[0]
-    found = spliced.sae.codes(rows[prompt.kept])
-    chosen = found.active.features[found.values > 0].unique() if features is None else torch.tensor(features).unique()
+    codes_at_rows = spliced.sae.codes(rows[prompt.kept])
+    chosen = (
+        codes_at_rows.active.features[codes_at_rows.values > 0].unique()
+        if features is None
+        else torch.tensor(features).unique()
+    )
     chosen = chosen.to(rows.device)
     codes = rows.new_zeros(len(rows), len(chosen))
-    codes[prompt.kept] = feature_values(found, chosen)
+    codes[prompt.kept] = feature_values(codes_at_rows, chosen)
     reconstruction = rows.clone()
-    reconstruction[prompt.kept] = spliced.sae.reconstruct(found)
+    reconstruction[prompt.kept] = spliced.sae.reconstruct(codes_at_rows)
     return Read(spliced, prompt, cut, chosen, codes, reconstruction)
 
 
@@ -191,12 +195,12 @@ def _run_all(
 
 def _divergences(read: Read, before: Tensor, after: Tensor, n: int) -> Tensor:
     """(n, position) KL of the predictions of the first n of two streams; only rows that differ are unembedded."""
-    found = torch.zeros(n, before.shape[1], dtype=torch.float64, device=before.device)
+    divergences = torch.zeros(n, before.shape[1], dtype=torch.float64, device=before.device)
     places = (before[:n] != after[:n]).any(dim=-1).nonzero()
     for own in places.split(ROWS):
         item, position = own.T
-        found[item, position] = kl(read.logits(before[item, position]), read.logits(after[item, position]))
-    return found
+        divergences[item, position] = kl(read.logits(before[item, position]), read.logits(after[item, position]))
+    return divergences
 
 
 def _require_rows(prompt: Prompt, edit: Edit) -> None:

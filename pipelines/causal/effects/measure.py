@@ -25,7 +25,7 @@ from pipelines.causal.engine.drawn_firings import Firings, window_ids
 from pipelines.causal.engine.feature_values import feature_values
 from pipelines.causal.engine.language_model import Spliced
 from pipelines.codes.code_store import CodeStore
-from pipelines.metrics.divergence import ROWS, kl
+from pipelines.metrics.divergence import ROWS, kl, log_probability
 from pipelines.models.forward import logits
 
 BATCH_POSITIONS = 4096
@@ -134,7 +134,7 @@ def _measured(
         before, after = (logits(spliced.lm.model, hidden) for hidden in (p, q))
         after = torch.where(alive[:, None], after, before)  # a feature that does not fire here changes nothing
         kl_.append(kl(before, after))
-        log_p, log_q = (torch.log_softmax(x.double(), dim=1).gather(1, target[:, None])[:, 0] for x in (before, after))
+        log_p, log_q = (log_probability(x, target) for x in (before, after))
         loss_.append(log_p - log_q)
         difference = after - before
         shift_.append((difference - difference.mean(dim=1, keepdim=True)).float())
@@ -186,8 +186,8 @@ def _later(
         sums = torch.zeros(2, len(t), dtype=torch.float64, device=ids.device)
         for i, p in zip(item.split(ROWS), position.split(ROWS), strict=True):
             before, after = logits(model, clean[i, p]), logits(model, ablated[i, p])
-            target = ids[t[i], p + 1][:, None]
-            log_p, log_q = (torch.log_softmax(x.double(), dim=1).gather(1, target)[:, 0] for x in (before, after))
+            target = ids[t[i], p + 1]
+            log_p, log_q = (log_probability(x, target) for x in (before, after))
             sums[0].index_add_(0, i, kl(before, after))
             sums[1].index_add_(0, i, log_p - log_q)
         divergence, loss = sums / counted.sum(dim=1)

@@ -69,12 +69,12 @@ class LanguageModel:
                 f"prompt {name}: {len(all_ids):,} tokens with the start token, the model has {self.n_positions:,} "
                 "positions; shorten it."
             )
-        found = torch.tensor(all_ids, device=self.device)
+        tokens = torch.tensor(all_ids, device=self.device)
         kept = torch.ones(len(all_ids), dtype=torch.bool, device=self.device)
         if not self.keep_special:
-            kept &= found != self.codec.separator_token_id
+            kept &= tokens != self.codec.separator_token_id
             kept[0] = False
-        return Prompt(found, kept, tuple(self.codec.text([i]) for i in all_ids))
+        return Prompt(tokens, kept, tuple(self.codec.text([i]) for i in all_ids))
 
     def token(self, text: str) -> int:
         """The id of a text that is one token. Raises InputError, with the tokens it has, when it is not."""
@@ -144,8 +144,8 @@ def open_store(run: Path, record: RunRecord, store: str | Path | None = None) ->
     except StoreError as error:
         for place in () if "://" in recorded else _near(run, Path(recorded)):
             with suppress(StoreError):
-                if (found := ActivationStore(place)).store_id == record.store_id:
-                    return found
+                if (opened := ActivationStore(place)).store_id == record.store_id:
+                    return opened
         raise InputError(f"{run}: its store is not at {recorded} ({error}); name it with --store.") from error
 
 

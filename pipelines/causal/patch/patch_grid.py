@@ -175,8 +175,8 @@ def dense_codes(sae: Sae, x: Tensor, kept: Tensor) -> Tensor:
     """(position, n_features) codes of a site's activation (position, d_model), zero at positions the SAE does not read."""
     codes = x.new_zeros(len(x), sae.n_features)
     values, indices = sae.encode(x[kept].to(sae.W_dec.dtype))
-    found = x.new_zeros(len(values), sae.n_features)
-    codes[kept] = found.scatter_add(1, indices, values.to(x.dtype))
+    dense = x.new_zeros(len(values), sae.n_features)
+    codes[kept] = dense.scatter_add(1, indices, values.to(x.dtype))
     return codes
 
 
@@ -206,11 +206,11 @@ def _measured(
 
     `row` gives the edited activations (m, width) of some edits by number, `whole` those of all positions.
     """
-    found = torch.zeros(len(column), dtype=torch.float64)
+    figures = torch.zeros(len(column), dtype=torch.float64)
     is_single = column < len(into)
     ones, alls = is_single.nonzero()[:, 0], (~is_single).nonzero()[:, 0]
     for number, batch in row_edited_logits(model, into, site, column[ones], lambda n: row(ones[n]), at):
-        found[ones[number].cpu()] = figure(batch).cpu()
+        figures[ones[number].cpu()] = figure(batch).cpu()
     for first, stop, batch in edited_logits(model, into, site, len(alls), lambda a, b: whole(alls[a:b]), at):
-        found[alls[first:stop].cpu()] = figure(batch).cpu()
-    return found
+        figures[alls[first:stop].cpu()] = figure(batch).cpu()
+    return figures

@@ -130,7 +130,7 @@ def patch(config: PatchConfig) -> dict[str, Any]:
         grid = _features(config, task, steps)
     columns = [*task.prompt.texts, "all"]
     values = [[float(v) if math.isfinite(v) else None for v in row] for row in grid.values.tolist()]
-    found = {
+    result = {
         "model": lm.name,
         "run_id": spliced.record.run_id if spliced else None,
         "site": spliced.site.label if spliced else config.site,
@@ -151,8 +151,8 @@ def patch(config: PatchConfig) -> dict[str, Any]:
     }
     if config.out is not None:
         shown = grid.values.tolist()
-        save_heatmap(config.out, grid.rows, columns, shown, f"{found['direction']}, {found['site']}", task.metric.unit)
-    return found
+        save_heatmap(config.out, grid.rows, columns, shown, f"{result['direction']}, {result['site']}", task.metric.unit)
+    return result
 
 
 def _task(config: PatchConfig, lm: LanguageModel, spliced: Spliced | None) -> tuple[Task, dict[str, Any]]:
@@ -272,38 +272,38 @@ def _agreement(config: PatchConfig, task: Task, grid: Grid) -> dict[str, Any]:
     n_heads = len(grid.rows) // len(blocks_of(model))
 
     def exact_of_grid(row: Tensor, column: Tensor) -> Tensor:
-        found = torch.zeros(len(row), dtype=torch.float64)
+        figures = torch.zeros(len(row), dtype=torch.float64)
         for layer in (row // n_heads).unique().tolist():
             own = row // n_heads == layer
             place = Site(config.site, layer)
-            found[own] = patch_cells(model, task.pair, place, row[own] % n_heads, column[own], metric.of)
-        return found
+            figures[own] = patch_cells(model, task.pair, place, row[own] % n_heads, column[own], metric.of)
+        return figures
 
     estimates = grid.values[:, :n_positions]
     return agreement(estimates, torch.ones_like(estimates), exact_of_grid, _before(task), config.check, config.seed)
 
 
-def patch_lines(found: dict[str, Any]) -> list[str]:
+def patch_lines(result: dict[str, Any]) -> list[str]:
     """What was patched into what, the heat map, and what to know of it."""
-    answers = f"answer {visible(found['target'])!r}"
-    if found["against"] is not None:
-        answers += f" against {visible(found['against'])!r}"
-    ends = f"clean {found['clean']:.3f}"
-    if found["corrupt"] is not None:
-        ends += f", corrupt {found['corrupt']:.3f}"
-    values = [[math.nan if v is None else v for v in row] for row in found["values"]]
+    answers = f"answer {visible(result['target'])!r}"
+    if result["against"] is not None:
+        answers += f" against {visible(result['against'])!r}"
+    ends = f"clean {result['clean']:.3f}"
+    if result["corrupt"] is not None:
+        ends += f", corrupt {result['corrupt']:.3f}"
+    values = [[math.nan if v is None else v for v in row] for row in result["values"]]
     lines = [
-        f"{found['model']}, {found['site']}, {found['direction']}, {found['method']}: {answers}",
-        f"{found['unit']}: {ends}",
-        *heat_lines(found["rows"], found["columns"], values),
-        *(f"note: {note}" for note in found["notes"]),
+        f"{result['model']}, {result['site']}, {result['direction']}, {result['method']}: {answers}",
+        f"{result['unit']}: {ends}",
+        *heat_lines(result["rows"], result["columns"], values),
+        *(f"note: {note}" for note in result["notes"]),
     ]
-    if found["agreement"] is not None:
-        own = found["agreement"]
+    if result["agreement"] is not None:
+        own = result["agreement"]
         rank = "not defined" if own["rank_correlation"] is None else f"{own['rank_correlation']:.3f}"
         lines.append(f"against {own['cells']} exact interventions: rank correlation {rank}")
         if own["cells"]:
             lines[-1] += f"; largest effect {own['largest_exact']:.3f}, largest difference {own['largest_difference']:.3f}"
-    if found["picture"] is not None:
-        lines.append(f"saved: {found['picture']}")
+    if result["picture"] is not None:
+        lines.append(f"saved: {result['picture']}")
     return lines
