@@ -25,8 +25,8 @@ from safetensors.torch import load_file  # noqa: E402
 
 from benchmarks.evaluate_parity import save_model  # noqa: E402
 from benchmarks.peers.environments import run_script  # noqa: E402
-from pipelines.causal.ablate.edits import ablate, read_prompt, set_everywhere  # noqa: E402
-from pipelines.causal.engine.subject import Spliced, open_spliced  # noqa: E402
+from pipelines.causal.ablate.feature_edits import ablate, read_prompt, set_everywhere  # noqa: E402
+from pipelines.causal.engine.language_model import Spliced, open_spliced  # noqa: E402
 from pipelines.sae.checkpoint import WEIGHTS  # noqa: E402
 
 PROMPTS = (
@@ -40,7 +40,7 @@ TOLERANCE = 1e-4
 
 def compare(spliced: Spliced, run: Path, python: Path, work: Path) -> dict[str, Any]:
     """The largest differences over all prompts and features, by what becomes of the error term."""
-    reads = [read_prompt(spliced, spliced.subject.prompt(text)) for text in PROMPTS]
+    reads = [read_prompt(spliced, spliced.lm.prompt(text)) for text in PROMPTS]
     asked = [{"ids": r.prompt.ids.tolist(), "kept": r.prompt.kept.tolist(), "features": r.features.tolist()} for r in reads]
     prompts, out = work / "prompts.json", work / "logits.safetensors"
     prompts.write_text(json.dumps(asked))

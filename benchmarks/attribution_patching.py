@@ -29,13 +29,13 @@ import torch
 from torch import Tensor
 
 from actstore.reader import ActivationStore
-from pipelines.causal.attribute.parts import attribute_logit, only_layers, stream_parts
+from pipelines.causal.attribute.logit_parts import attribute_logit, only_layers, stream_parts
 from pipelines.causal.engine.answer_metrics import change_metric
-from pipelines.causal.engine.subject import Spliced, open_spliced, open_store
+from pipelines.causal.engine.language_model import Spliced, open_spliced, open_store
 from pipelines.causal.engine.trace import Trace, trace
-from pipelines.causal.patch.agreement import rank_correlation
-from pipelines.causal.patch.estimates import feature_effects, gradients, integrated_gradients
-from pipelines.causal.patch.grid import dense_codes, feature_cells, run_logits
+from pipelines.causal.patch.gradient_estimates import feature_effects, gradients, integrated_gradients
+from pipelines.causal.patch.patch_grid import dense_codes, feature_cells, run_logits
+from pipelines.causal.patch.rank_agreement import rank_correlation
 from pipelines.metrics.model_loss import heldout_windows, window_batches
 
 AT_LEAST = 0.9
@@ -55,7 +55,7 @@ def prompts_of(store: ActivationStore, n: int, n_tokens: int) -> list[tuple[Tens
 
 def correlations(spliced: Spliced, run: Trace, kept: Tensor) -> dict[str, dict[str, float | None]]:
     """By case, by feature and by firing: the rank correlation of estimates with exact ablations."""
-    model, sae, site = spliced.subject.model, spliced.sae, spliced.site
+    model, sae, site = spliced.lm.model, spliced.sae, spliced.site
     change = -dense_codes(sae, run.at(site), kept)
     logits = run_logits(model, run)
     target, against = logits.topk(2).indices.tolist()
@@ -81,7 +81,7 @@ def correlations(spliced: Spliced, run: Trace, kept: Tensor) -> dict[str, dict[s
 
 def without_the_final_norm(spliced: Spliced, run: Trace) -> dict[str, float | None]:
     """Shares of attentions' heads and MLPs in the likeliest token's logit, with the final norm and without."""
-    model = spliced.subject.model
+    model = spliced.lm.model
     parts = only_layers(stream_parts(model, run))
     target = int(run_logits(model, run).argmax())
     right = attribute_logit(model, run, parts, target, centred=False).shares[:-1]
@@ -102,7 +102,7 @@ def measure(spliced: Spliced, prompts: list[tuple[Tensor, Tensor]]) -> dict[str,
     agreed: dict[str, dict[str, list[float]]] = {}
     naive: dict[str, list[float]] = {}
     for ids, kept in prompts:
-        run = trace(spliced.subject.model, ids)
+        run = trace(spliced.lm.model, ids)
         for case, kinds in correlations(spliced, run, kept).items():
             for kind, value in kinds.items():
                 assert value is not None
@@ -120,7 +120,7 @@ def measure(spliced: Spliced, prompts: list[tuple[Tensor, Tensor]]) -> dict[str,
             for case, kinds in agreed.items()
             for kind, values in kinds.items()
         ],
-        "worst_prompt": spliced.subject.codec.text(prompts[worst][0].tolist()),
+        "worst_prompt": spliced.lm.codec.text(prompts[worst][0].tolist()),
         "worst": agreed["logit_difference"]["by feature"][worst],
         "without_final_norm": {name: statistics.mean(values) for name, values in naive.items()},
     }

@@ -30,7 +30,6 @@ from pipelines.concepts.stage import SUMMARY, ConceptsConfig, concepts  # noqa: 
 from pipelines.concepts.subjects import Subject, choose_thresholds, score_rules  # noqa: E402
 from pipelines.concepts.table import concept_lines  # noqa: E402
 from pipelines.demo import DemoConfig, read_demo, rule_counts, run_demo  # noqa: E402
-from pipelines.models.sites import MLP_HIDDEN  # noqa: E402
 from pipelines.sae.checkpoint import load_run  # noqa: E402
 from pipelines.shared.cluster import connect, share  # noqa: E402
 from pipelines.text.tokens import store_tokenizer  # noqa: E402
@@ -65,7 +64,7 @@ def concept_table(demo_out: Path, random_out: Path, layer: int, client: Any) -> 
     seed = ActivationStore(demo_out / "store").manifest.seed
     collect(
         CollectConfig(
-            out=demo_out / "neurons", model="builtin", layer=(layer,), site=(MLP_HIDDEN,), tokens=tokens, seed=seed
+            out=demo_out / "neurons", model="builtin", layer=(layer,), site=("mlp_hidden",), tokens=tokens, seed=seed
         )
     )
     return concepts(config, client)

@@ -30,11 +30,12 @@ from torch import nn
 
 from benchmarks.evaluate_parity import save_model
 from benchmarks.peers.environments import run_script
-from pipelines.causal.attribute.parts import direct_logit_attribution
+from pipelines.causal.attribute.logit_parts import direct_logit_attribution
 from pipelines.causal.engine.answer_metrics import logit_difference_of
 from pipelines.causal.engine.trace import trace
-from pipelines.causal.patch.grid import Pair, patch_grid, run_logits
-from pipelines.models.forward import head_weights
+from pipelines.causal.patch.patch_grid import Pair, patch_grid, run_logits
+from pipelines.models.families.registry import family_of
+from pipelines.models.forward import blocks_of
 from pipelines.models.load import load_model
 
 TOLERANCE = 1e-4
@@ -118,7 +119,7 @@ def _ours(
         own |= {f"{name.removeprefix('mlp.')}_mlp_out": value for name, value in own.items() if name.startswith("mlp.")}
         own["pos_embed"] = own["position"]
         found[f"attribution_{kind}"] = np.array([own[name] for name in names])
-    n_layers, n_heads = len(clean.attn_out), len(head_weights(model, 0)[0])
+    n_layers, n_heads = len(blocks_of(model)), family_of(model).n_heads(model)
     for site in ("resid_pre", "attn_out", "mlp_out", "head_out"):
         grid = patch_grid(model, pair, site, figure).values.numpy()
         if site == "head_out":

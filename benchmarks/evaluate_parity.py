@@ -35,8 +35,9 @@ from benchmarks.peers.environments import run_script
 from pipelines.collect.config import CollectConfig
 from pipelines.collect.stage import collect
 from pipelines.metrics.model_loss import heldout_windows, reconstructing, text_metrics
+from pipelines.models.capture import capture
 from pipelines.models.load import load_model
-from pipelines.models.sites import Site, capture
+from pipelines.models.sites.site import Site
 from pipelines.sae.base import Sae
 from pipelines.sae.checkpoint import load_run
 from pipelines.sae.reconstruction_metrics import RowMetrics

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.causal.engine.trace import Trace, trace
-from pipelines.causal.patch.grid import dense_codes, feature_cells, run_logits
-from pipelines.models.sites import Site, hooked
+from pipelines.causal.patch.patch_grid import dense_codes, feature_cells, run_logits
+from pipelines.models.capture import hooked
+from pipelines.models.sites.site import Site
 from pipelines.sae.architectures.topk import TopKSae
 
 SHAPES = {"builtin": (6, 192, 6, 4096), "small": (12, 768, 12, 50257)}

@@ -40,7 +40,7 @@ from pipelines.collect.config import CollectConfig
 from pipelines.collect.stage import collect
 from pipelines.metrics.model_loss import heldout_text, reconstructing
 from pipelines.models.load import load_model
-from pipelines.models.sites import Site
+from pipelines.models.sites.site import Site
 from pipelines.sae.architectures.topk import TopKSae
 from pipelines.sae.base import Objective
 from pipelines.sae.reconstruction_metrics import heldout_metrics

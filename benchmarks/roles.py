@@ -41,9 +41,9 @@ import torch  # noqa: E402
 from actstore.files import read_json  # noqa: E402
 from actstore.plan import permutation  # noqa: E402
 from pipelines.causal.effects.measure import branch_layout, firing_texts, predicted, window_passes  # noqa: E402
-from pipelines.causal.engine.branches import read_site  # noqa: E402
+from pipelines.causal.engine.cut import cut_at  # noqa: E402
 from pipelines.causal.engine.drawn_firings import PART, Firings, draw_firings, next_tokens  # noqa: E402
-from pipelines.causal.engine.subject import Spliced, open_spliced  # noqa: E402
+from pipelines.causal.engine.language_model import Spliced, open_spliced  # noqa: E402
 from pipelines.codes.code_store import CodeStore, read_codes  # noqa: E402
 from pipelines.concepts.labels import read_labels, shard_labels  # noqa: E402
 from pipelines.models.forward import logits  # noqa: E402
@@ -178,7 +178,7 @@ def _measure_pass(
     falls: Falls,
 ) -> None:
     ids, text = firing_texts(codes, own)
-    reading = read_site(spliced.subject.model, spliced.site, torch.from_numpy(ids))
+    reading = cut_at(spliced.lm.model, spliced.site, torch.from_numpy(ids))
     values, features = spliced.sae.encode(reading.x[torch.from_numpy(text), torch.from_numpy(own.position)])
     mine = values.where(features == torch.from_numpy(own.feature)[:, None], torch.zeros(())).sum(dim=1)
     n, k, n_directions = len(own), values.shape[1], len(directions)
@@ -216,7 +216,7 @@ def _measure_pass(
 
 def _log_share(spliced: Spliced, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """(n,) log of the summed probability of targets (n, t) of the next token."""
-    found = logits(spliced.subject.model, hidden)
+    found = logits(spliced.lm.model, hidden)
     return found.gather(1, targets).logsumexp(dim=1) - found.logsumexp(dim=1)
 
 

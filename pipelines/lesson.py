@@ -34,8 +34,11 @@ from pipelines.causal.textbook import (
     require_family,
 )
 from pipelines.evaluate.inspect import strongest
+from pipelines.models.capture import capture
+from pipelines.models.families.registry import family_of
+from pipelines.models.forward import blocks_of
 from pipelines.models.load import choose_device, load_model, model_identity, resolve_model
-from pipelines.models.sites import Site, blocks_of, capture
+from pipelines.models.sites.site import Site
 from pipelines.sae.base import Objective, Sae
 from pipelines.sae.checkpoint import RunRecord, require_match, save_run
 from pipelines.sae.textbook import SparseAutoencoder, sae_loss
@@ -306,8 +309,7 @@ def _require_layer(model: nn.Module, layer: int, name: str) -> None:
 
 
 def _n_positions(model: nn.Module) -> int:
-    limit: int = model.config.max_position_embeddings  # type: ignore[union-attr, assignment]
-    return limit
+    return family_of(model).n_positions(model)
 
 
 def _fitting(ids: list[int], model: nn.Module, codec: TextCodec) -> list[int]:

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from actstore.errors import InputError
-from pipelines.causal.ablate.edits import Edit, ablate, read_prompt
-from pipelines.causal.attribute.parts import direct_logit_attribution as attributed
-from pipelines.causal.engine.divergence import top_candidates
-from pipelines.causal.engine.subject import Spliced, Subject
+from pipelines.causal.ablate.feature_edits import Edit, ablate, read_prompt
+from pipelines.causal.attribute.logit_parts import direct_logit_attribution as attributed
+from pipelines.causal.engine.candidates import top_candidates
+from pipelines.causal.engine.language_model import LanguageModel, Spliced
 from pipelines.causal.engine.trace import trace
-from pipelines.causal.patch.grid import Pair, patch_activation, run_logits
+from pipelines.causal.patch.patch_grid import Pair, patch_activation, run_logits
+from pipelines.models.families.registry import family_of
 from pipelines.models.forward import unembedding
-from pipelines.models.sites import FAMILIES, Site
+from pipelines.models.sites.site import Site
 from pipelines.sae.base import Sae
 from pipelines.sae.checkpoint import RunRecord
 from pipelines.sae.textbook import SparseAutoencoder
@@ -129,14 +130,14 @@ def ablate_feature(
     if sparse.d_model != width:
         raise InputError(f"sae: has d_model {sparse.d_model}, the model {width}; pass one trained on this model's rows.")
     device = str(next(model.parameters()).device)
-    subject = Subject("given", model, codec_of(tokenizer), bos=False, keep_special=True, device=device)
+    lm = LanguageModel("given", model, codec_of(tokenizer), bos=False, keep_special=True, device=device)
     record = record_of(sparse, layer)
-    spliced = Spliced(subject, sparse.to(device), Site(SITE, layer), record)
-    read = read_prompt(spliced, subject.prompt(text), [feature_idx])
+    spliced = Spliced(lm, sparse.to(device), Site(SITE, layer), record)
+    read = read_prompt(spliced, lm.prompt(text), [feature_idx])
     edit = Edit.of(feature_idx, read.fires_at(feature_idx))
     found = ablate(read, [edit], "keep" if keep_error else "drop")
     normal, ablated = (
-        [(candidate.text, candidate.probability) for candidate in top_candidates(read.logits(hidden), subject.codec, TOP)]
+        [(candidate.text, candidate.probability) for candidate in top_candidates(read.logits(hidden), lm.codec, TOP)]
         for hidden in (read.normal[-1], found.hidden[0])
     )
     own, rest = found.normal_reconstruction, found.reconstruction_ablated
@@ -153,9 +154,7 @@ def ablate_feature(
 
 def require_family(model: nn.Module) -> nn.Module:
     """Raises InputError for a model whose parts are not known, or in training mode."""
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if kind not in FAMILIES:
-        raise InputError(f"model: is a {kind}; known are {', '.join(FAMILIES)} of transformers.")
+    family_of(model)
     if model.training:
         raise InputError("model: is in training mode, in which dropout changes every run; call model.eval() first.")
     return model
@@ -204,7 +203,7 @@ def _ids(model: nn.Module, given: Tensor | Mapping[str, Tensor], name: str) -> T
         ids = ids[0]
     if ids.ndim != 1 or not len(ids):
         raise InputError(f"{name}: have shape {tuple(ids.shape)}; pass the token ids of one text, at least one.")
-    limit: int = model.config.max_position_embeddings  # type: ignore[union-attr, assignment]
+    limit = family_of(model).n_positions(model)
     if len(ids) > limit:
         raise InputError(f"{name}: {len(ids)} tokens, the model has {limit} positions; shorten the text.")
     for token in (int(ids.min()), int(ids.max())):

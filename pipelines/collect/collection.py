@@ -28,8 +28,9 @@ from actstore.moments import RowMoments
 from actstore.schema import PARTS, Manifest, site_values
 from pipelines.collect.config import CollectConfig
 from pipelines.collect.segment_plan import SegmentPlan
+from pipelines.models.capture import capture
 from pipelines.models.load import DTYPES, choose_device, load_model, model_identity
-from pipelines.models.sites import Site, capture
+from pipelines.models.sites.site import Site
 from pipelines.text.corpus import Corpus
 from pipelines.text.tokens import TextCodec, TokenSource, TokenTable
 from pipelines.text.windows import Windows

@@ -14,8 +14,11 @@ from actstore.errors import InputError
 from actstore.schema import ROW_PLACE_ARRAYS, CorpusIdentity, Manifest, WindowPolicy, site_arrays
 from pipelines.collect.collection import Collection, CorpusText
 from pipelines.collect.config import CollectConfig
+from pipelines.models.capture import require_collected, site_width
+from pipelines.models.families.registry import family_of
+from pipelines.models.forward import blocks_of
 from pipelines.models.load import DTYPES, choose_device, load_model, model_identity, resolve_model
-from pipelines.models.sites import Site, blocks_of, site_module, site_width
+from pipelines.models.sites.site import Site
 from pipelines.text.corpus import Corpus, open_corpus
 from pipelines.text.tokens import TextCodec, load_tokenizer
 
@@ -41,8 +44,8 @@ def _sites(config: CollectConfig, model: nn.Module) -> list[Site]:
     layers = config.layer or (len(blocks_of(model)) // 2,)
     sites = [Site(name, layer) for layer in sorted(set(layers)) for name in dict.fromkeys(config.site)]
     for site in sites:
-        site_module(model, site)
-    limit = cast(Any, model).config.max_position_embeddings
+        require_collected(model, site)
+    limit = family_of(model).n_positions(model)
     if config.context > limit:
         raise InputError(f"context {config.context}: the model has {limit} positions; choose --context {limit} or less.")
     return sites

@@ -21,7 +21,8 @@ from actstore.schema import PARTS
 from pipelines.codes.code_store import CodeStore, read_codes
 from pipelines.concepts.labels import SegmentLabels, shard_labels
 from pipelines.concepts.rules import RuleScores, shard_rules
-from pipelines.models.sites import MLP_HIDDEN
+from pipelines.models.sites.registry import kind_of
+from pipelines.models.sites.site import Site
 from pipelines.shared.cluster import reduce_tasks, share
 
 PEAK_SHARES = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6)
@@ -57,7 +58,7 @@ class Subject:
     @property
     def is_signed(self) -> bool:
         """Whether a dimension counts in both signs. A neuron's activation, after its non-linearity, has one."""
-        return self.site is not None and not self.site.startswith(MLP_HIDDEN)
+        return self.site is not None and kind_of(Site.parse(self.site).name).is_signed
 
     @property
     def n_units(self) -> int:

@@ -40,7 +40,7 @@ from pipelines.evaluate.stage import (
 )
 from pipelines.metrics.model_loss import Replace, heldout_text, reconstructing
 from pipelines.models.load import choose_device, load_model, resolve_model
-from pipelines.models.sites import Site
+from pipelines.models.sites.site import Site
 from pipelines.sae.base import Sae
 from pipelines.sae.checkpoint import RunRecord, load_run
 from pipelines.sae.reconstruction_metrics import RowMetrics, heldout_metrics, heldout_rows

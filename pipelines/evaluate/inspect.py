@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actstore.errors import IdentityMismatch, InputError
+from pipelines.models.capture import capture
+from pipelines.models.families.registry import family_of
 from pipelines.models.load import choose_device, load_model, model_identity, resolve_model
-from pipelines.models.sites import Site, capture
+from pipelines.models.sites.site import Site
 from pipelines.sae.checkpoint import load_run
 from pipelines.text.tokens import load_tokenizer
 
@@ -51,7 +53,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         raise IdentityMismatch(f"model {name}: is not the one {config.run} was trained on; name the right one with --model.")
     codec, _ = load_tokenizer(resolve_model(name))
     sae.to(device)
-    limit: int = model.config.max_position_embeddings  # type: ignore[union-attr, assignment]
+    limit = family_of(model).n_positions(model)
     lead = [codec.bos_token_id] if record.bos else []
     site = Site.parse(record.site)
 

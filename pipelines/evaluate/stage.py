@@ -23,7 +23,7 @@ from actstore.files import publish_json, read_json
 from actstore.reader import ActivationStore
 from pipelines.metrics.model_loss import heldout_text, positions_said, reconstructing
 from pipelines.models.load import choose_device, load_model, model_identity
-from pipelines.models.sites import Site
+from pipelines.models.sites.site import Site
 from pipelines.sae.checkpoint import RunRecord, load_run, require_match
 from pipelines.sae.reconstruction_metrics import DENSE, PART, heldout_metrics, heldout_rows
 from pipelines.shared.visible_text import BAR

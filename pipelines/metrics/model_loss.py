@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from actstore.reader import ActivationStore
 from actstore.schema import WindowPolicy
-from pipelines.models.sites import Site, hooked
+from pipelines.metrics.divergence import summed_cross_entropy, summed_kl
+from pipelines.models.capture import hooked
+from pipelines.models.sites.site import Site
 from pipelines.sae.base import Sae
 from pipelines.sae.reconstruction_metrics import PART
 from pipelines.shared.progress import track
@@ -26,8 +28,6 @@ from pipelines.text.windows import Windows
 
 BATCH_WINDOWS, BATCH_POSITIONS = 16, 2048
 """At most, of one forward pass: 2,048 positions are 0.4 GB of logits for GPT-2, a few copies of which are alive at once."""
-KL_TARGETS = 256
-"""Positions whose divergence is computed at a time: three more copies of so few logits, and not of all."""
 
 Replace = Callable[[Tensor], Tensor]
 """Rows (n, d_model) to what takes their place."""
@@ -50,11 +50,11 @@ class TextMetrics:
     def update(self, clean: Tensor, replaced: Mapping[str, Callable[[], Tensor]], targets: Tensor) -> None:
         """Add log-probabilities (n, vocabulary) of n targets; those of a replacement are asked for one at a time."""
         self.n_targets += len(targets)
-        self.clean += _cross_entropy(clean, targets)
+        self.clean += summed_cross_entropy(clean, targets)
         for name, compute in replaced.items():
             changed = compute()
-            self.cross_entropy[name] = self.cross_entropy.get(name, 0.0) + _cross_entropy(changed, targets)
-            self.divergence[name] = self.divergence.get(name, 0.0) + _divergence(clean, changed)
+            self.cross_entropy[name] = self.cross_entropy.get(name, 0.0) + summed_cross_entropy(changed, targets)
+            self.divergence[name] = self.divergence.get(name, 0.0) + summed_kl(clean, changed)
             del changed  # before the next one is computed
 
     def merge(self, other: TextMetrics) -> None:
@@ -178,15 +178,6 @@ def _log_probabilities(model: nn.Module, ids: Tensor, real: Tensor) -> Tensor:
     """(n_targets, vocabulary) log-probabilities of the next token at every position that has one."""
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     return torch.log_softmax(logits[real.to(logits.device)].float(), dim=-1)
-
-
-def _cross_entropy(log_probabilities: Tensor, targets: Tensor) -> float:
-    return float(-log_probabilities.gather(1, targets[:, None]).double().sum())
-
-
-def _divergence(clean: Tensor, changed: Tensor) -> float:
-    parts = zip(clean.split(KL_TARGETS), changed.split(KL_TARGETS), strict=True)
-    return float(sum((exact.exp() * (exact - guess)).sum(dim=1).double().sum() for exact, guess in parts))
 
 
 def _ratio(numerator: float, denominator: float) -> float | None:

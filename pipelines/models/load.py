@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,9 +13,7 @@ from actstore.errors import InputError
 from actstore.schema import ModelIdentity
 from pipelines.compute.cpu_products import speed_up
 from pipelines.models.builtin import model_path
-from pipelines.models.sites import (
-    FAMILIES,
-)
+from pipelines.models.families.registry import families, family_of
 from pipelines.shared.error_line import first_line
 from pipelines.shared.hub_connection import go_offline_if_unreachable
 
@@ -24,8 +21,8 @@ from pipelines.shared.hub_connection import go_offline_if_unreachable
 def load_model(name: str, device: str, compute_dtype: str) -> nn.Module:
     """A causal language model of a known family: `builtin`, a hub id, or a local folder.
 
-    GPT-2's composed tanh-GELU is replaced by PyTorch's own (relative difference 4e-7, 1.3x the speed), and dense float32
-    layers on a CPU are computed by oneDNN (`pipelines.compute.cpu_products`). Raises InputError when there is no such model,
+    Its family may change the configuration first (`Family.adjusted`); dense float32 layers on a CPU are computed by oneDNN
+    (`pipelines.compute.cpu_products`). Raises InputError when there is no such model,
     no network for a hub id, or a weight is missing or of another shape.
     """
     source = resolve_model(name)
@@ -37,10 +34,9 @@ def load_model(name: str, device: str, compute_dtype: str) -> nn.Module:
     disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source)
-        if config.model_type not in FAMILIES:
-            raise InputError(f"model {name}: family {config.model_type!r}; known are {', '.join(FAMILIES)}.")
-        if getattr(config, "activation_function", None) == "gelu_new":
-            config.activation_function = "gelu_pytorch_tanh"
+        if config.model_type not in families():
+            raise InputError(f"model {name}: family {config.model_type!r}; known are {', '.join(families())}.")
+        config = families()[config.model_type].adjusted(config)
         model, loaded = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=torch.float32, output_loading_info=True
         )
@@ -86,5 +82,5 @@ def model_identity(model: nn.Module) -> ModelIdentity:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    config: Any = model.config
-    return ModelIdentity(config.model_type, config.num_hidden_layers, config.hidden_size, digest.hexdigest())
+    family = family_of(model)
+    return ModelIdentity(family.model_type, len(family.blocks(model)), family.d_model(model), digest.hexdigest())

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from actstore.errors import IdentityMismatch, InputError
 from pipelines.analysis.reader import Analysis
-from pipelines.causal.ablate.edits import Edit, Read, ablate, one_by_one, read_prompt, set_everywhere
+from pipelines.causal.ablate.feature_edits import Edit, Read, ablate, one_by_one, read_prompt, set_everywhere
 from pipelines.causal.ablate.stage import AblateConfig, ablate_features, ablate_lines
-from pipelines.causal.engine.branches import finish, finish_branches, read_site
-from pipelines.causal.engine.divergence import kl, top_candidates
-from pipelines.causal.engine.subject import Spliced, open_spliced
-from pipelines.models.forward import logits
-from pipelines.models.sites import Site, blocks_of
+from pipelines.causal.engine.branches import finish_branches
+from pipelines.causal.engine.candidates import top_candidates
+from pipelines.causal.engine.cut import cut_at, finish
+from pipelines.causal.engine.language_model import Spliced, open_spliced
+from pipelines.metrics.divergence import kl
+from pipelines.models.forward import blocks_of, logits
+from pipelines.models.sites.site import Site
 
 TEXT = "The fox 31 went to the wood, and saw 4 friends"
 SITES = [Site("resid_pre", 1), Site("resid_post", 1), Site("resid_post", 2), Site("attn_out", 1), Site("mlp_out", 2)]
@@ -32,7 +34,7 @@ def spliced(run: Path) -> Spliced:
 
 @pytest.fixture(scope="module")
 def read(spliced: Spliced) -> Read:
-    return read_prompt(spliced, spliced.subject.prompt(TEXT), list(range(spliced.record.n_features)))
+    return read_prompt(spliced, spliced.lm.prompt(TEXT), list(range(spliced.record.n_features)))
 
 
 def firing(read: Read) -> list[int]:
@@ -41,7 +43,7 @@ def firing(read: Read) -> list[int]:
 
 def by_hand(read: Read, feature: int, *, drop: bool) -> Tensor:
     """(position, vocabulary) logits of the whole model with a feature zeroed where it fires, by dense arithmetic."""
-    sae, prompt, model = read.spliced.sae, read.prompt, read.spliced.subject.model
+    sae, prompt, model = read.spliced.sae, read.prompt, read.spliced.lm.model
 
     def edit(_: Any, __: Any, output: Any) -> Any:
         x = output[0] if isinstance(output, tuple) else output
@@ -65,12 +67,12 @@ def by_hand(read: Read, feature: int, *, drop: bool) -> Tensor:
 
 @pytest.mark.parametrize("site", SITES, ids=lambda site: site.label)
 def test_a_branch_is_the_whole_texts_forward_pass_at_the_edited_position(spliced: Spliced, site: Site) -> None:
-    model, generator = spliced.subject.model, torch.Generator().manual_seed(0)
+    model, generator = spliced.lm.model, torch.Generator().manual_seed(0)
     ids = torch.randint(1, 300, (2, 20), generator=generator)
     at = torch.randint(0, 20, (2, 5), generator=generator)
     change = torch.randn(2, 5, 32, generator=generator)
     with torch.no_grad():
-        reading = read_site(model, site, ids)
+        reading = cut_at(model, site, ids)
         clean, branches = finish_branches(model, reading, change, at)
         torch.testing.assert_close(logits(model, clean), model(input_ids=ids).logits, rtol=0, atol=1e-4)
         for text in range(2):
@@ -88,7 +90,7 @@ def test_the_logits_are_those_of_the_model_with_the_feature_taken_out_by_a_hook(
     assert len(features) > 5
     found = ablate(read, [set_everywhere(read, f) for f in features], "drop" if drop else "keep")
     with torch.no_grad():
-        normal = read.spliced.subject.model(input_ids=read.prompt.ids[None], use_cache=False).logits[0]
+        normal = read.spliced.lm.model(input_ids=read.prompt.ids[None], use_cache=False).logits[0]
     for i, feature in enumerate(features):
         expected = by_hand(read, feature, drop=drop)
         torch.testing.assert_close(read.logits(found.hidden[i]), expected[-1], rtol=0, atol=1e-4)
@@ -152,8 +154,8 @@ def test_one_by_one_edits_each_position_alone(read: Read) -> None:
 
 
 def test_no_hook_is_left_behind_also_after_an_exception(spliced: Spliced) -> None:
-    model = spliced.subject.model
-    reading = read_site(model, Site("attn_out", 1), torch.arange(1, 9)[None])
+    model = spliced.lm.model
+    reading = cut_at(model, Site("attn_out", 1), torch.arange(1, 9)[None])
 
     def hooks() -> int:
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
@@ -188,7 +190,7 @@ def test_the_command_says_what_ablation_did(run: Path, read: Read) -> None:
     best = exact.argsort(descending=True)[:3]
     assert [own["feature"] for own in found["features"]] == [firing(read)[i] for i in best.tolist()]
     assert [own["kl"] for own in found["features"]] == pytest.approx(exact[best].tolist(), rel=1e-4)
-    expected = top_candidates(read.logits(read.normal[-1]), read.spliced.subject.codec, 4)
+    expected = top_candidates(read.logits(read.normal[-1]), read.spliced.lm.codec, 4)
     assert [own["token"] for own in found["normal"]] == [own.token for own in expected]
     lines = ablate_lines(found)
     assert "error term kept" in lines[1]

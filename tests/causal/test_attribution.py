@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from actstore.errors import InputError
-from pipelines.causal.attribute.parts import (
+from pipelines.causal.attribute.logit_parts import (
     attribute_logit,
     direct_logit_attribution,
     feature_parts,
@@ -22,7 +22,7 @@ from pipelines.causal.attribute.parts import (
 )
 from pipelines.causal.engine.trace import trace
 from pipelines.models.load import load_model
-from pipelines.models.sites import Site
+from pipelines.models.sites.site import Site
 from pipelines.sae.architectures.topk import TopKSae
 from pipelines.sae.checkpoint import load_run
 

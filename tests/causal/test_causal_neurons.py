@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from actstore.errors import InputError
-from pipelines.causal.ablate.edits import ablate, read_prompt, set_everywhere
+from pipelines.causal.ablate.feature_edits import ablate, read_prompt, set_everywhere
 from pipelines.causal.attribute.stage import AttributeConfig, attribute
 from pipelines.causal.effects.stage import EffectsConfig, effects
 from pipelines.causal.effects.table import read_table
-from pipelines.causal.engine.stream_edits import require_patch_site
-from pipelines.causal.engine.subject import Spliced, open_spliced
+from pipelines.causal.engine.language_model import Spliced, open_spliced
 from pipelines.causal.lens.stage import LensConfig, lens
 from pipelines.causal.patch.stage import PatchConfig, patch
 from pipelines.causal.steer.stage import SteerConfig, steer
-from pipelines.models.sites import Site, blocks_of
+from pipelines.models.capture import require_patched
+from pipelines.models.forward import blocks_of
+from pipelines.models.sites.site import Site
 
 TEXT = "The fox 31 went to the wood"
 LAYER = 1
@@ -54,18 +55,18 @@ def spliced(trained: tuple[Path, Path]) -> Spliced:
 
 def by_hook(spliced: Spliced, ids: Tensor, change: Tensor) -> Tensor:
     """(position, vocabulary) logits of the whole model with `change` (position, 4 d_model) added before the MLP's W_out."""
-    module: Any = blocks_of(spliced.subject.model)[LAYER].mlp.c_proj
+    module: Any = blocks_of(spliced.lm.model)[LAYER].mlp.c_proj
     handle = module.register_forward_pre_hook(lambda _, args: (args[0] + change,))
     try:
         with torch.no_grad():
-            found: Tensor = spliced.subject.model(input_ids=ids[None], use_cache=False).logits[0]
+            found: Tensor = spliced.lm.model(input_ids=ids[None], use_cache=False).logits[0]
             return found
     finally:
         handle.remove()
 
 
 def test_ablating_a_feature_of_neurons_is_what_a_hook_in_the_mlp_does(spliced: Spliced) -> None:
-    read = read_prompt(spliced, spliced.subject.prompt(TEXT))
+    read = read_prompt(spliced, spliced.lm.prompt(TEXT))
     features = read.features.tolist()
     assert read.rows.shape[1] == 128
     assert len(features) > 3
@@ -109,6 +110,6 @@ def test_what_cannot_take_neurons_refuses_them_in_one_line(
 
 def test_neurons_are_no_site_of_a_patch(spliced: Spliced) -> None:
     with pytest.raises(InputError, match=r"site mlp_hidden\.0: .*neither attributed nor patched"):
-        require_patch_site(spliced.subject.model, Site("mlp_hidden", 0))
+        require_patched(spliced.lm.model, Site("mlp_hidden", 0))
     with pytest.raises(InputError, match="site 'mlp_hidden': known are resid_pre"):
         PatchConfig("a", "b", site="mlp_hidden")

@@ -24,13 +24,13 @@ from storekit import files_of
 from actstore.errors import IdentityMismatch, InputError, NoSpace, OutputExists
 from actstore.files import RESERVE_BYTES, read_json
 from benchmarks.roles import benjamini_hochberg, wilson
-from pipelines.causal.ablate.edits import Edit, ablate, read_prompt
+from pipelines.causal.ablate.feature_edits import Edit, ablate, read_prompt
 from pipelines.causal.ablate.stage import drawn_value
 from pipelines.causal.effects import measure as stage
 from pipelines.causal.effects.stage import EffectsConfig, effects
 from pipelines.causal.effects.table import document_interval, effects_lines, feature_table, read_table, summary
 from pipelines.causal.engine.drawn_firings import PART, document_halves, draw_firings, window_ids
-from pipelines.causal.engine.subject import Prompt, open_spliced
+from pipelines.causal.engine.language_model import Prompt, open_spliced
 from pipelines.codes.code_store import CodeStore, read_codes
 from pipelines.codes.stage import EncodeConfig, encode
 from pipelines.collect.config import CollectConfig
@@ -117,10 +117,10 @@ def by_hand(spliced: Any, ids: torch.Tensor, place: int, feature: int) -> torch.
         x[0, place] -= values[0][indices[0] == feature].sum() * spliced.sae.W_dec[feature]
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
-    handle = spliced.subject.model.transformer.h[1].register_forward_hook(edit)
+    handle = spliced.lm.model.transformer.h[1].register_forward_hook(edit)
     try:
         with torch.no_grad():
-            found: torch.Tensor = spliced.subject.model(input_ids=ids[None], use_cache=False).logits[0]
+            found: torch.Tensor = spliced.lm.model(input_ids=ids[None], use_cache=False).logits[0]
             return found
     finally:
         handle.remove()
@@ -130,7 +130,7 @@ def test_an_effect_is_what_ablating_that_row_alone_does(planted: tuple[Path, Pat
     """And with `later`, the mean over that position and the later ones that have a next token in the window."""
     spliced, codes = open_spliced(planted[0], device="cpu"), CodeStore(planted[1])
     firings = draw_firings(codes, np.array([PLANTED, 3, 11]), 4, 0)
-    vocabulary = int(spliced.subject.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    vocabulary = int(spliced.lm.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     measured = {}
     for how in ("firing", "later"):
         kept = stage.Measured.empty(len(firings), len(set(firings.feature.tolist())), vocabulary)
@@ -152,7 +152,7 @@ def test_an_effect_is_what_ablating_that_row_alone_does(planted: tuple[Path, Pat
         assert int(ids[place + 1]) == firings.next_token[i]
         without = by_hand(spliced, ids, place, int(firings.feature[i]))
         with torch.no_grad():
-            normal = spliced.subject.model(input_ids=ids[None], use_cache=False).logits[0]
+            normal = spliced.lm.model(input_ids=ids[None], use_cache=False).logits[0]
         rises = [float(x.log_softmax(1)[place, ids[place + 1]]) for x in (normal, without)]
         assert measured["firing"].loss[i] == pytest.approx(rises[0] - rises[1], abs=2e-5)
         targets = ids[place + 1 :, None]
@@ -276,7 +276,7 @@ def test_means_are_weighted_by_the_firings_that_each_stands_for(planted: tuple[P
     firings = replace(firings, weight=np.arange(1, len(firings) + 1))
     rng = np.random.Generator(np.random.PCG64(1))
     measured = stage.Measured(rng.random(len(firings)), rng.random(len(firings)), rng.random((2, 300), np.float32))
-    rows = feature_table(firings, np.array([3, PLANTED]), measured, spliced.subject.codec, 10, 0)
+    rows = feature_table(firings, np.array([3, PLANTED]), measured, spliced.lm.codec, 10, 0)
     for i, row in enumerate(rows):
         mine = firings.feature == row["feature"]
         weight = firings.weight[mine]
@@ -285,7 +285,7 @@ def test_means_are_weighted_by_the_firings_that_each_stands_for(planted: tuple[P
         assert row["value"] == pytest.approx(np.average(firings.value[mine], weights=weight))
         lowest = np.sort(measured.shift[i])[:5] / weight.sum()
         np.testing.assert_allclose(row["promoted_weight"], -lowest, rtol=1e-6)
-        assert row["promoted"][0] == spliced.subject.codec.text([int(measured.shift[i].argmin())])
+        assert row["promoted"][0] == spliced.lm.codec.text([int(measured.shift[i].argmin())])
 
 
 def test_a_drawn_value_is_of_each_firing_as_often_as_it_stands_for(codes: Path) -> None:

@@ -13,15 +13,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from actstore.errors import InputError
 from pipelines.causal.engine.answer_metrics import Divergence, change_metric, log_probability_of, pair_metric
-from pipelines.causal.engine.stream_edits import HEADS, PATCH_SITES
 from pipelines.causal.engine.trace import after_edits, trace
-from pipelines.causal.patch.estimates import (
+from pipelines.causal.patch.gradient_estimates import (
     activation_effects,
     feature_effects,
     gradients,
     integrated_gradients,
 )
-from pipelines.causal.patch.grid import (
+from pipelines.causal.patch.patch_grid import (
     Pair,
     dense_codes,
     feature_cells,
@@ -30,7 +29,9 @@ from pipelines.causal.patch.grid import (
     patch_grid,
     run_logits,
 )
-from pipelines.models.sites import Site, hooked
+from pipelines.models.capture import hooked
+from pipelines.models.sites.registry import patched_names
+from pipelines.models.sites.site import Site
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +67,16 @@ def test_patching_everything_gives_the_other_run_and_nothing_its_own(random: nn.
         whole = patch_activation(random, pair, Site("resid_pre", layer))
         torch.testing.assert_close(whole, source, rtol=0, atol=1e-5)
     torch.testing.assert_close(patch_activation(random, pair, Site("resid_post", 2), [-1]), source, rtol=0, atol=1e-5)
-    for name in PATCH_SITES:
+    for name in patched_names():
         torch.testing.assert_close(patch_activation(random, pair, Site(name, 1), []), into, rtol=0, atol=1e-9)
         torch.testing.assert_close(patch_activation(random, pair, Site(name, 1), [0, 1]), into, rtol=0, atol=1e-9)
-    torch.testing.assert_close(patch_activation(random, pair, Site(HEADS, 1), heads=[]), into, rtol=0, atol=1e-9)
+    torch.testing.assert_close(patch_activation(random, pair, Site("head_out", 1), heads=[]), into, rtol=0, atol=1e-9)
 
 
 def test_a_run_patched_with_itself_stays_as_it_is(random: nn.Module) -> None:
     clean = trace(random, clean_and_corrupt()[0])
     pair = Pair(clean, clean)
-    for name in PATCH_SITES:
+    for name in patched_names():
         grid = patch_grid(random, pair, name, log_probability_of(CLEAN))
         expected = log_probability_of(CLEAN)(run_logits(random, clean))
         torch.testing.assert_close(grid.values, expected.expand_as(grid.values), rtol=0, atol=1e-9)
@@ -139,7 +140,7 @@ def test_a_small_denominator_is_refused_with_both_values(random: nn.Module) -> N
 def test_the_planted_head_and_its_path_are_found_by_patching(planted: nn.Module) -> None:
     pair = pair_of(planted)
     metric = difference(planted, pair)
-    heads = patch_grid(planted, pair, HEADS, metric.of)
+    heads = patch_grid(planted, pair, "head_out", metric.of)
     order = heads.values[:, -1].abs().argsort(descending=True)
     assert heads.rows[int(order[0])] == f"L{LAYER}H{HEAD}"
     assert float(heads.values[order[0], -1]) > 0.95
@@ -154,7 +155,7 @@ def test_the_planted_head_and_its_path_are_found_by_patching(planted: nn.Module)
 
 def test_the_planted_head_is_found_by_attribution_patching(planted: nn.Module) -> None:
     pair = pair_of(planted)
-    sites = [Site(HEADS, layer) for layer in range(2)]
+    sites = [Site("head_out", layer) for layer in range(2)]
     slopes = gradients(planted, pair.into, sites, difference(planted, pair).of)
     effects = torch.cat([activation_effects(pair.into, pair.source, s, slopes[s.label], 4) for s in sites]).sum(dim=1)
     assert int(effects.abs().argmax()) == LAYER * 4 + HEAD
@@ -214,7 +215,7 @@ def test_a_feature_edit_changes_its_own_code_alone(random: nn.Module) -> None:
 
 def test_gradients_are_the_derivatives_of_the_exact_intervention(random: nn.Module) -> None:
     run, figure = trace(random, clean_and_corrupt()[0]), log_probability_of(CLEAN)
-    sites = [Site(name, 1) for name in PATCH_SITES]
+    sites = [Site(name, 1) for name in patched_names()]
     slopes = gradients(random, run, sites, figure)
     for site in sites:
         nudge = torch.randn(run.at(site).shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e-5
@@ -244,7 +245,7 @@ def test_the_gradient_of_kl_is_refused_at_the_clean_run_and_integrated_gradients
 
 def test_no_hook_or_gradient_is_left_behind_also_after_an_exception(random: nn.Module) -> None:
     run = trace(random, clean_and_corrupt()[0])
-    sites = [Site(name, layer) for name in PATCH_SITES for layer in range(3)]
+    sites = [Site(name, layer) for name in patched_names() for layer in range(3)]
 
     def fails(_: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("stop")

@@ -15,7 +15,7 @@ import torch
 from actstore.errors import IdentityMismatch, InputError
 from actstore.reader import ActivationStore
 from pipelines.analysis.reader import Analysis
-from pipelines.causal.engine.subject import Spliced, open_spliced
+from pipelines.causal.engine.language_model import Spliced, open_spliced
 from pipelines.causal.lens.stage import (
     DIRECT,
     LensConfig,
@@ -27,7 +27,8 @@ from pipelines.causal.lens.stage import (
     train_batches,
 )
 from pipelines.causal.steer.stage import SteerConfig, Steering, generate, steer, steer_lines, steered
-from pipelines.models.forward import final_norm, unembedding
+from pipelines.models.families.registry import family_of
+from pipelines.models.forward import unembedding
 from pipelines.sae.checkpoint import load_run, save_run
 
 TEXT = "The fox went"
@@ -45,11 +46,11 @@ def written(run: Path, **options: Any) -> list[str]:
 
 
 def test_strength_0_is_what_the_model_writes_by_itself(run: Path, spliced: Spliced) -> None:
-    ids = spliced.subject.prompt(TEXT).ids[None]
+    ids = spliced.lm.prompt(TEXT).ids[None]
     with torch.no_grad():
         for _ in range(12):
-            ids = torch.cat([ids, spliced.subject.model(input_ids=ids).logits[:, -1:].argmax(dim=2)], dim=1)
-    expected = spliced.subject.codec.text(ids[0, len(spliced.subject.prompt(TEXT)) :].tolist())
+            ids = torch.cat([ids, spliced.lm.model(input_ids=ids).logits[:, -1:].argmax(dim=2)], dim=1)
+    expected = spliced.lm.codec.text(ids[0, len(spliced.lm.prompt(TEXT)) :].tolist())
     assert written(run, strength=(0.0, 1.0))[0] == expected
     assert written(run, strength=(1.0, 3.0), mode="scale")[0] == expected
 
@@ -106,11 +107,11 @@ def test_a_store_of_that_name_near_the_run_that_is_another_one_is_not_taken(
 def test_a_row_moves_along_the_decoder_direction_by_what_is_asked(
     spliced: Spliced, mode: str, expected: float | None
 ) -> None:
-    prompt = spliced.subject.prompt(TEXT)
+    prompt = spliced.lm.prompt(TEXT)
     ids, sae = prompt.ids[None], spliced.sae
-    from pipelines.causal.engine.branches import read_site
+    from pipelines.causal.engine.cut import cut_at
 
-    rows = read_site(spliced.subject.model, spliced.site, ids).x
+    rows = cut_at(spliced.lm.model, spliced.site, ids).x
     feature = int(sae.codes(rows[0, prompt.kept]).active.features[0])
     steering = Steering(feature, torch.tensor([1.5]), mode, 2.0 if mode != "scale" else 1.0, "all")
     moved = steered(spliced, steering, prompt, lambda: ids, lambda: ids.shape[1])(rows) - rows
@@ -124,7 +125,7 @@ def test_a_row_moves_along_the_decoder_direction_by_what_is_asked(
 
 @pytest.mark.parametrize(("at", "places"), [("all", [1, 2, 3]), ("prompt", [1, 2]), ("last", [2]), ("generated", [3])])
 def test_only_the_positions_asked_for_are_steered(spliced: Spliced, at: str, places: list[int]) -> None:
-    prompt = spliced.subject.prompt_of_ids([5, 6])
+    prompt = spliced.lm.prompt_of_ids([5, 6])
     ids = torch.cat([prompt.ids, torch.tensor([7])])[None]
     rows = torch.zeros(1, 4, 32)
     edit = steered(spliced, Steering(FEATURE, torch.tensor([1.0]), "add", 1.0, at), prompt, lambda: ids, lambda: 4)
@@ -144,10 +145,10 @@ def test_the_unit_is_the_mean_norm_of_rows_or_the_peak(run: Path, store: Path, a
 
 
 def test_no_hook_is_left_behind(spliced: Spliced) -> None:
-    prompt = spliced.subject.prompt(TEXT)
+    prompt = spliced.lm.prompt(TEXT)
     with pytest.raises(RuntimeError):
         generate(spliced, prompt, Steering(FEATURE, torch.zeros(2, 2), "add", 1.0, "all"), 2)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in spliced.subject.model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in spliced.lm.model.modules())
 
 
 @pytest.mark.parametrize(
@@ -174,12 +175,12 @@ def test_a_store_of_another_layer_is_refused(run: Path, small_store: Path) -> No
 
 def test_the_lens_is_the_direct_path_through_the_final_layer_norm(run: Path, store: Path, spliced: Spliced) -> None:
     """Against plain numpy, and against the change of logits when the scale is held."""
-    model, d = spliced.subject.model, spliced.sae.W_dec[FEATURE].double().numpy()
-    gamma, w_u = final_norm(model).weight.double().numpy(), unembedding(model).double().numpy()
-    sigma = mean_scale(spliced.subject, train_batches(ActivationStore(store), 8))
+    model, d = spliced.lm.model, spliced.sae.W_dec[FEATURE].double().numpy()
+    gamma, w_u = family_of(model).final_norm(model).weight.double().numpy(), unembedding(model).double().numpy()
+    sigma = mean_scale(spliced.lm, train_batches(ActivationStore(store), 8))
     expected = w_u @ (gamma * (d - d.mean())) / sigma
     expected -= expected.mean()
-    found = logit_weights(spliced.subject, spliced.sae.W_dec[[FEATURE]], sigma)[0].numpy()
+    found = logit_weights(spliced.lm, spliced.sae.W_dec[[FEATURE]], sigma)[0].numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
     card = lens(LensConfig(run, FEATURE, top=4, windows=8, device="cpu"))
     assert card["path"] == DIRECT
@@ -191,19 +192,19 @@ def test_the_lens_is_the_direct_path_through_the_final_layer_norm(run: Path, sto
 
 def test_the_mean_scale_is_that_of_the_final_layer_norm_over_rows(store: Path, spliced: Spliced) -> None:
     """What the module itself divides by, read from its input by a hook."""
-    model, seen = spliced.subject.model, []
+    model, seen = spliced.lm.model, []
     batches = train_batches(ActivationStore(store), 5)
-    handle = final_norm(model).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    handle = family_of(model).final_norm(model).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     scales = []
     try:
         for windows, chosen in batches:
             inputs, kept = windows.batch(chosen)
             model(input_ids=torch.from_numpy(inputs))
             rows = seen.pop()[torch.from_numpy(kept)].double().numpy()
-            scales.append(np.sqrt(rows.var(axis=1) + final_norm(model).eps))
+            scales.append(np.sqrt(rows.var(axis=1) + family_of(model).final_norm(model).eps))
     finally:
         handle.remove()
-    assert mean_scale(spliced.subject, batches) == pytest.approx(np.concatenate(scales).mean(), rel=1e-5)
+    assert mean_scale(spliced.lm, batches) == pytest.approx(np.concatenate(scales).mean(), rel=1e-5)
 
 
 def test_skew_and_kurtosis_are_scipys_and_sort_the_table(run: Path, spliced: Spliced) -> None:

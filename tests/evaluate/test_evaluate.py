@@ -33,7 +33,7 @@ from pipelines.evaluate.stage import (
 )
 from pipelines.metrics.model_loss import Replace, heldout_text, heldout_windows, reconstructing, window_batches
 from pipelines.models.load import load_model
-from pipelines.models.sites import Site
+from pipelines.models.sites.site import Site
 from pipelines.sae.checkpoint import load_run, save_run
 from pipelines.sae.reconstruction_metrics import heldout_metrics
 from pipelines.text.windows import Windows

@@ -16,10 +16,13 @@ from transformers import GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 
 from actstore.errors import InputError
+from pipelines.models.capture import capture, hooked, require_collected, site_width
+from pipelines.models.forward import blocks_of
 from pipelines.models.load import choose_device, load_model, model_identity
-from pipelines.models.sites import SITES, Site, blocks_of, capture, hooked, site_module, site_width
+from pipelines.models.sites.registry import collected_names
+from pipelines.models.sites.site import Site
 
-ALL_SITES = [Site(name, layer) for layer in range(N_LAYER) for name in SITES]
+ALL_SITES = [Site(name, layer) for layer in range(N_LAYER) for name in collected_names()]
 
 
 @pytest.fixture(scope="module")
@@ -137,11 +140,11 @@ def test_no_hook_is_left_behind(model: nn.Module, ids: Tensor) -> None:
     assert n_hooks(model) == before
 
 
-@pytest.mark.parametrize("name", SITES)
+@pytest.mark.parametrize("name", collected_names())
 def test_what_an_edit_returns_replaces_the_activation(name: str, model: nn.Module, ids: Tensor) -> None:
     width = site_width(model, Site(name, 1))
     replacement = torch.linspace(-1, 1, width).expand(*ids.shape, width)
-    block = [Site(site, 1) for site in SITES]
+    block = [Site(site, 1) for site in collected_names()]
     with torch.inference_mode(), hooked(model, Site(name, 1), lambda activation: replacement):
         found = capture(model, [*block, Site("resid_pre", 2)], ids)
         logits = model(ids).logits
@@ -208,12 +211,12 @@ def refused(action: Callable[[], object]) -> str:
 
 @pytest.mark.parametrize("layer", [N_LAYER, -1])
 def test_a_layer_the_model_has_not_is_refused(layer: int, model: nn.Module) -> None:
-    message = refused(lambda: site_module(model, Site("resid_post", layer)))
+    message = refused(lambda: require_collected(model, Site("resid_post", layer)))
     assert message == f"layer {layer}: the model has 3 blocks; choose 0 to 2."
 
 
 def test_an_unknown_site_is_refused_with_the_known_ones(model: nn.Module) -> None:
-    message = refused(lambda: site_module(model, Site("resid_mid", 0)))
+    message = refused(lambda: require_collected(model, Site("resid_mid", 0)))
     assert message == "site 'resid_mid': known sites are resid_pre, resid_post, attn_out, mlp_out, mlp_hidden."
 
 

@@ -7,46 +7,46 @@ import torch
 from modelkit import build_model, write_texts
 
 from actstore.errors import InputError
-from pipelines.causal.engine.subject import Subject, open_subject
+from pipelines.causal.engine.language_model import LanguageModel, open_language_model
 from pipelines.models.forward import embed, logits, run_blocks
 
 
 @pytest.fixture(scope="module")
-def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+def lm(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     folder = tmp_path_factory.mktemp("causal")
-    return open_subject(str(build_model(folder / "model", write_texts(folder / "texts"))), "cpu")
+    return open_language_model(str(build_model(folder / "model", write_texts(folder / "texts"))), "cpu")
 
 
-def test_the_pieces_one_after_another_are_the_models_forward_pass(subject: Subject) -> None:
+def test_the_pieces_one_after_another_are_the_models_forward_pass(lm: LanguageModel) -> None:
     ids = torch.randint(0, 300, (3, 17), generator=torch.Generator().manual_seed(0))
-    expected = subject.model(input_ids=ids, use_cache=False).logits
-    half = run_blocks(subject.model, embed(subject.model, ids), 0, 2)
-    torch.testing.assert_close(logits(subject.model, run_blocks(subject.model, half, 2)), expected, rtol=0, atol=1e-5)
+    expected = lm.model(input_ids=ids, use_cache=False).logits
+    half = run_blocks(lm.model, embed(lm.model, ids), 0, 2)
+    torch.testing.assert_close(logits(lm.model, run_blocks(lm.model, half, 2)), expected, rtol=0, atol=1e-5)
 
 
-def test_the_pieces_are_causal(subject: Subject) -> None:
+def test_the_pieces_are_causal(lm: LanguageModel) -> None:
     ids = torch.randint(0, 300, (1, 9), generator=torch.Generator().manual_seed(1))
     changed = ids.clone()
     changed[0, -1] = (ids[0, -1] + 1) % 300
-    before, after = (run_blocks(subject.model, embed(subject.model, which)) for which in (ids, changed))
+    before, after = (run_blocks(lm.model, embed(lm.model, which)) for which in (ids, changed))
     torch.testing.assert_close(before[:, :-1], after[:, :-1])
     assert not torch.equal(before[:, -1], after[:, -1])
 
 
-def test_a_prompt_begins_with_the_start_token_and_does_not_keep_it(subject: Subject) -> None:
-    prompt = subject.prompt("The fox went")
-    assert prompt.ids[0] == subject.codec.bos_token_id
+def test_a_prompt_begins_with_the_start_token_and_does_not_keep_it(lm: LanguageModel) -> None:
+    prompt = lm.prompt("The fox went")
+    assert prompt.ids[0] == lm.codec.bos_token_id
     assert "".join(prompt.texts[1:]) == "The fox went"
     assert prompt.kept.tolist() == [False] + [True] * (len(prompt) - 1)
 
 
-def test_a_text_of_no_or_too_many_tokens_is_refused_with_both_numbers(subject: Subject) -> None:
+def test_a_text_of_no_or_too_many_tokens_is_refused_with_both_numbers(lm: LanguageModel) -> None:
     with pytest.raises(InputError, match="has no token"):
-        subject.prompt("")
+        lm.prompt("")
     with pytest.raises(InputError, match=r"tokens with the start token, the model has 64 positions"):
-        subject.prompt("fox " * 100)
+        lm.prompt("fox " * 100)
 
 
-def test_a_target_that_is_not_one_token_is_refused_with_its_tokens(subject: Subject) -> None:
+def test_a_target_that_is_not_one_token_is_refused_with_its_tokens(lm: LanguageModel) -> None:
     with pytest.raises(InputError, match=r"is \d+ tokens here"):
-        subject.token("The fox went")
+        lm.token("The fox went")

@@ -12,10 +12,10 @@ from torch import Tensor
 from actstore.errors import IdentityMismatch, InputError
 from actstore.plan import raw_words
 from pipelines.analysis.reader import Analysis
-from pipelines.causal.ablate.edits import ERRORS, Ablations, Read, ablate, one_by_one, read_prompt, set_everywhere
-from pipelines.causal.engine.divergence import top_candidates
+from pipelines.causal.ablate.feature_edits import ERRORS, Ablations, Read, ablate, one_by_one, read_prompt, set_everywhere
+from pipelines.causal.engine.candidates import top_candidates
 from pipelines.causal.engine.drawn_firings import Firings, draw_firings, open_run_codes
-from pipelines.causal.engine.subject import Spliced, open_spliced
+from pipelines.causal.engine.language_model import Spliced, open_spliced
 from pipelines.shared.visible_text import BAR, visible
 
 SET_TO = ("zero", "mean", "firing", "row")
@@ -66,7 +66,7 @@ def ablate_features(config: AblateConfig) -> dict[str, Any]:
     Raises what `open_spliced` and `read_prompt` raise, and IdentityMismatch for an analysis or codes of another run.
     """
     spliced = open_spliced(config.run, config.store, config.model, config.device)
-    prompt = spliced.subject.prompt(config.text)
+    prompt = spliced.lm.prompt(config.text)
     read = read_prompt(spliced, prompt, list(config.feature) or None)
     features: list[int] = read.features.tolist()
     values, source = _values(config, spliced, read, features)
@@ -76,7 +76,7 @@ def ablate_features(config: AblateConfig) -> dict[str, Any]:
     found = ablate(read, edits, config.error)
     order = found.normal_ablated[:, -1].argsort(descending=True, stable=True).tolist()
     shown = order if config.feature else order[: config.features]
-    codec = spliced.subject.codec
+    codec = spliced.lm.codec
 
     def candidates(hidden: Tensor) -> list[dict[str, Any]]:
         return [asdict(candidate) for candidate in top_candidates(read.logits(hidden), codec, config.top)]

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from actstore.errors import InputError
-from pipelines.causal.attribute.parts import (
+from pipelines.causal.attribute.logit_parts import (
     Parts,
     attribute_logit,
     feature_parts,
@@ -17,10 +15,11 @@ from pipelines.causal.attribute.parts import (
     stream_parts,
     top_movers,
 )
-from pipelines.causal.engine.stream_edits import require_patch_site
-from pipelines.causal.engine.subject import Prompt, Spliced, Subject, open_either
+from pipelines.causal.engine.language_model import LanguageModel, Prompt, Spliced, open_either
 from pipelines.causal.engine.trace import Trace, trace
-from pipelines.causal.patch.grid import run_logits
+from pipelines.causal.patch.patch_grid import run_logits
+from pipelines.metrics.divergence import probabilities
+from pipelines.models.capture import require_patched
 from pipelines.shared.visible_text import visible
 
 
@@ -57,34 +56,34 @@ def attribute(config: AttributeConfig) -> dict[str, Any]:
     With a run, what its SAE reads is split into its active features, its bias and its error. The target is by default the
     token that the model finds most likely. Raises InputError for a text, token, position, run or model that will not do.
     """
-    subject, spliced = open_either(config.run, config.store, config.model, config.device)
+    lm, spliced = open_either(config.run, config.store, config.model, config.device)
     if spliced is not None:
-        require_patch_site(subject.model, spliced.site)
-    prompt = subject.prompt(config.text)
-    run = trace(subject.model, prompt.ids)
-    return _attributed(config, subject, spliced, prompt, run, require_position(run, config.position))
+        require_patched(lm.model, spliced.site)
+    prompt = lm.prompt(config.text)
+    run = trace(lm.model, prompt.ids)
+    return _attributed(config, lm, spliced, prompt, run, require_position(run, config.position))
 
 
 def _attributed(
-    config: AttributeConfig, subject: Subject, spliced: Spliced | None, prompt: Prompt, run: Trace, position: int
+    config: AttributeConfig, lm: LanguageModel, spliced: Spliced | None, prompt: Prompt, run: Trace, position: int
 ) -> dict[str, Any]:
-    scores = run_logits(subject.model, run, position)
-    target = int(scores.argmax()) if config.target is None else subject.token(config.target)
-    against = None if config.against is None else subject.token(config.against)
-    parts = _parts(config, subject, spliced, prompt, run, position)
+    scores = run_logits(lm.model, run, position)
+    target = int(scores.argmax()) if config.target is None else lm.token(config.target)
+    against = None if config.against is None else lm.token(config.against)
+    parts = _parts(config, lm, spliced, prompt, run, position)
     found = attribute_logit(
-        subject.model, run, parts, target, against, position, centred=not config.raw, final_norm=config.final_norm
+        lm.model, run, parts, target, against, position, centred=not config.raw, final_norm=config.final_norm
     )
     order = found.shares.abs().argsort(descending=True).tolist()
-    text = subject.codec.text
+    text = lm.codec.text
     movers = {}
     if config.movers:
         movers = {
             name: {"raises": [[text([i]), v] for i, v in up], "lowers": [[text([i]), v] for i, v in down]}
-            for name, up, down in top_movers(subject.model, run, parts, config.movers, position)
+            for name, up, down in top_movers(lm.model, run, parts, config.movers, position)
         }
     return {
-        "model": subject.name,
+        "model": lm.name,
         "run_id": spliced.record.run_id if spliced else None,
         "site": spliced.site.label if spliced else None,
         "tokens": list(prompt.texts),
@@ -93,7 +92,7 @@ def _attributed(
         "against": None if against is None else text([against]),
         "centred": against is None and not config.raw,
         "final_norm": config.final_norm,
-        "probability": float(torch.softmax(scores.double(), dim=-1)[target]),
+        "probability": float(probabilities(scores)[target]),
         "rank": int((scores > scores[target]).sum()) + 1,
         "logit": found.logit,
         "sum": float(found.shares.sum()),
@@ -106,17 +105,17 @@ def _attributed(
 
 
 def _parts(
-    config: AttributeConfig, subject: Subject, spliced: Spliced | None, prompt: Prompt, run: Trace, position: int
+    config: AttributeConfig, lm: LanguageModel, spliced: Spliced | None, prompt: Prompt, run: Trace, position: int
 ) -> Parts:
     by_head = config.by == "head"
     if spliced is None:
-        return stream_parts(subject.model, run, position, by_head=by_head)
+        return stream_parts(lm.model, run, position, by_head=by_head)
     if not prompt.kept[position]:
         raise InputError(
             f"position {position} ({prompt.texts[position]!r}): is no row in the run's store, so its SAE does not read it; "
             "choose another position, or leave --run out."
         )
-    return feature_parts(subject.model, run, spliced.site, spliced.sae, position, by_head=by_head)
+    return feature_parts(lm.model, run, spliced.site, spliced.sae, position, by_head=by_head)
 
 
 def attribute_lines(found: dict[str, Any]) -> list[str]:

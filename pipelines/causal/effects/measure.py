@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actstore.files import publish_bytes
-from pipelines.causal.engine.branches import Reading, feature_values, finish, finish_branches, read_site
-from pipelines.causal.engine.divergence import ROWS, kl
+from pipelines.causal.engine.branches import finish_branches
+from pipelines.causal.engine.cut import Cut, cut_at, finish
 from pipelines.causal.engine.drawn_firings import Firings, window_ids
-from pipelines.causal.engine.subject import Spliced
+from pipelines.causal.engine.feature_values import feature_values
+from pipelines.causal.engine.language_model import Spliced
 from pipelines.codes.code_store import CodeStore
+from pipelines.metrics.divergence import ROWS, kl, log_probability
 from pipelines.models.forward import logits
 
 BATCH_POSITIONS = 4096
@@ -89,7 +91,7 @@ def measure(
     for chosen in window_passes(firings, order[found.done :], n_texts):
         own = firings.take(chosen)
         ids, text = firing_texts(codes, own)
-        kl_, loss, shift = _measured(spliced, torch.from_numpy(ids).to(spliced.subject.device), text, own, how)
+        kl_, loss, shift = _measured(spliced, torch.from_numpy(ids).to(spliced.lm.device), text, own, how)
         found.kl[chosen], found.loss[chosen] = kl_, loss
         np.add.at(found.shift, place[chosen], own.weight[:, None] * shift)
         found.done += len(chosen)
@@ -121,18 +123,18 @@ def _measured(
     spliced: Spliced, ids: Tensor, text: NDArray[np.int64], own: Firings, how: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float32]]:
     """(KL, rise of the loss, change of every centred logit (n, vocabulary)) of each firing's ablation."""
-    reading = read_site(spliced.subject.model, spliced.site, ids)
+    reading = cut_at(spliced.lm.model, spliced.site, ids)
     change = ablation_changes(spliced, reading, text, own.position, own.feature)
-    layout = branch_layout(text, own.position, spliced.subject.device)
+    layout = branch_layout(text, own.position, spliced.lm.device)
     tokens = torch.from_numpy(own.next_token).to(ids.device)
     clean, ablated = predicted(spliced, reading, change, layout)
     moved = (change != 0).any(dim=1)
     loss_, shift_, kl_ = [], [], []
     for p, q, target, alive in zip(*(x.split(ROWS) for x in (clean, ablated, tokens, moved)), strict=True):
-        before, after = (logits(spliced.subject.model, hidden) for hidden in (p, q))
+        before, after = (logits(spliced.lm.model, hidden) for hidden in (p, q))
         after = torch.where(alive[:, None], after, before)  # a feature that does not fire here changes nothing
         kl_.append(kl(before, after))
-        log_p, log_q = (torch.log_softmax(x.double(), dim=1).gather(1, target[:, None])[:, 0] for x in (before, after))
+        log_p, log_q = (log_probability(x, target) for x in (before, after))
         loss_.append(log_p - log_q)
         difference = after - before
         shift_.append((difference - difference.mean(dim=1, keepdim=True)).float())
@@ -143,7 +145,7 @@ def _measured(
 
 
 def ablation_changes(
-    spliced: Spliced, reading: Reading, text: NDArray[np.int64], position: NDArray[np.int64], feature: NDArray[np.int64]
+    spliced: Spliced, reading: Cut, text: NDArray[np.int64], position: NDArray[np.int64], feature: NDArray[np.int64]
 ) -> Tensor:
     """(n, d_model) what setting a feature to 0 adds to the row at (text, position): −code · W_dec, the code anew."""
     device = reading.x.device
@@ -155,19 +157,19 @@ def ablation_changes(
     return -values[:, None] * spliced.sae.W_dec[f]
 
 
-def predicted(spliced: Spliced, reading: Reading, change: Tensor, layout: Branches) -> tuple[Tensor, Tensor]:
+def predicted(spliced: Spliced, reading: Cut, change: Tensor, layout: Branches) -> tuple[Tensor, Tensor]:
     """(n, d_model) each, after the last block at each edit's position: without it, and with `change` (n, d_model)."""
     padded = change.new_zeros(len(reading.x), layout.at.shape[1], change.shape[1])
     padded[layout.text, layout.slot] = change
-    clean, branches = finish_branches(spliced.subject.model, reading, padded, layout.at)
+    clean, branches = finish_branches(spliced.lm.model, reading, padded, layout.at)
     return clean[layout.text, layout.at[layout.text, layout.slot]], branches[layout.text, layout.slot]
 
 
 def _later(
-    spliced: Spliced, reading: Reading, ids: Tensor, change: Tensor, text: NDArray[np.int64], own: Firings
+    spliced: Spliced, reading: Cut, ids: Tensor, change: Tensor, text: NDArray[np.int64], own: Firings
 ) -> tuple[Tensor, Tensor]:
     """(KL, rise of the loss), (n,) each: means over the firing position and all later ones of the text."""
-    model, n_positions = spliced.subject.model, ids.shape[1]
+    model, n_positions = spliced.lm.model, ids.shape[1]
     n = max(1, BATCH_POSITIONS // n_positions)
     kl_, loss_ = [], []
     real = torch.from_numpy(own.n_real).to(ids.device)
@@ -184,8 +186,8 @@ def _later(
         sums = torch.zeros(2, len(t), dtype=torch.float64, device=ids.device)
         for i, p in zip(item.split(ROWS), position.split(ROWS), strict=True):
             before, after = logits(model, clean[i, p]), logits(model, ablated[i, p])
-            target = ids[t[i], p + 1][:, None]
-            log_p, log_q = (torch.log_softmax(x.double(), dim=1).gather(1, target)[:, 0] for x in (before, after))
+            target = ids[t[i], p + 1]
+            log_p, log_q = (log_probability(x, target) for x in (before, after))
             sums[0].index_add_(0, i, kl(before, after))
             sums[1].index_add_(0, i, log_p - log_q)
         divergence, loss = sums / counted.sum(dim=1)

@@ -34,7 +34,7 @@ from pipelines.causal.effects.table import (
     summary,
 )
 from pipelines.causal.engine.drawn_firings import Firings, draw_firings, open_run_codes
-from pipelines.causal.engine.subject import Spliced, open_spliced
+from pipelines.causal.engine.language_model import Spliced, open_spliced
 from pipelines.codes.code_store import CodeStore
 from pipelines.shared.progress import track
 
@@ -106,7 +106,7 @@ def _measured(
     """A row for each feature, and the number of rows drawn from; goes on where OUT was left."""
     firings = _draw(config, codes)
     features = np.unique(firings.feature)
-    n_vocabulary = int(spliced.subject.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    n_vocabulary = int(spliced.lm.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     step = max(1, SUMS_BYTES // (4 * n_vocabulary))
     # a part stays until the next state of it is whole, so that there is room for one more
     needed_bytes = measured_bytes(len(firings), len(features) + min(step, len(features)), n_vocabulary)
@@ -121,7 +121,7 @@ def _measured(
             progress.advance(found.done)
             for n in measure(spliced, codes, mine, found, config.measure, partial(found.save, path, plan_id)):
                 progress.advance(n)
-            rows += feature_table(mine, own, found, spliced.subject.codec, config.resamples, config.seed)
+            rows += feature_table(mine, own, found, spliced.lm.codec, config.resamples, config.seed)
     return rows, firings.rows
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from actstore.errors import InputError
-from pipelines.causal.engine.divergence import divergence
+from pipelines.metrics.divergence import divergence, log_probabilities, probabilities
 
 Figure = Callable[[Tensor], Tensor]
 """Logits (…, vocabulary) to one figure each (…)."""
@@ -37,17 +36,17 @@ class Metric:
 
 def logit_difference_of(target: int, against: int) -> Figure:
     """The logit of one token less that of another."""
-    return lambda found: found[..., target].double() - found[..., against].double()
+    return lambda scores: scores[..., target].double() - scores[..., against].double()
 
 
 def log_probability_of(target: int) -> Figure:
     """A token's log-probability, in nats."""
-    return lambda found: torch.log_softmax(found.double(), dim=-1)[..., target]
+    return lambda scores: log_probabilities(scores)[..., target]
 
 
 def probability_of(target: int) -> Figure:
     """A token's probability."""
-    return lambda found: torch.softmax(found.double(), dim=-1)[..., target]
+    return lambda scores: probabilities(scores)[..., target]
 
 
 class Divergence:
@@ -57,10 +56,10 @@ class Divergence:
     """
 
     def __init__(self, reference: Tensor):
-        self.fixed = torch.log_softmax(reference.detach().double(), dim=-1)
+        self.fixed = log_probabilities(reference.detach())
 
-    def __call__(self, found: Tensor) -> Tensor:
-        return divergence(self.fixed, torch.log_softmax(found.double(), dim=-1))
+    def __call__(self, scores: Tensor) -> Tensor:
+        return divergence(self.fixed, log_probabilities(scores))
 
 
 def pair_metric(name: str, clean: Tensor, corrupt: Tensor, target: int, against: int) -> Metric:
@@ -80,7 +79,7 @@ def pair_metric(name: str, clean: Tensor, corrupt: Tensor, target: int, against:
                 f"than {MIN_DIFFERENCE} apart, too little to divide by; choose other answers, prompts, or another metric."
             )
         unit = "(patched - corrupt) / (clean - corrupt) of the logit difference"
-        return Metric(name, unit, lambda found: (figure(found) - last) / (first - last), 1.0, 0.0)
+        return Metric(name, unit, lambda scores: (figure(scores) - last) / (first - last), 1.0, 0.0)
     figure, unit = _figure(name, clean, target)
     return Metric(name, unit, figure, float(figure(clean)), float(figure(corrupt)))
 
@@ -101,7 +100,7 @@ def change_metric(name: str, clean: Tensor, target: int, against: int | None) ->
         figure, unit = _figure(name, clean, target)
         unit = f"change of the {unit}"
     before = float(figure(clean))
-    return Metric(name, unit, lambda found: figure(found) - before, 0.0, None)
+    return Metric(name, unit, lambda scores: figure(scores) - before, 0.0, None)
 
 
 def require_metric(name: str) -> None:

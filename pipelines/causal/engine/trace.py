@@ -7,15 +7,18 @@ the unembedding is computed only where logits are wanted.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from pipelines.causal.engine.stream_edits import HEADS, first_after, stream_with
-from pipelines.models.forward import Keys, embed, heads_together, logits, run_blocks
-from pipelines.models.sites import Site, blocks_of, hooked
+from pipelines.causal.engine.cut import Cut, finish
+from pipelines.models.capture import hooked
+from pipelines.models.forward import blocks_of, embed, logits, run_blocks
+from pipelines.models.key_values import KeyValues
+from pipelines.models.sites.registry import kind_of, patched_names
+from pipelines.models.sites.site import Site
 
 BATCH_POSITIONS = 2048
 """At most in one forward pass: the MLPs of GPT-2 small take 25 MB for them, and larger batches gain nothing."""
@@ -23,51 +26,50 @@ BATCH_POSITIONS = 2048
 
 @dataclass(frozen=True)
 class Trace:
-    """What one run of a text left at every site.
+    """What one run of a text left at every site that is patched.
 
-    `streams` (n_layers + 1, position, d_model) is what enters each block and what leaves the last; the others are
-    (n_layers, position, width of the site). `keys`: what attention read, so that an edited run need not begin at the
-    first position.
+    `streams` (n_layers + 1, position, d_model) is what enters each block and what leaves the last. `held`: by the names of
+    the sites that are not the stream between blocks, (n_layers, position, width of the site). `keys`: what attention read,
+    so that an edited run need not begin at the first position.
     """
 
     ids: Tensor
     streams: Tensor
-    attn_out: Tensor
-    mlp_out: Tensor
-    head_out: Tensor
-    keys: Keys
+    held: dict[str, Tensor]
+    keys: KeyValues
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def at(self, site: Site) -> Tensor:
         """The activation (position, width) of a site."""
-        if site.name.startswith("resid"):
-            return self.streams[site.layer + (site.name == "resid_post")]
-        found: Tensor = getattr(self, site.name)[site.layer]
-        return found
+        kind = kind_of(site.name)
+        return self.streams[kind.first_after(site.layer)] if kind.is_stream else self.held[site.name][site.layer]
+
+    def cut(self, site: Site, start: int = 0) -> Cut:
+        """The run cut at a site, as one text of the positions from `start` on."""
+        own = (self.at(site), self.streams[site.layer], self.held["attn_out"][site.layer])
+        x, before, attn_out = (part[None, start:] for part in own)
+        return Cut(site, x, before, attn_out, self.keys.until(start) if start else None)
 
 
-def reading(model: nn.Module, site: Site, read: Callable[[Tensor], None]) -> AbstractContextManager[None]:
-    """Call `read` with the site's activation (batch, position, width) in every forward pass; `head_out` as well."""
-    return _reading_heads(model, site.layer, read) if site.name == HEADS else hooked(model, site, read)
-
-
+@torch.no_grad()
 def trace(model: nn.Module, ids: Tensor) -> Trace:
     """Run a text (position,) once and keep what every site held. No hook is left behind, also after an exception."""
-    found: dict[str, list[Tensor]] = {name: [] for name in ("resid_post", "attn_out", "mlp_out", HEADS)}
+    names = [name for name in patched_names() if not kind_of(name).is_stream]
+    parts: dict[str, list[Tensor]] = {name: [] for name in (*names, "resid_post")}
 
-    def keep(parts: list[Tensor]) -> Callable[[Tensor], None]:
-        return lambda activation: parts.append(activation[0])
+    def keep(own: list[Tensor]) -> Callable[[Tensor], None]:
+        return lambda activation: own.append(activation[0])
 
-    with torch.no_grad(), ExitStack() as hooks:
-        for name, parts in found.items():
+    with ExitStack() as hooks:
+        for name, own in parts.items():
             for layer in range(len(blocks_of(model))):
-                hooks.enter_context(reading(model, Site(name, layer), keep(parts)))
-        start, keys = embed(model, ids[None]), Keys()
+                hooks.enter_context(hooked(model, Site(name, layer), keep(own)))
+        start, keys = embed(model, ids[None]), KeyValues()
         run_blocks(model, start, keys=keys)
-    streams = torch.stack([start[0], *found.pop("resid_post")])
-    return Trace(ids, streams, **{name: torch.stack(parts) for name, parts in found.items()}, keys=keys)
+    streams = torch.stack([start[0], *parts.pop("resid_post")])
+    return Trace(ids, streams, {name: torch.stack(own) for name, own in parts.items()}, keys)
 
 
 def logits_after(
@@ -79,9 +81,7 @@ def logits_after(
     logits are wanted, one for all or one for each (n,): gives (n, vocabulary). With None, those of all positions from
     `start` on: (n, position, vocabulary).
     """
-    before, attn_out = run.streams[site.layer][start:], run.attn_out[site.layer][start:]
-    hidden = stream_with(model, site, edited, before, attn_out)
-    last = run_blocks(model, hidden, first_after(site), keys=run.keys.until(start) if start else None)
+    last = finish(model, run.cut(site, start), edited)
     if at is None:
         return logits(model, last)
     if isinstance(at, int):
@@ -112,8 +112,8 @@ def edited_logits(
 
 def after_edits(model: nn.Module, run: Trace, site: Site, edited: Tensor, at: int | Tensor | None = -1) -> Tensor:
     """`logits_after` of edits (n, position, width) in batches of bounded memory, without gradients."""
-    found = edited_logits(model, run, site, len(edited), lambda first, stop: edited[first:stop], at)
-    return torch.cat([batch for _, _, batch in found])
+    batches = edited_logits(model, run, site, len(edited), lambda first, stop: edited[first:stop], at)
+    return torch.cat([batch for _, _, batch in batches])
 
 
 @torch.no_grad()
@@ -145,15 +145,6 @@ def row_edited_logits(
 
 def after_row_edits(model: nn.Module, run: Trace, site: Site, positions: Tensor, rows: Tensor, at: int = -1) -> Tensor:
     """(n, vocabulary) of n edits that each replace the activation at one position: `positions` (n,), `rows` (n, width)."""
-    found = list(row_edited_logits(model, run, site, positions, lambda numbers: rows[numbers], at))
-    back = torch.cat([numbers for numbers, _ in found]).argsort()
-    return torch.cat([batch for _, batch in found])[back]
-
-
-@contextmanager
-def _reading_heads(model: nn.Module, layer: int, read: Callable[[Tensor], None]) -> Iterator[None]:
-    handle = heads_together(model, layer).register_forward_pre_hook(lambda _, args: read(args[0]))
-    try:
-        yield
-    finally:
-        handle.remove()
+    batches = list(row_edited_logits(model, run, site, positions, lambda numbers: rows[numbers], at))
+    back = torch.cat([numbers for numbers, _ in batches]).argsort()
+    return torch.cat([batch for _, batch in batches])[back]

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from actstore.errors import InputError
 from actstore.reader import ActivationStore
-from pipelines.causal.engine.subject import Spliced, Subject, open_spliced, open_store
+from pipelines.causal.engine.language_model import LanguageModel, Spliced, open_spliced, open_store
 from pipelines.metrics.model_loss import Batch, window_batches
-from pipelines.models.forward import embed, final_norm, run_blocks, unembedding
-from pipelines.models.sites import MLP_HIDDEN
+from pipelines.models.families.registry import family_of
+from pipelines.models.forward import embed, run_blocks, unembedding
+from pipelines.models.sites.registry import kind_of
 from pipelines.shared.visible_text import visible
 from pipelines.text.windows import Windows
 
@@ -60,7 +61,7 @@ def lens(config: LensConfig) -> dict[str, Any]:
     store = open_store(config.run, spliced.record, config.store)
     if config.feature is not None:
         spliced.require_feature(config.feature)
-    sigma = mean_scale(spliced.subject, train_batches(store, config.windows))
+    sigma = mean_scale(spliced.lm, train_batches(store, config.windows))
     head = {
         "run_id": spliced.record.run_id,
         "site": spliced.record.site,
@@ -77,23 +78,23 @@ def lens(config: LensConfig) -> dict[str, Any]:
 
 
 def _require_stream_width(spliced: Spliced) -> None:
-    if spliced.site.name == MLP_HIDDEN:
+    kind = kind_of(spliced.site.name)
+    if not kind.in_stream_basis:
         raise InputError(
-            f"site {spliced.site.label}: its directions are of the MLP's neurons, the lens projects those of the residual "
+            f"site {spliced.site.label}: its directions are of {kind.values_are}, the lens projects those of the residual "
             "stream; take a run on another site, or `effects`, which takes this one."
         )
 
 
 @torch.no_grad()
-def logit_weights(subject: Subject, directions: Tensor, scale: float) -> Tensor:
+def logit_weights(lm: LanguageModel, directions: Tensor, scale: float) -> Tensor:
     """(n, vocabulary) float64 logit weights of directions (n, d_model) through the final LayerNorm at a fixed scale.
 
     W_U (γ ⊙ (d − mean d)) / scale, without the LayerNorm's bias, less each direction's mean over the vocabulary. Direct
     path only. Source: nostalgebraist 2020, the logit lens; Bricken et al. 2023 for features.
     """
-    d = directions.double()
-    gamma, w_u = final_norm(subject.model).weight.double(), unembedding(subject.model).double()
-    weights = (gamma * (d - d.mean(dim=1, keepdim=True))) @ w_u.T / scale
+    family, model = family_of(lm.model), lm.model
+    weights = family.final_linear(model, directions) @ family.unembedding(model).double().T / scale
     return weights - weights.mean(dim=1, keepdim=True)
 
 
@@ -109,15 +110,14 @@ def shape_of(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def mean_scale(subject: Subject, batches: list[Batch]) -> float:
+def mean_scale(lm: LanguageModel, batches: list[Batch]) -> float:
     """Mean of √(variance + ε), the final LayerNorm's scale, over the rows of some windows."""
     total, n = 0.0, 0
-    eps = final_norm(subject.model).eps
     for windows, chosen in batches:
         inputs, kept = windows.batch(chosen)
-        hidden = run_blocks(subject.model, embed(subject.model, torch.from_numpy(inputs).to(subject.device)))
-        rows = hidden[torch.from_numpy(kept).to(subject.device)].double()
-        total += float((rows.var(dim=1, correction=0) + eps).sqrt().sum())
+        hidden = run_blocks(lm.model, embed(lm.model, torch.from_numpy(inputs).to(lm.device)))
+        rows = hidden[torch.from_numpy(kept).to(lm.device)]
+        total += float(family_of(lm.model).final_scale(lm.model, rows).sum())
         n += len(rows)
     if not n:
         raise InputError("lens: the store's windows hold no row to measure the final LayerNorm's scale on.")
@@ -132,7 +132,7 @@ def train_batches(store: ActivationStore, n_windows: int) -> list[Batch]:
 
 def lens_table(spliced: Spliced, sigma: float, n_tokens: int = 3) -> list[dict[str, Any]]:
     """Every feature's skew, kurtosis, largest weight, and most promoted and suppressed tokens, by id."""
-    texts = spliced.subject.codec.token_texts()
+    texts = spliced.lm.codec.token_texts()
     rows = []
     for first, weights in _blocks(spliced, sigma):
         skew, kurtosis = shape_of(weights)
@@ -154,14 +154,14 @@ def lens_table(spliced: Spliced, sigma: float, n_tokens: int = 3) -> list[dict[s
 def _blocks(spliced: Spliced, sigma: float) -> Iterator[tuple[int, Tensor]]:
     """(first feature, logit weights) of all features, some at a time."""
     directions = spliced.sae.W_dec
-    step = max(1, BLOCK_WEIGHTS // len(unembedding(spliced.subject.model)))
+    step = max(1, BLOCK_WEIGHTS // len(unembedding(spliced.lm.model)))
     for first in range(0, len(directions), step):
-        yield first, logit_weights(spliced.subject, directions[first : first + step], sigma)
+        yield first, logit_weights(spliced.lm, directions[first : first + step], sigma)
 
 
 def _card(spliced: Spliced, feature: int, sigma: float, top: int) -> dict[str, Any]:
-    texts = spliced.subject.codec.token_texts()
-    weights = logit_weights(spliced.subject, spliced.sae.W_dec[feature : feature + 1], sigma)
+    texts = spliced.lm.codec.token_texts()
+    weights = logit_weights(spliced.lm, spliced.sae.W_dec[feature : feature + 1], sigma)
     skew, kurtosis = shape_of(weights)
 
     def tokens(found: Any, sign: float) -> list[dict[str, Any]]:

@@ -15,31 +15,34 @@ import torch
 from torch import Tensor
 
 from actstore.errors import InputError
-from pipelines.causal.attribute.parts import require_position
+from pipelines.causal.attribute.logit_parts import require_position
 from pipelines.causal.engine.answer_metrics import Metric, change_metric, pair_metric, require_metric
-from pipelines.causal.engine.stream_edits import HEADS, PATCH_SITES, require_patch_site
-from pipelines.causal.engine.subject import Prompt, Spliced, Subject, open_either
+from pipelines.causal.engine.language_model import LanguageModel, Prompt, Spliced, open_either
 from pipelines.causal.engine.trace import trace
-from pipelines.causal.patch.agreement import agreement
-from pipelines.causal.patch.estimates import activation_effects, feature_effects, gradients, integrated_gradients
-from pipelines.causal.patch.grid import (
+from pipelines.causal.patch.gradient_estimates import activation_effects, feature_effects, gradients, integrated_gradients
+from pipelines.causal.patch.heatmap import heat_lines, require_picture_path, save_heatmap
+from pipelines.causal.patch.patch_grid import (
     DIRECTIONS,
     Grid,
     Pair,
     dense_codes,
     feature_cells,
     feature_grid,
+    n_heads_at,
     patch_cells,
     patch_grid,
     require_equal_length,
+    row_names,
     run_logits,
 )
-from pipelines.causal.patch.heatmap import heat_lines, require_picture_path, save_heatmap
-from pipelines.models.sites import Site, blocks_of
+from pipelines.causal.patch.rank_agreement import agreement
+from pipelines.models.capture import require_patched
+from pipelines.models.forward import blocks_of
+from pipelines.models.sites.registry import patched_names
+from pipelines.models.sites.site import Site
 from pipelines.shared.visible_text import visible
 
 FEATURES = "features"
-SITES = (*PATCH_SITES, FEATURES)
 METHODS = ("exact", "attribution")
 KL_STEPS = 16
 """Of integrated gradients, where a plain gradient of KL is zero and no number is asked for."""
@@ -70,7 +73,7 @@ class PatchConfig:
 
     def __post_init__(self) -> None:
         for name, value, known in (
-            ("site", self.site, SITES),
+            ("site", self.site, (*patched_names(), FEATURES)),
             ("direction", self.direction, DIRECTIONS),
             ("method", self.method, METHODS),
         ):
@@ -96,7 +99,7 @@ class PatchConfig:
 class Task:
     """What a grid is made of: the run that is patched, codes or activations to patch with, and the figure."""
 
-    subject: Subject
+    lm: LanguageModel
     spliced: Spliced | None
     prompt: Prompt
     pair: Pair
@@ -114,23 +117,21 @@ def patch(config: PatchConfig) -> dict[str, Any]:
     effects are largest. The answers are by default what the two runs find most likely. Raises InputError for texts of
     unequal length, answers that the runs do not tell apart, and whatever else will not do.
     """
-    subject, spliced = open_either(config.run, config.store, config.model, config.device)
+    lm, spliced = open_either(config.run, config.store, config.model, config.device)
     if spliced is not None:
-        require_patch_site(subject.model, spliced.site)
-    task, answers = _task(config, subject, spliced)
+        require_patched(lm.model, spliced.site)
+    task, answers = _task(config, lm, spliced)
     notes: list[str] = []
     steps = _steps(config, task, notes)
     if spliced is None:
         exact = config.method == "exact"
-        grid = (
-            patch_grid(subject.model, task.pair, config.site, task.metric.of) if exact else _estimated(config, task, steps)
-        )
+        grid = patch_grid(lm.model, task.pair, config.site, task.metric.of) if exact else _estimated(config, task, steps)
     else:
         grid = _features(config, task, steps)
     columns = [*task.prompt.texts, "all"]
     values = [[float(v) if math.isfinite(v) else None for v in row] for row in grid.values.tolist()]
-    found = {
-        "model": subject.name,
+    result = {
+        "model": lm.name,
         "run_id": spliced.record.run_id if spliced else None,
         "site": spliced.site.label if spliced else config.site,
         "direction": config.direction if config.corrupt is not None else "ablation",
@@ -150,29 +151,29 @@ def patch(config: PatchConfig) -> dict[str, Any]:
     }
     if config.out is not None:
         shown = grid.values.tolist()
-        save_heatmap(config.out, grid.rows, columns, shown, f"{found['direction']}, {found['site']}", task.metric.unit)
-    return found
+        save_heatmap(config.out, grid.rows, columns, shown, f"{result['direction']}, {result['site']}", task.metric.unit)
+    return result
 
 
-def _task(config: PatchConfig, subject: Subject, spliced: Spliced | None) -> tuple[Task, dict[str, Any]]:
+def _task(config: PatchConfig, lm: LanguageModel, spliced: Spliced | None) -> tuple[Task, dict[str, Any]]:
     """The runs, the figure, and the answers as text."""
-    prompt = subject.prompt(config.clean)
-    other = prompt if config.corrupt is None else subject.prompt(config.corrupt)
+    prompt = lm.prompt(config.clean)
+    other = prompt if config.corrupt is None else lm.prompt(config.corrupt)
     require_equal_length(prompt, other)
-    clean = trace(subject.model, prompt.ids)
-    corrupt = clean if config.corrupt is None else trace(subject.model, other.ids)
+    clean = trace(lm.model, prompt.ids)
+    corrupt = clean if config.corrupt is None else trace(lm.model, other.ids)
     at = require_position(clean, config.position)
     pair = Pair(clean, corrupt, config.direction, at)
-    first, last = (run_logits(subject.model, run, at) for run in (clean, corrupt))
-    target = int(first.argmax()) if config.target is None else subject.token(config.target)
-    against = None if config.against is None else subject.token(config.against)
+    first, last = (run_logits(lm.model, run, at) for run in (clean, corrupt))
+    target = int(first.argmax()) if config.target is None else lm.token(config.target)
+    against = None if config.against is None else lm.token(config.against)
     if config.corrupt is None:
         metric = change_metric(config.metric or "log_probability", first, target, against)
     else:
         against = int(last.argmax()) if against is None else against
         name = config.metric or "logit_difference"
         if name == "logit_difference" and target == against:
-            name = subject.codec.text([target])
+            name = lm.codec.text([target])
             raise InputError(
                 f"both texts are most likely followed by {name!r}, so there is no difference of answers; name two with "
                 "--target and --against."
@@ -182,9 +183,9 @@ def _task(config: PatchConfig, subject: Subject, spliced: Spliced | None) -> tup
     if spliced is not None:
         own = dense_codes(spliced.sae, pair.into.at(spliced.site), kept)
         change = -own if config.corrupt is None else dense_codes(spliced.sae, pair.source.at(spliced.site), kept) - own
-    text = subject.codec.text
+    text = lm.codec.text
     answers = {"target": text([target]), "against": None if against is None else text([against])}
-    return Task(subject, spliced, prompt, pair, metric, kept, change), answers
+    return Task(lm, spliced, prompt, pair, metric, kept, change), answers
 
 
 def _steps(config: PatchConfig, task: Task, notes: list[str]) -> int:
@@ -201,7 +202,7 @@ def _steps(config: PatchConfig, task: Task, notes: list[str]) -> int:
 
 def _estimated(config: PatchConfig, task: Task, steps: int) -> Grid:
     """The grid of a site by gradients: each cell the metric before plus its estimated change, the last column their sum."""
-    model, pair, before = task.subject.model, task.pair, _before(task)
+    model, pair, before = task.lm.model, task.pair, _before(task)
     sites = [Site(config.site, layer) for layer in range(len(blocks_of(model)))]
     if steps:
         slopes = {
@@ -210,9 +211,10 @@ def _estimated(config: PatchConfig, task: Task, steps: int) -> Grid:
         }
     else:
         slopes = gradients(model, pair.into, sites, task.metric.of, pair.at)
-    n_heads: int = model.config.num_attention_heads if config.site == HEADS else 1  # type: ignore[union-attr, assignment]
-    effects = torch.cat([activation_effects(pair.into, pair.source, s, slopes[s.label], n_heads) for s in sites]).double()
-    names = [f"L{s.layer}H{head}" if config.site == HEADS else s.label for s in sites for head in range(n_heads)]
+    effects = torch.cat(
+        [activation_effects(pair.into, pair.source, s, slopes[s.label], n_heads_at(model, s)) for s in sites]
+    ).double()
+    names = [name for site in sites for name in row_names(model, site)]
     return Grid(tuple(names), before + torch.cat([effects, effects.sum(dim=1, keepdim=True)], dim=1).cpu())
 
 
@@ -220,7 +222,7 @@ def feature_estimates(task: Task, steps: int) -> Tensor:
     """(position, n_features) estimated change of the metric by each feature's patch."""
     assert task.spliced is not None
     assert task.change is not None
-    model, site, sae, run = task.subject.model, task.spliced.site, task.spliced.sae, task.pair.into
+    model, site, sae, run = task.lm.model, task.spliced.site, task.spliced.sae, task.pair.into
     if steps:
         end = run.at(site) + task.change @ sae.W_dec.to(task.change.dtype)
         slope = integrated_gradients(model, run, site, end, task.metric.of, steps, task.pair.at)
@@ -241,7 +243,7 @@ def _features(config: PatchConfig, task: Task, steps: int) -> Grid:
         raise InputError("no feature's code differs between the two texts: there is nothing to patch; choose other texts.")
     if config.method == "exact":
         return feature_grid(
-            task.subject.model, task.pair.into, task.spliced.site, task.spliced.sae, chosen, task.change, task.kept,
+            task.lm.model, task.pair.into, task.spliced.site, task.spliced.sae, chosen, task.change, task.kept,
             task.metric.of, task.pair.at,
         )  # fmt: skip
     own = effects[:, chosen].T
@@ -252,12 +254,12 @@ def _features(config: PatchConfig, task: Task, steps: int) -> Grid:
 
 def _before(task: Task) -> float:
     """The metric of the patched run as it is."""
-    return float(task.metric.of(run_logits(task.subject.model, task.pair.into, task.pair.at)))
+    return float(task.metric.of(run_logits(task.lm.model, task.pair.into, task.pair.at)))
 
 
 def _agreement(config: PatchConfig, task: Task, grid: Grid) -> dict[str, Any]:
     """The estimates against exact interventions in `check` cells: of the grid, or of all features whose codes change."""
-    model, metric, n_positions = task.subject.model, task.metric, len(task.pair.into)
+    model, metric, n_positions = task.lm.model, task.metric, len(task.pair.into)
     if task.spliced is not None:
         site, sae, change = task.spliced.site, task.spliced.sae, task.change
         assert change is not None
@@ -270,38 +272,38 @@ def _agreement(config: PatchConfig, task: Task, grid: Grid) -> dict[str, Any]:
     n_heads = len(grid.rows) // len(blocks_of(model))
 
     def exact_of_grid(row: Tensor, column: Tensor) -> Tensor:
-        found = torch.zeros(len(row), dtype=torch.float64)
+        figures = torch.zeros(len(row), dtype=torch.float64)
         for layer in (row // n_heads).unique().tolist():
             own = row // n_heads == layer
             place = Site(config.site, layer)
-            found[own] = patch_cells(model, task.pair, place, row[own] % n_heads, column[own], metric.of)
-        return found
+            figures[own] = patch_cells(model, task.pair, place, row[own] % n_heads, column[own], metric.of)
+        return figures
 
     estimates = grid.values[:, :n_positions]
     return agreement(estimates, torch.ones_like(estimates), exact_of_grid, _before(task), config.check, config.seed)
 
 
-def patch_lines(found: dict[str, Any]) -> list[str]:
+def patch_lines(result: dict[str, Any]) -> list[str]:
     """What was patched into what, the heat map, and what to know of it."""
-    answers = f"answer {visible(found['target'])!r}"
-    if found["against"] is not None:
-        answers += f" against {visible(found['against'])!r}"
-    ends = f"clean {found['clean']:.3f}"
-    if found["corrupt"] is not None:
-        ends += f", corrupt {found['corrupt']:.3f}"
-    values = [[math.nan if v is None else v for v in row] for row in found["values"]]
+    answers = f"answer {visible(result['target'])!r}"
+    if result["against"] is not None:
+        answers += f" against {visible(result['against'])!r}"
+    ends = f"clean {result['clean']:.3f}"
+    if result["corrupt"] is not None:
+        ends += f", corrupt {result['corrupt']:.3f}"
+    values = [[math.nan if v is None else v for v in row] for row in result["values"]]
     lines = [
-        f"{found['model']}, {found['site']}, {found['direction']}, {found['method']}: {answers}",
-        f"{found['unit']}: {ends}",
-        *heat_lines(found["rows"], found["columns"], values),
-        *(f"note: {note}" for note in found["notes"]),
+        f"{result['model']}, {result['site']}, {result['direction']}, {result['method']}: {answers}",
+        f"{result['unit']}: {ends}",
+        *heat_lines(result["rows"], result["columns"], values),
+        *(f"note: {note}" for note in result["notes"]),
     ]
-    if found["agreement"] is not None:
-        own = found["agreement"]
+    if result["agreement"] is not None:
+        own = result["agreement"]
         rank = "not defined" if own["rank_correlation"] is None else f"{own['rank_correlation']:.3f}"
         lines.append(f"against {own['cells']} exact interventions: rank correlation {rank}")
         if own["cells"]:
             lines[-1] += f"; largest effect {own['largest_exact']:.3f}, largest difference {own['largest_difference']:.3f}"
-    if found["picture"] is not None:
-        lines.append(f"saved: {found['picture']}")
+    if result["picture"] is not None:
+        lines.append(f"saved: {result['picture']}")
     return lines

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from actstore.errors import IdentityMismatch, InputError
 from pipelines.analysis.reader import Analysis
-from pipelines.causal.engine.branches import feature_values
-from pipelines.causal.engine.subject import Prompt, Spliced, open_spliced, open_store
-from pipelines.models.sites import hooked
+from pipelines.causal.engine.feature_values import feature_values
+from pipelines.causal.engine.language_model import Prompt, Spliced, open_spliced, open_store
+from pipelines.models.capture import hooked
 from pipelines.shared.visible_text import visible
 
 MODES = ("add", "clamp", "scale")
@@ -87,17 +87,17 @@ def steer(config: SteerConfig) -> dict[str, Any]:
     """Generate at every strength. Raises InputError for a prompt that leaves no room for the tokens asked for."""
     spliced = open_spliced(config.run, config.store, config.model, config.device)
     spliced.require_feature(config.feature)
-    prompt = spliced.subject.prompt(config.text)
-    if len(prompt) + config.tokens > spliced.subject.n_positions:
+    prompt = spliced.lm.prompt(config.text)
+    if len(prompt) + config.tokens > spliced.lm.n_positions:
         raise InputError(
             f"tokens {config.tokens}: with the {len(prompt)} of the prompt, more than the model's "
-            f"{spliced.subject.n_positions:,} positions; ask for fewer."
+            f"{spliced.lm.n_positions:,} positions; ask for fewer."
         )
     unit, unit_said = _unit(config, spliced)
-    strength = torch.tensor(config.strength, device=spliced.subject.device)
+    strength = torch.tensor(config.strength, device=spliced.lm.device)
     steering = Steering(config.feature, strength, config.mode, unit, config.at)
     found = generate(spliced, prompt, steering, config.tokens, config.temperature, config.seed, cache=config.cache)
-    codec = spliced.subject.codec
+    codec = spliced.lm.codec
     return {
         "run_id": spliced.record.run_id,
         "site": spliced.record.site,
@@ -131,7 +131,7 @@ def generate(
 
     With `cache`, keys and values of earlier positions are kept from step to step; without, every step runs the whole text.
     """
-    model, n = spliced.subject.model, len(steering.strength)
+    model, n = spliced.lm.model, len(steering.strength)
     generator = torch.Generator().manual_seed(seed)
     ids = prompt.ids.repeat(n, 1)
     past, fed = None, ids
@@ -141,23 +141,21 @@ def generate(
             found = model(input_ids=fed, past_key_values=past, use_cache=cache)
             past = found.past_key_values if cache else None
             ids = torch.cat([ids, _chosen(found.logits[:, -1], temperature, generator)[:, None]], dim=1)
-            if bool((ids[:, len(prompt) :] == spliced.subject.codec.separator_token_id).any(dim=1).all()):
+            if bool((ids[:, len(prompt) :] == spliced.lm.codec.separator_token_id).any(dim=1).all()):
                 break
-    return [_until(own, spliced.subject.codec.separator_token_id) for own in ids[:, len(prompt) :].tolist()]
+    return [_until(own, spliced.lm.codec.separator_token_id) for own in ids[:, len(prompt) :].tolist()]
 
 
 def steered(
     spliced: Spliced, steering: Steering, prompt: Prompt, ids: Callable[[], Tensor], n_fed: Callable[[], int]
 ) -> Callable[[Tensor], Tensor]:
     """What a hook at the site does with rows (n, position, d_model): those of the last `n_fed()` positions of `ids()`."""
-    subject, direction = spliced.subject, spliced.sae.W_dec[steering.feature]
+    lm, direction = spliced.lm, spliced.sae.W_dec[steering.feature]
 
     def edit(rows: Tensor) -> Tensor:
         now, count = ids(), n_fed()
         place = torch.arange(now.shape[1] - count, now.shape[1], device=rows.device)
-        chosen = _kept(now[:, -count:], place, subject.codec.separator_token_id, spliced) & _at(
-            place, len(prompt), steering.at
-        )
+        chosen = _kept(now[:, -count:], place, lm.codec.separator_token_id, spliced) & _at(place, len(prompt), steering.at)
         if not bool(chosen.any()):
             return rows
         text = chosen.nonzero()[:, 0]
@@ -177,7 +175,7 @@ def steered(
 
 def _kept(ids: Tensor, place: Tensor, separator: int, spliced: Spliced) -> Tensor:
     """(n, position) which positions are rows, as the store's policy says."""
-    if spliced.subject.keep_special:
+    if spliced.lm.keep_special:
         return torch.ones_like(ids, dtype=torch.bool)
     return (ids != separator) & (place > 0)
 

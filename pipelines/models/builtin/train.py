@@ -27,7 +27,7 @@ from pipelines.models.builtin.score import document_bits
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class BuiltinTraining:
     """Everything the result depends on besides the data; `seed` draws weights, windows and masks."""
 
     steps: int = 7000
@@ -71,7 +71,7 @@ def train_tokenizer(texts: list[str], n_vocab: int) -> Tokenizer:
     return tokenizer
 
 
-def build_model(config: TrainConfig, end_of_text: int | None) -> GPT2LMHeadModel:
+def build_model(config: BuiltinTraining, end_of_text: int | None) -> GPT2LMHeadModel:
     """A fresh GPT-2, its dropouts replaced by `CheapDropout` and its attention by `CausalAttention`."""
     AttentionInterface.register(ATTENTION_NAME, attention_forward)
     torch.manual_seed(config.seed)
@@ -98,7 +98,7 @@ def build_model(config: TrainConfig, end_of_text: int | None) -> GPT2LMHeadModel
     return model
 
 
-def build_optimizers(model: GPT2LMHeadModel, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: GPT2LMHeadModel, config: BuiltinTraining) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices; AdamW for embeddings, and for norms and biases (those not decayed)."""
     named = dict(model.named_parameters())
     matrices = [p for name, p in named.items() if ".h." in name and p.ndim == 2]
@@ -123,14 +123,14 @@ def build_optimizers(model: GPT2LMHeadModel, config: TrainConfig) -> list[torch.
     return [muon, adam]
 
 
-def lr_factor(step: int, config: TrainConfig) -> float:
+def lr_factor(step: int, config: BuiltinTraining) -> float:
     """Linear warm-up to 1, then linear decay to 0 at `config.steps`."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     return max(0.0, (config.steps - step) / max(1, config.steps - config.warmup_steps))
 
 
-def pass_windows(documents: list[np.ndarray], config: TrainConfig, n_pass: int) -> np.ndarray:
+def pass_windows(documents: list[np.ndarray], config: BuiltinTraining, n_pass: int) -> np.ndarray:
     """First token of each window of one pass over the joined documents, shuffled, int64 `[n_windows]`.
 
     The pass cuts the joined text into windows from a random offset on, and adds one window at the start
@@ -148,7 +148,7 @@ def pass_windows(documents: list[np.ndarray], config: TrainConfig, n_pass: int) 
 class WindowStream:
     """Batches of windows, pass after pass, addressed by step so that a resumed run goes on exactly."""
 
-    def __init__(self, documents: list[np.ndarray], config: TrainConfig) -> None:
+    def __init__(self, documents: list[np.ndarray], config: BuiltinTraining) -> None:
         self.documents = documents
         self.tokens = torch.from_numpy(np.concatenate(documents))
         self.config = config
@@ -209,7 +209,7 @@ def save_state(
     step: int,
     seconds: float,
     segments: list[list[int]],
-    config: TrainConfig,
+    config: BuiltinTraining,
     model: GPT2LMHeadModel,
     optimizers: list[torch.optim.Optimizer],
 ) -> None:
@@ -233,7 +233,7 @@ def save_state(
 def train_step(
     model: GPT2LMHeadModel,
     optimizers: list[torch.optim.Optimizer],
-    config: TrainConfig,
+    config: BuiltinTraining,
     step: int,
     inputs: torch.Tensor,
     targets: torch.Tensor,
@@ -258,7 +258,9 @@ def train_step(
     return float(loss.detach())
 
 
-def train(out: Path, config: TrainConfig, schedule: Schedule, resume: bool = False, stop_step: int | None = None) -> None:
+def train(
+    out: Path, config: BuiltinTraining, schedule: Schedule, resume: bool = False, stop_step: int | None = None
+) -> None:
     """Train to `config.steps`, then write `out/model` with its card; a trial may end at `stop_step`."""
     torch.set_num_threads(config.threads)
     out.mkdir(parents=True, exist_ok=True)
@@ -343,7 +345,7 @@ def train(out: Path, config: TrainConfig, schedule: Schedule, resume: bool = Fal
 
 def main() -> None:
     """Read the command line and train."""
-    defaults = TrainConfig()
+    defaults = BuiltinTraining()
     parser = argparse.ArgumentParser(prog="python -m pipelines.models.builtin.train", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("builtin_out"), help="folder for all results")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/state.pt")

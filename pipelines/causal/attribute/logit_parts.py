@@ -14,22 +14,29 @@ from torch import Tensor, nn
 
 from actstore.errors import InputError
 from pipelines.causal.engine.trace import Trace, trace
-from pipelines.models.forward import final_norm, head_weights, logits, token_and_position, unembedding
-from pipelines.models.sites import Site, blocks_of
+from pipelines.models.families.registry import family_of
+from pipelines.models.forward import logits, unembedding
+from pipelines.models.sites.registry import kind_of
+from pipelines.models.sites.site import Site
 from pipelines.sae.base import Sae
 
+EMBEDDING, ATTENTION, MLP = "embedding", "attention", "mlp"
+"""What writes to the residual stream."""
 BIAS = "final_norm_bias"
+HEAD_BIAS = "head_bias"
 
 
 @dataclass(frozen=True)
 class Parts:
     """What the residual stream before the final norm is the sum of, at one position.
 
-    `names` (n,), and `layers` (n,): the block that wrote a part, -1 for the embeddings; `vectors` (n, d_model) float64.
-    A head's part is z_h W_O,h; an attention's bias b_O is a part of its own; an MLP's part holds its output bias.
+    `names` (n,); `writers` (n,): what wrote a part, `embedding`, `attention` or `mlp`, or what an SAE reads of them;
+    `layers` (n,): the block that wrote a part, -1 for the embeddings; `vectors` (n, d_model) float64. A head's part is
+    z_h W_O,h; an attention's bias b_O is a part of its own; an MLP's part holds its output bias.
     """
 
     names: tuple[str, ...]
+    writers: tuple[str, ...]
     layers: tuple[int, ...]
     vectors: Tensor
 
@@ -68,19 +75,23 @@ def direct_logit_attribution(
 @torch.no_grad()
 def stream_parts(model: nn.Module, run: Trace, position: int = -1, *, by_head: bool = True) -> Parts:
     """Token and position embedding, every head and attention bias (or every attention whole), every MLP."""
-    tokens, places = token_and_position(model, run.ids[None])
-    found = [("embed", -1, tokens[0, position]), ("position", -1, places[0, position])]
-    for layer in range(len(blocks_of(model))):
+    family = family_of(model)
+    tokens, places = family.token_and_position(model, run.ids[None])
+    parts = [("embed", EMBEDDING, -1, tokens[0, position])]
+    if places is not None:
+        parts.append(("position", EMBEDDING, -1, places[0, position]))
+    for layer in range(len(family.blocks(model))):
         if by_head:
-            weights, bias = head_weights(model, layer)
-            z = run.head_out[layer, position].reshape(len(weights), -1).double()
+            weights, bias = family.head_weights(model, layer)
+            z = run.at(Site("head_out", layer))[position].reshape(len(weights), -1).double()
             written = torch.einsum("hi,hid->hd", z, weights.double())
-            found += [(f"L{layer}H{head}", layer, vector) for head, vector in enumerate(written)]
-            found.append((f"attn_bias.{layer}", layer, bias))
+            parts += [(f"L{layer}H{head}", ATTENTION, layer, vector) for head, vector in enumerate(written)]
+            if bias is not None:
+                parts.append((f"attn_bias.{layer}", ATTENTION, layer, bias))
         else:
-            found.append((f"attn.{layer}", layer, run.attn_out[layer, position]))
-        found.append((f"mlp.{layer}", layer, run.mlp_out[layer, position]))
-    return _parts(found)
+            parts.append((f"attn.{layer}", ATTENTION, layer, run.at(Site("attn_out", layer))[position]))
+        parts.append((f"mlp.{layer}", MLP, layer, run.at(Site("mlp_out", layer))[position]))
+    return _parts(parts)
 
 
 @torch.no_grad()
@@ -88,20 +99,27 @@ def feature_parts(model: nn.Module, run: Trace, site: Site, sae: Sae, position: 
     """The same, with what the SAE reads in place of the parts that it is the sum of.
 
     x = Σ code_f · W_dec,f + b_dec + error, a part for each active feature, one for b_dec and one for the error. Of a
-    residual site x is everything written before it; of `attn_out` or `mlp_out` that layer's attention or MLP.
+    residual site x is everything written before it; of `attn_out` or `mlp_out` that layer's attention or MLP. Raises
+    InputError for a site whose values are no directions of the stream.
     """
+    kind = kind_of(site.name)
+    if not kind.in_stream_basis:
+        raise InputError(
+            f"site {site.label}: {kind.values_are} are not what was written to the stream, of which a logit is the sum; "
+            "take a run on a site of the stream, of attention's or of the MLP's output."
+        )
     x = run.at(site)[position]
     values, indices = sae.encode(x[None].float())
     active = [(f, v) for f, v in zip(indices[0].tolist(), values[0].double(), strict=True) if v > 0]
-    pieces = [(f"feature {f}", site.layer, v * sae.W_dec[f].double()) for f, v in active]
-    pieces.append(("sae_bias", site.layer, sae.b_dec.double()))
-    error = x.double() - torch.stack([vector for _, _, vector in pieces]).sum(dim=0)
-    pieces.append(("sae_error", site.layer, error))
+    pieces = [(f"feature {f}", site.name, site.layer, v * sae.W_dec[f].double()) for f, v in active]
+    pieces.append(("sae_bias", site.name, site.layer, sae.b_dec.double()))
+    error = x.double() - torch.stack([vector for *_, vector in pieces]).sum(dim=0)
+    pieces.append(("sae_error", site.name, site.layer, error))
     parts = stream_parts(model, run, position, by_head=by_head)
     kept = [
-        (name, layer, vector)
-        for name, layer, vector in zip(parts.names, parts.layers, parts.vectors, strict=True)
-        if not _is_read(name, layer, site)
+        (name, writer, layer, vector)
+        for name, writer, layer, vector in zip(parts.names, parts.writers, parts.layers, parts.vectors, strict=True)
+        if not kind.holds(writer, layer, site.layer)
     ]
     return _parts([*pieces, *kept])
 
@@ -119,12 +137,17 @@ def logit_direction(model: nn.Module, target: int, against: int | None = None, *
 @torch.no_grad()
 def normed(model: nn.Module, run: Trace, parts: Parts, position: int = -1) -> Parts:
     """The parts as the final norm passes them on, γ ⊙ (p − mean p) / σ with this run's σ, and its bias β as the last one."""
-    norm = final_norm(model)
-    stream = run.streams[-1, position].double()
-    sigma = (stream.var(correction=0) + norm.eps).sqrt()
-    vectors = norm.weight.double() * (parts.vectors - parts.vectors.mean(dim=1, keepdim=True)) / sigma
-    n_layers = len(blocks_of(model))
-    return Parts((*parts.names, BIAS), (*parts.layers, n_layers), torch.cat([vectors, norm.bias.double()[None]]))
+    family = family_of(model)
+    vectors = family.final_linear(model, parts.vectors) / family.final_scale(model, run.streams[-1, position])
+    bias = family.final_bias(model)
+    if bias is None:
+        return replace(parts, vectors=vectors)
+    return Parts(
+        (*parts.names, BIAS),
+        (*parts.writers, BIAS),
+        (*parts.layers, len(family.blocks(model))),
+        torch.cat([vectors, bias.double()[None]]),
+    )
 
 
 @torch.no_grad()
@@ -142,14 +165,19 @@ def attribute_logit(
     """Each part's share of a token's logit, or of its difference to another token's.
 
     `centred`: from the logit the mean over the vocabulary is subtracted. Without `final_norm` the parts are multiplied with
-    W_U as they are, as teaching code does: their sum is not the logit, and neither order nor signs need be right.
+    W_U as they are, as teaching code does: their sum is not the logit, and neither order nor signs need be right. Where the
+    head has a bias, its share is the last one.
     """
     direction = logit_direction(model, target, against, centred=centred)
+    choice = _choice(model, target, against, centred=centred)
     own = normed(model, run, parts, position) if final_norm else parts
-    shares = own.vectors @ direction
-    logit = float(_logits(model, run, position) @ _choice(model, target, against, centred=centred))
+    names, shares = own.names, own.vectors @ direction
+    head_bias = family_of(model).head_bias(model)
+    if head_bias is not None and final_norm:
+        names, shares = (*names, HEAD_BIAS), torch.cat([shares, (head_bias.double() @ choice)[None]])
+    logit = float(_logits(model, run, position) @ choice)
     deviation = float((shares.sum() - logit).abs() / shares.abs().sum().clamp_min(1e-300)) if final_norm else None
-    return Attribution(own.names, shares, logit, deviation)
+    return Attribution(names, shares, logit, deviation)
 
 
 @torch.no_grad()
@@ -160,19 +188,19 @@ def top_movers(
     most, with by how much."""
     own = normed(model, run, parts, position)
     weight = unembedding(model).double()
-    found = []
+    movers = []
     for name, vector in zip(own.names, own.vectors, strict=True):
         moved = weight @ vector
         moved = moved - moved.mean()
         up, down = moved.topk(k), (-moved).topk(k)
-        found.append(
+        movers.append(
             (
                 name,
                 list(zip(up.indices.tolist(), up.values.tolist(), strict=True)),
                 list(zip(down.indices.tolist(), (-down.values).tolist(), strict=True)),
             )
         )
-    return found
+    return movers
 
 
 def require_position(run: Trace, position: int) -> int:
@@ -190,6 +218,7 @@ def only_layers(parts: Parts) -> Parts:
     return replace(
         parts,
         names=tuple(parts.names[i] for i in chosen),
+        writers=tuple(parts.writers[i] for i in chosen),
         layers=tuple(parts.layers[i] for i in chosen),
         vectors=parts.vectors[chosen],
     )
@@ -211,15 +240,6 @@ def _choice(model: nn.Module, target: int, against: int | None, *, centred: bool
     return chosen
 
 
-def _is_read(name: str, layer: int, site: Site) -> bool:
-    """Whether a part is in what the site holds."""
-    if site.name == "resid_pre":
-        return layer < site.layer
-    if site.name == "resid_post":
-        return layer <= site.layer
-    return layer == site.layer and name.startswith("mlp") == (site.name == "mlp_out")
-
-
-def _parts(found: list[tuple[str, int, Tensor]]) -> Parts:
-    names, layers, vectors = zip(*found, strict=True)
-    return Parts(names, layers, torch.stack([vector.double() for vector in vectors]))
+def _parts(written: list[tuple[str, str, int, Tensor]]) -> Parts:
+    names, writers, layers, vectors = zip(*written, strict=True)
+    return Parts(names, writers, layers, torch.stack([vector.double() for vector in vectors]))

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from actstore.errors import InputError
 from pipelines.causal.engine.answer_metrics import Figure
-from pipelines.causal.engine.stream_edits import HEADS, require_patch_site
-from pipelines.causal.engine.subject import Prompt
+from pipelines.causal.engine.language_model import Prompt
 from pipelines.causal.engine.trace import Trace, after_edits, edited_logits, row_edited_logits
-from pipelines.models.forward import logits
-from pipelines.models.sites import Site, blocks_of
+from pipelines.models.capture import require_patched
+from pipelines.models.families.registry import family_of
+from pipelines.models.forward import blocks_of, logits
+from pipelines.models.sites.registry import kind_of
+from pipelines.models.sites.site import Site
 from pipelines.sae.base import Sae
 
 Build = Callable[[Tensor], Tensor]
@@ -86,25 +88,25 @@ def patch_activation(
     model: nn.Module, pair: Pair, site: Site, positions: list[int] | None = None, heads: list[int] | None = None
 ) -> Tensor:
     """(vocabulary,) logits with one site's activation patched, at some positions (all), of some heads (all)."""
-    require_patch_site(model, site)
+    require_patched(model, site)
     base, source = pair.into.at(site), pair.source.at(site)
     place = torch.zeros(len(base), dtype=torch.bool, device=base.device)
     place[slice(None) if positions is None else positions] = True
     own = torch.ones(base.shape[1], dtype=torch.bool, device=base.device)
     if heads is not None:
-        head = torch.arange(base.shape[1], device=base.device) * _n_heads(model, site) // base.shape[1]
+        head = torch.arange(base.shape[1], device=base.device) * n_heads_at(model, site) // base.shape[1]
         own = torch.isin(head, torch.tensor(heads, device=base.device))
     return after_edits(model, pair.into, site, torch.where(place[:, None] & own, source, base)[None], pair.at)[0]
 
 
 def patch_grid(model: nn.Module, pair: Pair, site: str, figure: Figure) -> Grid:
-    """Every layer of a site, or every head of every layer (`head_out`), at every position and at all positions."""
+    """Every layer of a site (every head of each, where the site has heads) at every position and at all positions."""
     n_columns = len(pair.clean) + 1
     names, values = [], []
     for layer in range(len(blocks_of(model))):
-        place = require_patch_site(model, Site(site, layer))
-        n_heads = _n_heads(model, place)
-        names += [f"L{layer}H{head}" for head in range(n_heads)] if site == HEADS else [place.label]
+        place = require_patched(model, Site(site, layer))
+        n_heads = n_heads_at(model, place)
+        names += row_names(model, place)
         head, column = _all_cells(n_heads, n_columns)
         values.append(patch_cells(model, pair, place, head, column, figure).reshape(n_heads, n_columns))
     return Grid(tuple(names), torch.cat(values))
@@ -115,7 +117,7 @@ def patch_cells(model: nn.Module, pair: Pair, site: Site, head: Tensor, column: 
     number of positions means all of them."""
     base, source = pair.into.at(site), pair.source.at(site)
     width = base.shape[1]
-    head_of = torch.arange(width, device=base.device) * _n_heads(model, site) // width
+    head_of = torch.arange(width, device=base.device) * n_heads_at(model, site) // width
     head, column = head.to(base.device), column.to(base.device)
 
     def row(number: Tensor) -> Tensor:
@@ -173,14 +175,21 @@ def dense_codes(sae: Sae, x: Tensor, kept: Tensor) -> Tensor:
     """(position, n_features) codes of a site's activation (position, d_model), zero at positions the SAE does not read."""
     codes = x.new_zeros(len(x), sae.n_features)
     values, indices = sae.encode(x[kept].to(sae.W_dec.dtype))
-    found = x.new_zeros(len(values), sae.n_features)
-    codes[kept] = found.scatter_add(1, indices, values.to(x.dtype))
+    dense = x.new_zeros(len(values), sae.n_features)
+    codes[kept] = dense.scatter_add(1, indices, values.to(x.dtype))
     return codes
 
 
-def _n_heads(model: nn.Module, site: Site) -> int:
-    n: int = model.config.num_attention_heads if site.name == HEADS else 1  # type: ignore[union-attr, assignment]
-    return n
+def n_heads_at(model: nn.Module, site: Site) -> int:
+    """Into how many heads a site's values are cut; 1 where they are one whole."""
+    return family_of(model).n_heads(model) if kind_of(site.name).has_heads else 1
+
+
+def row_names(model: nn.Module, site: Site) -> list[str]:
+    """What a site's rows of a grid are called: `L0H0` and so on where the site has heads, else the site's label."""
+    if not kind_of(site.name).has_heads:
+        return [site.label]
+    return [f"L{site.layer}H{head}" for head in range(n_heads_at(model, site))]
 
 
 def _all_cells(n_rows: int, n_columns: int) -> tuple[Tensor, Tensor]:
@@ -197,11 +206,11 @@ def _measured(
 
     `row` gives the edited activations (m, width) of some edits by number, `whole` those of all positions.
     """
-    found = torch.zeros(len(column), dtype=torch.float64)
+    figures = torch.zeros(len(column), dtype=torch.float64)
     is_single = column < len(into)
     ones, alls = is_single.nonzero()[:, 0], (~is_single).nonzero()[:, 0]
     for number, batch in row_edited_logits(model, into, site, column[ones], lambda n: row(ones[n]), at):
-        found[ones[number].cpu()] = figure(batch).cpu()
+        figures[ones[number].cpu()] = figure(batch).cpu()
     for first, stop, batch in edited_logits(model, into, site, len(alls), lambda a, b: whole(alls[a:b]), at):
-        found[alls[first:stop].cpu()] = figure(batch).cpu()
-    return found
+        figures[alls[first:stop].cpu()] = figure(batch).cpu()
+    return figures

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from actstore.errors import IdentityMismatch, InputError, StoreError
 from actstore.reader import ActivationStore
+from pipelines.models.families.registry import family_of
 from pipelines.models.load import choose_device, load_model, model_identity, resolve_model
-from pipelines.models.sites import Site
+from pipelines.models.sites.site import Site
 from pipelines.sae.base import Sae
 from pipelines.sae.checkpoint import RunRecord, load_run, require_match
 from pipelines.text.tokens import TextCodec, load_tokenizer, store_tokenizer
@@ -39,7 +40,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Subject:
+class LanguageModel:
     """A language model in evaluation mode, without gradients, and how text is put to it."""
 
     name: str
@@ -52,8 +53,7 @@ class Subject:
     @property
     def n_positions(self) -> int:
         """The longest text the model takes, in tokens."""
-        limit: int = self.model.config.max_position_embeddings  # type: ignore[union-attr, assignment]
-        return limit
+        return family_of(self.model).n_positions(self.model)
 
     def prompt(self, text: str) -> Prompt:
         """Tokenise a text. Raises InputError when it has no token, or more than the model has positions."""
@@ -69,12 +69,12 @@ class Subject:
                 f"prompt {name}: {len(all_ids):,} tokens with the start token, the model has {self.n_positions:,} "
                 "positions; shorten it."
             )
-        found = torch.tensor(all_ids, device=self.device)
+        tokens = torch.tensor(all_ids, device=self.device)
         kept = torch.ones(len(all_ids), dtype=torch.bool, device=self.device)
         if not self.keep_special:
-            kept &= found != self.codec.separator_token_id
+            kept &= tokens != self.codec.separator_token_id
             kept[0] = False
-        return Prompt(found, kept, tuple(self.codec.text([i]) for i in all_ids))
+        return Prompt(tokens, kept, tuple(self.codec.text([i]) for i in all_ids))
 
     def token(self, text: str) -> int:
         """The id of a text that is one token. Raises InputError, with the tokens it has, when it is not."""
@@ -87,9 +87,9 @@ class Subject:
 
 @dataclass(frozen=True)
 class Spliced:
-    """A subject and an SAE that reads one of its sites."""
+    """A language model and an SAE that reads one of its sites."""
 
-    subject: Subject
+    lm: LanguageModel
     sae: Sae
     site: Site
     record: RunRecord
@@ -104,12 +104,12 @@ class Spliced:
         return feature
 
 
-def open_subject(model: str, device: str = "auto", *, bos: bool = True, keep_special: bool = False) -> Subject:
+def open_language_model(model: str, device: str = "auto", *, bos: bool = True, keep_special: bool = False) -> LanguageModel:
     """A model and the tokenizer that lies beside it. Raises InputError when either cannot be loaded."""
     chosen = choose_device(device)
     loaded = frozen(load_model(model, chosen, "fp32"))  # first: without network it is soon refused, and its reason is clear
     codec, _ = load_tokenizer(resolve_model(model))
-    return Subject(model, loaded, codec, bos, keep_special, chosen)
+    return LanguageModel(model, loaded, codec, bos, keep_special, chosen)
 
 
 def open_spliced(run: Path, store: str | Path | None = None, model: str | None = None, device: str = "auto") -> Spliced:
@@ -127,8 +127,8 @@ def open_spliced(run: Path, store: str | Path | None = None, model: str | None =
     if model_identity(loaded).weights_sha256 != record.weights_sha256:
         raise IdentityMismatch(f"model {name}: is not the one {run} was trained on; name the right one with --model.")
     policy = opened.manifest.policy
-    subject = Subject(name, frozen(loaded), store_tokenizer(opened), policy.bos, policy.keep_special, chosen)
-    return Spliced(subject, sae.to(chosen), Site.parse(record.site), record)
+    lm = LanguageModel(name, frozen(loaded), store_tokenizer(opened), policy.bos, policy.keep_special, chosen)
+    return Spliced(lm, sae.to(chosen), Site.parse(record.site), record)
 
 
 def open_store(run: Path, record: RunRecord, store: str | Path | None = None) -> ActivationStore:
@@ -144,8 +144,8 @@ def open_store(run: Path, record: RunRecord, store: str | Path | None = None) ->
     except StoreError as error:
         for place in () if "://" in recorded else _near(run, Path(recorded)):
             with suppress(StoreError):
-                if (found := ActivationStore(place)).store_id == record.store_id:
-                    return found
+                if (opened := ActivationStore(place)).store_id == record.store_id:
+                    return opened
         raise InputError(f"{run}: its store is not at {recorded} ({error}); name it with --store.") from error
 
 
@@ -163,18 +163,18 @@ def frozen(model: nn.Module) -> nn.Module:
 
 def open_either(
     run: Path | None, store: str | Path | None, model: str | None, device: str
-) -> tuple[Subject, Spliced | None]:
+) -> tuple[LanguageModel, Spliced | None]:
     """A run's SAE in its model, or without a run a model alone (`DEFAULT_MODEL` where none is named)."""
     if run is None:
         if store is not None:
             raise InputError(f"store {store}: is of use with a run only; name its run with --run.")
         if model is not None:
-            return open_subject(model, device), None
+            return open_language_model(model, device), None
         try:
-            return open_subject(DEFAULT_MODEL, device), None
+            return open_language_model(DEFAULT_MODEL, device), None
         except InputError as error:
             raise InputError(
                 f"{str(error).rstrip('.')}; {DEFAULT_MODEL} is the default, --model builtin needs no network."
             ) from error
     spliced = open_spliced(run, store, model, device)
-    return spliced.subject, spliced
+    return spliced.lm, spliced

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from actstore.errors import InputError
-from pipelines.causal.engine.branches import Reading, feature_values, finish, read_site
-from pipelines.causal.engine.divergence import ROWS, kl
-from pipelines.causal.engine.subject import Prompt, Spliced
+from pipelines.causal.engine.cut import Cut, cut_at, finish
+from pipelines.causal.engine.feature_values import feature_values
+from pipelines.causal.engine.language_model import Prompt, Spliced
+from pipelines.metrics.divergence import ROWS, kl
 from pipelines.models.forward import logits
 
 ERRORS = ("keep", "drop")
@@ -49,14 +50,14 @@ class Read:
 
     spliced: Spliced
     prompt: Prompt
-    reading: Reading
+    cut: Cut
     features: Tensor
     codes: Tensor
     reconstruction: Tensor
 
     @property
     def rows(self) -> Tensor:
-        return self.reading.x[0]
+        return self.cut.x[0]
 
     def code(self, feature: int) -> Tensor:
         """(position,) the values of one of the features. Raises InputError for another one."""
@@ -73,12 +74,12 @@ class Read:
     def normal(self) -> Tensor:
         """(position, d_model) after the last block, nothing edited."""
         with torch.no_grad():
-            return finish(self.spliced.subject.model, self.reading, self.reading.x)[0]
+            return finish(self.spliced.lm.model, self.cut, self.cut.x)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, vocabulary) of (…, d_model) after the last block."""
         with torch.no_grad():
-            return logits(self.spliced.subject.model, hidden)
+            return logits(self.spliced.lm.model, hidden)
 
 
 @dataclass(frozen=True)
@@ -108,16 +109,20 @@ def read_prompt(spliced: Spliced, prompt: Prompt, features: list[int] | None = N
             spliced.require_feature(feature)
     if not bool(prompt.kept.any()):
         raise InputError("prompt: none of its positions is a row (start token and separators are none); give some text.")
-    reading = read_site(spliced.subject.model, spliced.site, prompt.ids[None])
-    rows = reading.x[0]
-    found = spliced.sae.codes(rows[prompt.kept])
-    chosen = found.active.features[found.values > 0].unique() if features is None else torch.tensor(features).unique()
+    cut = cut_at(spliced.lm.model, spliced.site, prompt.ids[None])
+    rows = cut.x[0]
+    codes_at_rows = spliced.sae.codes(rows[prompt.kept])
+    chosen = (
+        codes_at_rows.active.features[codes_at_rows.values > 0].unique()
+        if features is None
+        else torch.tensor(features).unique()
+    )
     chosen = chosen.to(rows.device)
     codes = rows.new_zeros(len(rows), len(chosen))
-    codes[prompt.kept] = feature_values(found, chosen)
+    codes[prompt.kept] = feature_values(codes_at_rows, chosen)
     reconstruction = rows.clone()
-    reconstruction[prompt.kept] = spliced.sae.reconstruct(found)
-    return Read(spliced, prompt, reading, chosen, codes, reconstruction)
+    reconstruction[prompt.kept] = spliced.sae.reconstruct(codes_at_rows)
+    return Read(spliced, prompt, cut, chosen, codes, reconstruction)
 
 
 @torch.no_grad()
@@ -137,7 +142,7 @@ def ablate(read: Read, edits: list[Edit], error: str = "keep") -> Ablations:
     if error == "keep":
         hidden, changed, _ = _run_all(read, read.rows, edits, read.normal)
         return Ablations(edits, hidden, changed)
-    spliced_in = finish(read.spliced.subject.model, read.reading, read.reconstruction[None])
+    spliced_in = finish(read.spliced.lm.model, read.cut, read.reconstruction[None])
     hidden, changed, from_normal = _run_all(read, read.reconstruction, edits, spliced_in[0], against=read.normal)
     own = _divergences(read, read.normal[None], spliced_in, 1)[0]
     return Ablations(edits, hidden, from_normal, own, changed, spliced_in[0, -1])
@@ -167,8 +172,8 @@ def _run_all(
     run of that shape, it ends as in `unedited` (position, d_model).
     """
     n = min(len(edits), max(1, BATCH_POSITIONS // len(base)))
-    model = read.spliced.subject.model
-    clean = finish(model, read.reading, base.repeat(n, 1, 1))
+    model = read.spliced.lm.model
+    clean = finish(model, read.cut, base.repeat(n, 1, 1))
     hidden, changed, from_other = [], [], []
     for start in range(0, len(edits), n):
         part = edits[start : start + n]
@@ -178,7 +183,7 @@ def _run_all(
             change = rows.new_tensor(edit.values) - read.code(edit.feature)[at]
             moved = at[change != 0]
             rows[i, moved] += change[change != 0, None] * read.spliced.sae.W_dec[edit.feature]
-        ended = finish(model, read.reading, rows)
+        ended = finish(model, read.cut, rows)
         same = (ended == clean).all(dim=-1, keepdim=True)
         ended = torch.where(same, unedited, ended)[: len(part)]
         hidden.append(ended[:, -1])
@@ -190,12 +195,12 @@ def _run_all(
 
 def _divergences(read: Read, before: Tensor, after: Tensor, n: int) -> Tensor:
     """(n, position) KL of the predictions of the first n of two streams; only rows that differ are unembedded."""
-    found = torch.zeros(n, before.shape[1], dtype=torch.float64, device=before.device)
+    divergences = torch.zeros(n, before.shape[1], dtype=torch.float64, device=before.device)
     places = (before[:n] != after[:n]).any(dim=-1).nonzero()
     for own in places.split(ROWS):
         item, position = own.T
-        found[item, position] = kl(read.logits(before[item, position]), read.logits(after[item, position]))
-    return found
+        divergences[item, position] = kl(read.logits(before[item, position]), read.logits(after[item, position]))
+    return divergences
 
 
 def _require_rows(prompt: Prompt, edit: Edit) -> None:

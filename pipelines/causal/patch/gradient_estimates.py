@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from actstore.errors import InputError
 from pipelines.causal.engine.answer_metrics import Divergence, Figure
-from pipelines.causal.engine.trace import Trace, logits_after, reading
-from pipelines.causal.patch.grid import run_logits
+from pipelines.causal.engine.trace import Trace, logits_after
+from pipelines.causal.patch.patch_grid import run_logits
+from pipelines.models.capture import hooked
 from pipelines.models.forward import embed, logits, run_blocks
-from pipelines.models.sites import Site
+from pipelines.models.sites.site import Site
 from pipelines.sae.base import Sae
 
 
@@ -42,12 +43,11 @@ def gradients(model: nn.Module, run: Trace, sites: list[Site], figure: Figure, a
 
     with torch.enable_grad(), ExitStack() as hooks:
         for site in sites:
-            hooks.enter_context(reading(model, site, keep(site.label)))
+            hooks.enter_context(hooked(model, site, keep(site.label)))
         start = embed(model, run.ids[None]).detach().requires_grad_()
         total = figure(logits(model, run_blocks(model, start)[:, at])).sum()
         slopes = torch.autograd.grad(total, list(held.values()))  # not backward(): weights keep no gradients
-    found = {label: slope[0] for label, slope in zip(held, slopes, strict=True)}
-    return found
+    return {label: slope[0] for label, slope in zip(held, slopes, strict=True)}
 
 
 def integrated_gradients(

@@ -1,0 +1,38 @@
+"""The decoder families by name. A new one is one file of this package: a concrete subclass of `Family`."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+import pipelines.models.families as package
+from actstore.errors import InputError
+from pipelines.models.families.family import Family
+from pipelines.shared.class_folder import classes_in
+
+
+def families() -> dict[str, Family]:
+    """Every family by the `model_type` of its configuration, in the order of names.
+
+    >>> families()["gpt2"].model_type
+    'gpt2'
+    """
+    return _families(tuple(package.__path__))
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a loaded model. Raises InputError, with the known ones, where the folder has none for the model."""
+    config: Any = getattr(model, "config", None)
+    kind = getattr(config, "model_type", type(model).__name__)
+    if kind not in families():
+        raise InputError(f"model: is a {kind}; known are {', '.join(families())} of transformers.")
+    return families()[kind]
+
+
+@cache
+def _families(_: tuple[str, ...]) -> dict[str, Family]:
+    """By the package's path: where a folder is appended to the path, families are listed anew."""
+    found = [kind() for kind in classes_in(package, Family)]  # type: ignore[type-abstract]
+    return {family.model_type: family for family in sorted(found, key=lambda family: family.model_type)}

@@ -1,0 +1,1 @@
+"""Places in a model that are read and edited, one kind a file."""
