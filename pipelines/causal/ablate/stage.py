@@ -14,7 +14,7 @@ from actstore.plan import raw_words
 from pipelines.analysis.reader import Analysis
 from pipelines.causal.ablate.edits import ERRORS, Ablations, Read, ablate, one_by_one, read_prompt, set_everywhere
 from pipelines.causal.engine.divergence import top_candidates
-from pipelines.causal.engine.drawn_firings import Firings, draw_firings, open_run_codes
+from pipelines.causal.engine.drawn_firings import DrawnFirings, draw_firings, open_run_codes
 from pipelines.causal.engine.subject import Spliced, open_spliced
 from pipelines.shared.visible_text import BAR, visible
 
@@ -146,7 +146,7 @@ def _drawn(config: AblateConfig, spliced: Spliced, features: list[int]) -> tuple
     return values, f"its value in a {config.set_to} drawn from {config.codes}, seed {config.seed}"
 
 
-def drawn_value(firings: Firings, share: float) -> float:
+def drawn_value(firings: DrawnFirings, share: float) -> float:
     """The value of one firing of a feature, each as likely by its weight, so that windows of many firings count as such;
     `share` in [0, 1) says which."""
     up_to = np.cumsum(firings.weight)

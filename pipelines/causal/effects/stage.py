@@ -33,7 +33,7 @@ from pipelines.causal.effects.table import (
     read_table,
     summary,
 )
-from pipelines.causal.engine.drawn_firings import Firings, draw_firings, open_run_codes
+from pipelines.causal.engine.drawn_firings import DrawnFirings, draw_firings, open_run_codes
 from pipelines.causal.engine.subject import Spliced, open_spliced
 from pipelines.codes.code_store import CodeStore
 from pipelines.shared.progress import track
@@ -125,7 +125,7 @@ def _measured(
     return rows, firings.rows
 
 
-def _draw(config: EffectsConfig, codes: CodeStore) -> Firings:
+def _draw(config: EffectsConfig, codes: CodeStore) -> DrawnFirings:
     """The firings that are measured. Raises InputError when no feature asked for fires."""
     wanted = np.array(config.features, np.int64) if config.features else None
     firings = draw_firings(codes, wanted, config.firings, config.seed)
