@@ -11,7 +11,7 @@ from scipy import stats
 
 from pipelines.structure.graph import Communities, adjusted_rand, communities, direct_only
 from pipelines.structure.null import CodeTable, Pairs
-from pipelines.structure.rounds import MIN_EXPECTATION, Observed, Q, attracted, graph_of, repelled
+from pipelines.structure.null_rounds import MIN_EXPECTATION, Observed, Q, attracted, graph_of, repelled
 from pipelines.structure.significance import NullFit, judge
 
 MIN_AGREEMENT = 0.6
