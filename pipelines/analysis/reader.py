@@ -18,7 +18,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from actstore import paths
-from actstore.errors import DamagedStore, InputError, NotAStore, OutputExists
+from actstore.errors import DamagedStore, IdentityMismatch, InputError, NotAStore, OutputExists
 from actstore.open_place import open_place
 from pipelines.analysis.arrays import SparseRows, open_arrays
 from pipelines.statistics import BANDS, Extent, association, band_numbers, statistics
@@ -410,3 +410,13 @@ class Analysis:
         if self.record["within"] not in ("row", "document"):
             lift = np.full(len(together), np.nan)
         return list(zip(partner.tolist(), together.tolist(), lift.tolist(), strict=True))
+
+
+def open_run_analysis(path: str | Path, run_id: str, run: str | Path) -> Analysis:
+    """An analysis. Raises IdentityMismatch when it is of another run than `run`, whose id is `run_id`."""
+    analysis = Analysis(path)
+    if analysis.record["run_id"] != run_id:
+        raise IdentityMismatch(
+            f"{path}: is of run {analysis.record['run_id']}, {run} is {run_id}; pass the analysis of this run."
+        )
+    return analysis

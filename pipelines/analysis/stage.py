@@ -40,6 +40,7 @@ from pipelines.codes.code_store import CodeStore
 from pipelines.shared.cluster import connect, reduce_groups, reduce_tasks, run_tasks, share
 from pipelines.statistics import Extent, frequency_bands
 from pipelines.statistics.of_codes.bins import QUANTILES
+from pipelines.statistics.of_codes.counts import FeatureCounts
 from pipelines.statistics.statistic import Arrays
 from pipelines.text.tokens import store_tokenizer
 
@@ -111,8 +112,7 @@ def _analyze(config: AnalyzeConfig, codes: CodeStore, work: Place, client: Any) 
         arrays = _whole_arrays(survey, facts)
         pairs = _count_pairs(job, counts.fires, arrays["features/n_documents"], document_rows, shards, client)
         examples = _examples(config, job, shards, facts, client)
-        bands = frequency_bands(counts.fires, counts.n_rows)
-        record = _record(config, codes) | {"n_rows": counts.n_rows, "bands": bands} | pairs
+        record = _record(config, codes, counts) | pairs
         return _publish(config, job, codes, record, arrays | examples)
 
 
@@ -217,7 +217,7 @@ def _slots(config: AnalyzeConfig) -> dict[str, tuple[int, int]]:
     return {kind: (edges[i], edges[i + 1]) for i, kind in enumerate(EXAMPLE_KINDS)}
 
 
-def _record(config: AnalyzeConfig, codes: CodeStore) -> dict[str, Any]:
+def _record(config: AnalyzeConfig, codes: CodeStore, counts: FeatureCounts) -> dict[str, Any]:
     policy = codes.manifest.policy
     return {
         "format": "actstore-analysis",
@@ -230,8 +230,10 @@ def _record(config: AnalyzeConfig, codes: CodeStore) -> dict[str, Any]:
         "store": codes.manifest.provenance["store"],
         "model": codes.manifest.provenance["model"],
         "corpus": codes.manifest.corpus.spec,
+        "n_rows": counts.n_rows,
         "n_features": codes.n_features,
         "k": codes.k,
+        "bands": frequency_bands(counts.fires, counts.n_rows),
         "focus": config.before,
         "example_slots": _slots(config),
         "quantiles": list(QUANTILES),
@@ -242,8 +244,8 @@ def _record(config: AnalyzeConfig, codes: CodeStore) -> dict[str, Any]:
 
 
 def _publish(config: AnalyzeConfig, job: Job, codes: CodeStore, record: dict[str, Any], arrays: Arrays) -> dict[str, Any]:
-    """Write the arrays by their full names and what is left, flush it, and make it an analysis: by a rename, or in a bucket
-    by its record."""
+    """Write the arrays by their full names, and the rest; flush the result and make it an analysis, in a folder by a rename
+    and in a bucket by its record."""
     result = open_place(job.result_url)
     names = document_names(codes)
     for name, array in arrays.items():

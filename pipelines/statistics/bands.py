@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
 BANDS = ("always", "common", "rare", "very rare", "dead")
-"""By firing frequency: > 90 %, (10, 90], (1, 10], (0, 1], and never."""
+"""By firing frequency, from high to low; `BAND_RANGES` says each in words."""
 ABOVE_PER_CENT = (90, 10, 1, 0)
 """The percentage of rows that a feature of each band fires in more than; a dead one is above none."""
+BAND_RANGES = (
+    f"over {ABOVE_PER_CENT[0]} %",
+    *(f"over {low}{' %' if low else ''}, to {high} %" for high, low in pairwise(ABOVE_PER_CENT)),
+    "never",
+)
 
 
 def band_numbers(fires: NDArray[np.int64], n_rows: int) -> NDArray[np.int64]:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore.errors import IdentityMismatch
 from actstore.plan import raw_words
 from actstore.reader import Shard
 from pipelines.codes.code_store import CodeStore, read_codes
@@ -263,13 +262,3 @@ def _rank(sorted_values: Ints) -> Ints:
     first = np.r_[True, sorted_values[1:] != sorted_values[:-1]] if n else np.empty(0, bool)
     place = np.arange(n)
     return place - np.maximum.accumulate(np.where(first, place, 0)) if n else place
-
-
-def open_run_codes(codes: str, run_id: str, run: str) -> CodeStore:
-    """A code store. Raises IdentityMismatch when it holds the codes of another run."""
-    opened = CodeStore(codes)
-    if opened.manifest.source["run_id"] != run_id:
-        raise IdentityMismatch(
-            f"{codes}: holds codes of run {opened.manifest.source['run_id']}, {run} is {run_id}; pass the codes of this run."
-        )
-    return opened
