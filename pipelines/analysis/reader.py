@@ -412,11 +412,11 @@ class Analysis:
         return list(zip(partner.tolist(), together.tolist(), lift.tolist(), strict=True))
 
 
-def open_run_analysis(path: str | Path, run_id: str, run: str | Path) -> Analysis:
-    """An analysis. Raises IdentityMismatch when it is of another run than `run`, whose id is `run_id`."""
+def open_run_analysis(
+    path: str | Path, run_id: str, run: object, remedy: str = "pass the analysis of this run."
+) -> Analysis:
+    """An analysis. Raises IdentityMismatch, which ends with the remedy, when it is of another run."""
     analysis = Analysis(path)
     if analysis.record["run_id"] != run_id:
-        raise IdentityMismatch(
-            f"{path}: is of run {analysis.record['run_id']}, {run} is {run_id}; pass the analysis of this run."
-        )
+        raise IdentityMismatch(f"{path}: is of run {analysis.record['run_id']}, {run} is {run_id}; {remedy}")
     return analysis

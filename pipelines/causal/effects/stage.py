@@ -86,7 +86,10 @@ def effects(config: EffectsConfig) -> dict[str, Any]:
     codes = open_run_codes(str(config.codes), spliced.record.run_id, str(config.run))
     for feature in config.features:
         spliced.require_feature(feature)
-    analysis = None if config.analysis is None else open_run_analysis(config.analysis, spliced.record.run_id, config.run)
+    analysis = None
+    if config.analysis is not None:
+        run = spliced.record.run_id
+        analysis = open_run_analysis(config.analysis, run, "the SAE's run", "pass its analysis.")
     plan = _plan(config, spliced, codes)
     _require_own(config.out, plan)
     if (config.out / RECORD).exists():
