@@ -61,10 +61,10 @@ from pipelines.analysis.survey.held_codes import countable, forget_codes
 from pipelines.analysis.survey.job import Job, shard_name
 from pipelines.analysis.survey.pair_task import count_pairs, heaviest_first, pair_tiles
 from pipelines.analysis.survey.partial_results import publish_bundle
-from pipelines.analysis.survey.survey import Extent
 from pipelines.codes.code_store import CodeStore
 from pipelines.models.builtin import model_path
 from pipelines.shared.cluster import connect, run_tasks
+from pipelines.statistics import Extent
 from pipelines.statistics.pairs import PairTile, firings_of, marked_codes
 from pipelines.stores.made.made_store import made_manifest
 from pipelines.text.tokens import load_tokenizer
@@ -243,7 +243,7 @@ def other_rates(indices: NDArray[Any], fired: NDArray[np.bool_], fires: NDArray[
 def counting_job(codes: CodeStore, folder: Path) -> Job:
     """What the tasks of `analyze` that count pairs are told."""
     extent = Extent(FEATURES, K, n_vocabulary=0, context=CONTEXT, n_documents=0, n_parts=0)
-    return Job(codes.url, codes.snapshot, str(folder), str(folder), extent, 0, 0, 0, 0, within="row", min_together=1)
+    return Job(codes.url, codes.snapshot, str(folder), str(folder), extent, 0, within="row", min_together=1)
 
 
 def list_shard(job: Job, codes: NDArray[Any], shard: Shard) -> None:

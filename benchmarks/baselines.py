@@ -26,8 +26,8 @@ from pipelines.collect.config import CollectConfig  # noqa: E402
 from pipelines.collect.stage import collect  # noqa: E402
 from pipelines.concepts.labels import read_labels  # noqa: E402
 from pipelines.concepts.rules import Finding  # noqa: E402
+from pipelines.concepts.scored_units import ScoredUnits, choose_thresholds, score_rules  # noqa: E402
 from pipelines.concepts.stage import SUMMARY, ConceptsConfig, concepts  # noqa: E402
-from pipelines.concepts.subjects import Subject, choose_thresholds, score_rules  # noqa: E402
 from pipelines.concepts.table import concept_lines  # noqa: E402
 from pipelines.demo import DemoConfig, read_demo, rule_counts, run_demo  # noqa: E402
 from pipelines.sae.checkpoint import load_run  # noqa: E402
@@ -41,11 +41,11 @@ NEURON_TOKENS = 300_000
 def raw_dimension_findings(store_path: Path, client: Any) -> list[Finding]:
     """The best rule of each of the 2 d signed dimensions of a store's only site."""
     store = ActivationStore(store_path)
-    codec, subject = store_tokenizer(store), Subject.of(store, store.site())
+    codec, scored = store_tokenizer(store), ScoredUnits.of(store, store.site())
     labels = read_labels(store, codec, None)
     held = [share(client, segment) for segment in labels.segments]
-    thresholds = choose_thresholds(subject, held, client)
-    scores = score_rules(subject, held, thresholds, codec.backend.get_vocab_size(), client)
+    thresholds = choose_thresholds(scored, held, client)
+    scores = score_rules(scored, held, thresholds, codec.backend.get_vocab_size(), client)
     return list(scores.finalize(thresholds, labels.names, codec.token_texts()))
 
 

@@ -42,7 +42,7 @@ from actstore.files import read_json  # noqa: E402
 from actstore.plan import permutation  # noqa: E402
 from pipelines.causal.effects.measure import branch_layout, firing_texts, predicted, window_passes  # noqa: E402
 from pipelines.causal.engine.cut import cut_at  # noqa: E402
-from pipelines.causal.engine.drawn_firings import PART, Firings, draw_firings, next_tokens  # noqa: E402
+from pipelines.causal.engine.drawn_firings import PART, DrawnFirings, draw_firings, next_tokens  # noqa: E402
 from pipelines.causal.engine.language_model import Spliced, open_spliced  # noqa: E402
 from pipelines.codes.code_store import CodeStore, read_codes  # noqa: E402
 from pipelines.concepts.labels import read_labels, shard_labels  # noqa: E402
@@ -153,7 +153,7 @@ class Falls:
 
 
 @torch.no_grad()
-def measure(spliced: Spliced, codes: CodeStore, firings: Firings, roles: list[Role], n_directions: int) -> Falls:
+def measure(spliced: Spliced, codes: CodeStore, firings: DrawnFirings, roles: list[Role], n_directions: int) -> Falls:
     """Ablate at every firing: the role's feature, random directions of the same norm, and the other active features."""
     falls = Falls(len(roles), n_directions, spliced.record.n_features)
     of_feature = {role.feature: i for i, role in enumerate(roles)}
@@ -171,7 +171,7 @@ def measure(spliced: Spliced, codes: CodeStore, firings: Firings, roles: list[Ro
 def _measure_pass(
     spliced: Spliced,
     codes: CodeStore,
-    own: Firings,
+    own: DrawnFirings,
     roles: list[Role],
     of_feature: dict[int, int],
     directions: torch.Tensor,

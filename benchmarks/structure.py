@@ -13,7 +13,7 @@ import argparse
 import numpy as np
 
 from pipelines.shared.cluster import connect
-from pipelines.structure import facts, plant
+from pipelines.structure import facts, planted
 from pipelines.structure.graph import adjusted_rand
 from pipelines.structure.stage import seek
 
@@ -22,8 +22,8 @@ SIZES = [15, 12, 10, 8, 6]
 
 
 def sought_of(client, halves, seed):
-    samples = tuple(plant.sample_of(half) for half in halves)
-    return seek(client, samples, DRAWS, 2.0, seed, None, plant.Unnamed())
+    samples = tuple(planted.sample_of(half) for half in halves)
+    return seek(client, samples, DRAWS, 2.0, seed, None, planted.Unnamed())
 
 
 def recovered(sought, truth) -> tuple[float, dict]:
@@ -31,14 +31,14 @@ def recovered(sought, truth) -> tuple[float, dict]:
     record, table = facts.communities_facts(sought)
     labels = -1 - np.arange(len(truth))
     labels[table["feature"]] = table["community"]
-    planted = truth >= 0
-    return adjusted_rand(labels[planted], truth[planted]), record
+    grouped = truth >= 0
+    return adjusted_rand(labels[grouped], truth[grouped]), record
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--kinds", nargs="+", choices=plant.NOTHING, default=plant.NOTHING)
+    parser.add_argument("--kinds", nargs="+", choices=planted.NOTHING, default=planted.NOTHING)
     parser.add_argument("--workers", type=int, default=2)
     asked = parser.parse_args()
     rows = N_DOCUMENTS * 500
@@ -48,8 +48,8 @@ def main() -> None:
         for kind in asked.kinds:
             shares, independent, tested, reported = [], [], [], 0
             for seed in range(asked.seeds):
-                rng = np.random.default_rng((seed, plant.NOTHING.index(kind)))
-                halves = [plant.nothing(kind, N_DOCUMENTS, N_FEATURES, rng) for _ in range(2)]
+                rng = np.random.default_rng((seed, planted.NOTHING.index(kind)))
+                halves = [planted.nothing(kind, N_DOCUMENTS, N_FEATURES, rng) for _ in range(2)]
                 sought = sought_of(client, halves, seed)
                 record, _ = facts.pairs_facts(sought)
                 tested.append(record["tested"])
@@ -64,9 +64,9 @@ def main() -> None:
         scores, arrows, mistaken = [], 0, 0
         for seed in range(asked.seeds):
             rng = np.random.default_rng((seed, 99))
-            made = [plant.communities(N_DOCUMENTS, N_FEATURES, SIZES, rng) for _ in range(2)]
+            made = [planted.communities(N_DOCUMENTS, N_FEATURES, SIZES, rng) for _ in range(2)]
             scores.append(recovered(sought_of(client, [half for half, _ in made], seed), made[0][1])[0])
-            made = [plant.hierarchy(N_DOCUMENTS, N_FEATURES, rng) for _ in range(2)]
+            made = [planted.hierarchy(N_DOCUMENTS, N_FEATURES, rng) for _ in range(2)]
             found = facts.implications_facts(sought_of(client, [half for half, _ in made], seed))
             held = {(arrow["source"], arrow["target"]) for arrow in found["arrows"] if arrow["replicated"]}
             arrows += held == {made[0][1]["implication"], made[0][1]["second"]}

@@ -18,11 +18,13 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from actstore import paths
-from actstore.errors import DamagedStore, InputError, NotAStore, OutputExists
+from actstore.errors import DamagedStore, IdentityMismatch, InputError, NotAStore, OutputExists
 from actstore.open_place import open_place
 from pipelines.analysis.arrays import SparseRows, open_arrays
-from pipelines.statistics import BANDS, association
-from pipelines.statistics.tables import bin_edges
+from pipelines.statistics import BANDS, Extent, association, band_numbers, statistics
+from pipelines.statistics.of_codes.bins import QUANTILES
+from pipelines.statistics.statistic import Arrays, Statistic, TiledStatistic
+from pipelines.statistics.value_bins import bin_edges
 from pipelines.text.tokens import parse_tokenizer
 
 ANALYSIS_VERSION = 2
@@ -31,7 +33,6 @@ STRUCTURE, PAIRS = "structure", "pairs.parquet"
 """The folder in which `structure` leaves its result, unless told otherwise, and its table of pairs."""
 SORTS = ("frequency", "mean", "peak", "documents", "burstiness", "id")
 EXAMPLE_KINDS = ("top", "strata", "random")
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,46 @@ class Analysis:
 
     def _get(self, name: str) -> NDArray[Any]:
         return np.asarray(self._root[name][:])  # type: ignore[index]
+
+    @cached_property
+    def extent(self) -> Extent:
+        """How many there are of everything that was counted."""
+        n_vocabulary, context, n_documents, n_parts = (
+            self._root[f"rows/{name}"].shape[0]  # type: ignore[union-attr]
+            for name in ("tokens", "positions", "documents", "parts")
+        )
+        return Extent(self.n_features, self.record["k"], n_vocabulary, context, n_documents, n_parts)
+
+    def arrays_of(self, statistic: str) -> Arrays:
+        """What a registered statistic wrote whole, by full name.
+
+        Raises InputError for a name that no statistic has, or when the analysis was made without that statistic.
+        """
+        try:
+            return {name: self._get(name) for name in self._registered(statistic).arrays}
+        except KeyError as error:
+            raise self._without(statistic) from error
+
+    def table(self, statistic: str) -> SparseRows:
+        """The sparse table (F, columns) of a registered statistic. Raises InputError as `arrays_of` does, or when the
+        statistic writes no table."""
+        kind = self._registered(statistic)
+        if not (issubclass(kind, TiledStatistic) and kind.writes_table):
+            raise InputError(f"statistic {statistic!r}: writes no table; ask for its arrays.")
+        try:
+            return SparseRows(self._root, statistic, kind.n_columns(self.extent))
+        except KeyError as error:
+            raise self._without(statistic) from error
+
+    @staticmethod
+    def _registered(statistic: str) -> type[Statistic]:
+        kinds = statistics()
+        if statistic not in kinds:
+            raise InputError(f"statistic {statistic!r}: there is none of that name; choose one of {', '.join(kinds)}.")
+        return kinds[statistic]
+
+    def _without(self, statistic: str) -> InputError:
+        return InputError(f"{self.place}: was made without the statistic {statistic!r}; run `analyze` on its codes again.")
 
     @cached_property
     def findings(self) -> list[dict[str, Any]]:
@@ -202,22 +243,22 @@ class Analysis:
     @cached_property
     def tokens(self) -> SparseRows:
         """(F, vocabulary): firings of each feature on each token (`count`), and the sum of its values there (`total`)."""
-        return SparseRows(self._root, "tokens", len(self.token_rows))
+        return self.table("tokens")
 
     @cached_property
     def positions(self) -> SparseRows:
         """(F, context): firings of each feature at each position of a window."""
-        return SparseRows(self._root, "positions", len(self._get("rows/positions")))
+        return self.table("positions")
 
     @cached_property
     def parts(self) -> SparseRows:
         """(F, corpus parts): firings of each feature in each part."""
-        return SparseRows(self._root, "parts", len(self.part_names))
+        return self.table("parts")
 
     @cached_property
     def bins(self) -> SparseRows:
         """(F, bins): firings of each feature by strength, 16 bins an octave; `bin_edges` gives their values."""
-        return SparseRows(self._root, "bins", 1 << 12)
+        return self.table("bins")
 
     @cached_property
     def token_counts(self) -> sp.csr_array:
@@ -243,9 +284,7 @@ class Analysis:
 
     def band(self, feature: int) -> str:
         """The frequency band of a feature."""
-        per_cent = int(self.fires[feature]) * 100
-        above = (90 * self.n_rows, 10 * self.n_rows, self.n_rows, 0)
-        return next((name for name, bound in zip(BANDS, above, strict=False) if per_cent > bound), BANDS[-1])
+        return BANDS[int(band_numbers(self.fires[[feature]], self.n_rows)[0])]
 
     def sorted_features(self, sort: str) -> NDArray[np.int64]:
         """Feature ids by falling `sort`, ties by id."""
@@ -371,3 +410,13 @@ class Analysis:
         if self.record["within"] not in ("row", "document"):
             lift = np.full(len(together), np.nan)
         return list(zip(partner.tolist(), together.tolist(), lift.tolist(), strict=True))
+
+
+def open_run_analysis(
+    path: str | Path, run_id: str, run: object, remedy: str = "pass the analysis of this run."
+) -> Analysis:
+    """An analysis. Raises IdentityMismatch, which ends with the remedy, when it is of another run."""
+    analysis = Analysis(path)
+    if analysis.record["run_id"] != run_id:
+        raise IdentityMismatch(f"{path}: is of run {analysis.record['run_id']}, {run} is {run_id}; {remedy}")
+    return analysis

@@ -18,37 +18,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import paths
-from actstore.errors import InputError, OutputExists
-from actstore.files import fsync_path, record_bytes
+from actstore.errors import InputError
+from actstore.files import fsync_path
 from actstore.folder import Folder
 from actstore.open_place import absolute, open_place
 from actstore.place import Place
 from actstore.reader import Shard
 from actstore.schema import PARTS
-from pipelines.analysis.arrays import SparseRows, create_arrays, open_arrays
-from pipelines.analysis.reader import (
-    ANALYSIS_VERSION,
-    QUANTILES,
-    RECORD,
-    Analysis,
-    require_new_analysis,
-)
-from pipelines.analysis.survey.example_texts import Columns, contexts, example_documents
+from pipelines.analysis.arrays import create_arrays
+from pipelines.analysis.reader import ANALYSIS_VERSION, EXAMPLE_KINDS, RECORD, Analysis
+from pipelines.analysis.survey.example_texts import EXAMPLES, contexts, example_arrays, in_slots
 from pipelines.analysis.survey.held_codes import forget_codes
 from pipelines.analysis.survey.job import Job, corpus_parts, document_names
 from pipelines.analysis.survey.pair_task import add_pairs, count_pairs, heaviest_first, pair_tiles, shard_groups, write_pairs
 from pipelines.analysis.survey.parquet_tables import write_exports
-from pipelines.analysis.survey.shard_task import sample_shard, survey_shard
-from pipelines.analysis.survey.survey import KEPT, TABLES, Extent, Survey, merged
+from pipelines.analysis.survey.shard_task import sample_shard, stratum_edges, survey_shard
+from pipelines.analysis.survey.survey import Survey, facts_of, merged
 from pipelines.analysis.survey.table_task import merge_tables, table_tiles
+from pipelines.analysis.survey.work_folder import clear, keep_or_clear, require_place, work_place
 from pipelines.codes.code_store import CodeStore
 from pipelines.shared.cluster import connect, reduce_groups, reduce_tasks, run_tasks, share
-from pipelines.statistics import frequency_bands
-from pipelines.statistics.examples import COLUMNS
-from pipelines.statistics.tables import N_BINS, quantile_bins
+from pipelines.statistics import Extent, frequency_bands
+from pipelines.statistics.of_codes.bins import QUANTILES
+from pipelines.statistics.of_codes.counts import FeatureCounts
+from pipelines.statistics.statistic import Arrays
 from pipelines.text.tokens import store_tokenizer
 
-KEY, PARTIAL_VERSION = "key.json", 4
+EXAMPLE_CHUNK_BYTES = 1 << 17
 JOINT = 20
 LARGE_FEATURES, LARGE_MIN_TOGETHER = 32_768, 3
 MOST_REACH = 64
@@ -96,7 +92,7 @@ def analyze(config: AnalyzeConfig, client: Any = None) -> dict[str, Any]:
     """
     require_place(config.out)
     codes = CodeStore(config.codes)
-    work = _work(config.out)
+    work = work_place(config.out)
     slots = config.examples + config.random_examples + config.strata
     open_place(config.out).require_space(codes.n_features * slots * (config.before + config.after + 1) * 8, "the examples")
     if client is not None:
@@ -105,31 +101,19 @@ def analyze(config: AnalyzeConfig, client: Any = None) -> dict[str, Any]:
         return _analyze(config, codes, work, own_client)
 
 
-def require_place(out: str | Path) -> None:
-    """Raises OutputExists when anything lies at `out`, but for parts of a result that was interrupted in a bucket, where it
-    grows in its place."""
-    place = open_place(out)
-    is_begun = not isinstance(place, Folder) and _work(out).exists(KEY)
-    if not is_begun or not all(e in (paths.DATA, paths.TOKENIZER) or e.endswith(".parquet") for e in place.entries()):
-        require_new_analysis(out)
-
-
-def _work(out: str | Path) -> Place:
-    return open_place(f"{str(out).rstrip('/')}.partial")
-
-
 def _analyze(config: AnalyzeConfig, codes: CodeStore, work: Place, client: Any) -> dict[str, Any]:
     with work.lock():
         job = _job(config, codes, work)
-        _keep_or_clear(work, config, job)
+        keep_or_clear(work, job)
         shards = [shard for part in PARTS for shard in codes.shards(part)]
         survey: Survey = reduce_tasks(client, "survey", survey_shard, merged, [(job, shard) for shard in shards])
-        fires = survey.counts.fires
-        features, kept = _merge_tables(job, fires, shards, survey, client)
-        pairs = _count_pairs(job, features, survey.rows.documents, shards, client)
-        examples = _examples(config, job, shards, kept, client)
-        record = _record(config, codes, survey) | pairs
-        return _publish(config, job, codes, record, features, survey, examples)
+        counts, document_rows = survey["counts"], survey["rows"].documents
+        facts = _merge_tables(job, counts.fires, shards, client)
+        arrays = _whole_arrays(survey, facts)
+        pairs = _count_pairs(job, counts.fires, arrays["features/n_documents"], document_rows, shards, client)
+        examples = _examples(config, job, shards, facts, client)
+        record = _record(config, codes, counts) | pairs
+        return _publish(config, job, codes, record, arrays | examples)
 
 
 def _job(config: AnalyzeConfig, codes: CodeStore, work: Place) -> Job:
@@ -142,6 +126,9 @@ def _job(config: AnalyzeConfig, codes: CodeStore, work: Place) -> Job:
         context=codes.manifest.policy.context,
         n_documents=len(names),
         n_parts=len(corpus_parts(names)[0]),
+        n_examples=config.examples,
+        n_random=config.random_examples,
+        seed=config.seed,
     )
     return Job(
         codes_url=absolute(codes.url),
@@ -149,153 +136,88 @@ def _job(config: AnalyzeConfig, codes: CodeStore, work: Place) -> Job:
         work_url=absolute(work.url),
         result_url=absolute(f"{work.url}/result" if isinstance(work, Folder) else str(config.out)),
         extent=extent,
-        n_examples=config.examples,
-        n_random=config.random_examples,
         n_strata=config.strata,
-        seed=config.seed,
         within=config.within,
         min_together=config.min_together or (1 if codes.n_features <= LARGE_FEATURES else LARGE_MIN_TOGETHER),
     )
 
 
-def _keep_or_clear(work: Place, config: AnalyzeConfig, job: Job) -> None:
-    """Partial results of the same codes and options stay; those of others are removed; anything else is refused."""
-    asked = {name: getattr(job, name) for name in ("n_examples", "n_random", "n_strata", "seed", "within", "min_together")}
-    key = record_bytes(
-        {"format": "actstore-analysis-partial", "version": [ANALYSIS_VERSION, PARTIAL_VERSION]}
-        | {"holds": "codes", "snapshot": job.snapshot}
-        | asked
-    )
-    if work.exists(KEY):
-        if work.read(KEY) == key:
-            return
-        _clear(work, open_place(job.result_url))
-    elif work.entries() - {"lock", "lease"}:
-        raise OutputExists(f"{work}: exists and is not left from an analysis; move it away.")
-    work.publish(KEY, key)
-
-
-def _clear(work: Place, result: Place | None = None) -> None:
-    """Remove partial results: the key last, so that what remains after a kill is still known for what it is."""
-    if result is not None:
-        for name in result.names():
-            result.remove(name)
-    for name in work.names():
-        if name != KEY and not name.startswith("lease/"):
-            work.remove(name)
-    work.remove(KEY)
-
-
-def _merge_tables(
-    job: Job, fires: NDArray[np.int64], shards: list[Shard], survey: Survey, client: Any
-) -> tuple[dict[str, NDArray[Any]], dict[str, Columns]]:
-    """Write the tables tile by tile; gives the (F,) columns of every feature, and its kept examples by kind."""
+def _merge_tables(job: Job, fires: NDArray[np.int64], shards: list[Shard], client: Any) -> Arrays:
+    """Write the tiled statistics' tables; gives what these say of all features, as STATISTIC/FACT."""
     tiles = table_tiles(fires)
     tasks = [(job, i, start, stop, shards) for i, (start, stop) in enumerate(tiles)]
-    facts = run_tasks(client, "tables", merge_tables, tasks)
-    found = {name: np.concatenate([fact[name] for fact in facts]) for name in facts[0]}
-    features = survey.counts.finalize()
-    features["n_documents"] = found["n_documents"]
-    features["quantile_bins"] = found["quantile_bins"].astype(np.int16)
-    features["burstiness"] = burstiness(found["same_document"], fires, survey.rows.documents)
+    said = run_tasks(client, "tables", merge_tables, tasks)
+    for name, one in Survey(job.extent).tiled.items():
+        if one.writes_table:
+            _write_tile_starts(job, name, tiles)
+    return {fact: np.concatenate([tile[fact] for tile in said]) for fact in said[0]}
+
+
+def _write_tile_starts(job: Job, table: str, tiles: list[tuple[int, int]]) -> None:
     first = np.array([start for start, _ in tiles] + [job.extent.n_features])
-    for table in TABLES:
-        if table != "documents":
-            create_arrays(job.result_url, table, {"tile_starts": first})
-    kept = {kind: {name: found[f"{kind}/{name}"] for name in COLUMNS} for kind in KEPT}
-    return features, kept
+    create_arrays(job.result_url, table, {"tile_starts": first})
 
 
-def burstiness(
-    same_document: NDArray[np.int64], fires: NDArray[np.int64], document_rows: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """P(two rows of one document both fire) / P(two rows of the corpus both fire), over ordered pairs of different rows.
-
-    1 where documents make no difference. `same_document` (F,) is the sum over documents of c (c - 1), c firings in it. NaN
-    for a feature with fewer than two firings, and when no document has two rows.
-    """
-    n_rows = int(document_rows.sum())
-    pairs_inside = float((document_rows * (document_rows - 1)).sum())
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray(
-            (same_document / pairs_inside) / (fires.astype(np.float64) * (fires - 1) / (n_rows * (n_rows - 1.0)))
-        )
+def _whole_arrays(survey: Survey, facts: Arrays) -> Arrays:
+    """Every statistic's arrays that are written whole, by full name."""
+    arrays: Arrays = {}
+    for one in survey.dense.values():
+        arrays |= one.finalize()
+    for name, tiled in survey.tiled.items():
+        arrays |= tiled.feature_arrays(facts_of(name, facts), survey.dense)
+    return arrays
 
 
 def _count_pairs(
-    job: Job, features: dict[str, NDArray[Any]], documents: NDArray[np.int64], shards: list[Shard], client: Any
+    job: Job,
+    fires: NDArray[np.int64],
+    n_documents: NDArray[np.int64],
+    document_rows: NDArray[np.int64],
+    shards: list[Shard],
+    client: Any,
 ) -> dict[str, Any]:
     """Write the pairs tile by tile; gives what the record says of them."""
     of_documents = job.within == "document"
-    most = features["n_documents"] if of_documents else features["fires"]
-    n_total = int((documents > 0).sum()) if of_documents else int(documents.sum())
+    most = n_documents if of_documents else fires
+    n_total = int((document_rows > 0).sum()) if of_documents else int(document_rows.sum())
     tiles = pair_tiles(most)
     groups = shard_groups(len(shards), len(tiles), sum(shard.n_rows for shard in shards))
     if of_documents:
         groups = [range(len(shards))]
     tasks, finish = [], []
-    for i in heaviest_first(tiles, features["fires"]):
+    for i in heaviest_first(tiles, fires):
         start, stop = tiles[i]
         tasks.append([(job, i, start, most[start:stop], [shards[s] for s in group]) for group in groups])
         finish.append((job, i, most, n_total))
-    found = reduce_groups(client, "pairs", count_pairs, add_pairs, write_pairs, tasks, finish)
+    written = reduce_groups(client, "pairs", count_pairs, add_pairs, write_pairs, tasks, finish)
     client.run(forget_codes, on_error="ignore")  # a worker that died holds none
-    first = np.array([start for start, _ in tiles] + [job.extent.n_features])
-    create_arrays(job.result_url, "cooccurrence", {"tile_starts": first})
+    _write_tile_starts(job, "cooccurrence", tiles)
     return {
         "within": job.within,
         "min_together": job.min_together,
-        "pairs": sum(tile["pairs"] for tile in found),
-        "pairs_kept": sum(tile["kept"] for tile in found),
+        "pairs": sum(tile["pairs"] for tile in written),
+        "pairs_kept": sum(tile["kept"] for tile in written),
     }
 
 
-def _examples(
-    config: AnalyzeConfig,
-    job: Job,
-    shards: list[Shard],
-    kept: dict[str, Columns],
-    client: Any,
-) -> dict[str, NDArray[Any]]:
-    """(F, slots, ...) arrays of all kept examples with their text: the strongest, one of each stratum, random ones."""
+def _examples(config: AnalyzeConfig, job: Job, shards: list[Shard], facts: Arrays, client: Any) -> Arrays:
+    """The arrays of all kept firings with their text: the strongest, one of each stratum, random ones."""
     edges = share(client, stratum_edges(job))
     tasks = [(job, shard, edges) for shard in shards]
-    strata = reduce_tasks(client, "strata", sample_shard, merged, tasks).finalize()
-    kinds = {"top": kept["top"], "strata": strata, "random": kept["random"]}
-    slots = []
-    for kind, found in kinds.items():
-        place = np.arange(len(found["feature"])) - np.searchsorted(found["feature"], found["feature"])
-        slots.append(_slots(config)[kind][0] + (found["stratum"] if kind == "strata" else place))
-    found = {name: np.concatenate([columns[name] for columns in kinds.values()]) for name in COLUMNS}
-    slot = np.concatenate(slots)
-    tokens, values = contexts(job, found, config.before, config.after, client)
-    shape = (job.extent.n_features, _slots(config)["random"][1], config.before + 1 + config.after)
-    examples = {
-        "value": np.zeros(shape[:2], np.float32),
-        "document": np.full(shape[:2], -1, np.int64),
-        "tokens": np.full(shape, -1, np.int32),
-        "values": np.zeros(shape, np.float32),
-    }
-    columns = (found["value"], example_documents(job.open(), found), tokens, values)
-    for name, column in zip(examples, columns, strict=True):
-        examples[name][found["feature"], slot] = column
-    return examples
+    strata: Arrays = reduce_tasks(client, "strata", sample_shard, merged, tasks).finalize()
+    kinds = {"top": facts_of("top", facts), "strata": strata, "random": facts_of("random", facts)}
+    columns, slot = in_slots(kinds, _slots(config))
+    tokens, values = contexts(job, columns, config.before, config.after, client)
+    return example_arrays(job, columns, slot, _slots(config)["random"][1], tokens, values)
 
 
 def _slots(config: AnalyzeConfig) -> dict[str, tuple[int, int]]:
-    """Which places of an example array each kind has."""
+    """The places of an example array that each kind has, [first, last)."""
     edges = np.cumsum([0, config.examples, config.strata, config.random_examples]).tolist()
-    return {kind: (edges[i], edges[i + 1]) for i, kind in enumerate(("top", "strata", "random"))}
+    return {kind: (edges[i], edges[i + 1]) for i, kind in enumerate(EXAMPLE_KINDS)}
 
 
-def stratum_edges(job: Job) -> NDArray[np.int64]:
-    """(F, strata - 1) the bins in which the quantiles 1/strata, 2/strata, ... of each feature's activations lie."""
-    asked = tuple((i + 1) / job.n_strata for i in range(job.n_strata - 1))
-    tiles = SparseRows(open_arrays(open_place(job.result_url), "r"), "bins", N_BINS).tiles()
-    return np.concatenate([quantile_bins(counts, asked) for _, counts in tiles])
-
-
-def _record(config: AnalyzeConfig, codes: CodeStore, survey: Survey) -> dict[str, Any]:
+def _record(config: AnalyzeConfig, codes: CodeStore, counts: FeatureCounts) -> dict[str, Any]:
     policy = codes.manifest.policy
     return {
         "format": "actstore-analysis",
@@ -308,10 +230,10 @@ def _record(config: AnalyzeConfig, codes: CodeStore, survey: Survey) -> dict[str
         "store": codes.manifest.provenance["store"],
         "model": codes.manifest.provenance["model"],
         "corpus": codes.manifest.corpus.spec,
-        "n_rows": survey.counts.n_rows,
+        "n_rows": counts.n_rows,
         "n_features": codes.n_features,
         "k": codes.k,
-        "bands": frequency_bands(survey.counts.fires, survey.counts.n_rows),
+        "bands": frequency_bands(counts.fires, counts.n_rows),
         "focus": config.before,
         "example_slots": _slots(config),
         "quantiles": list(QUANTILES),
@@ -321,21 +243,14 @@ def _record(config: AnalyzeConfig, codes: CodeStore, survey: Survey) -> dict[str
     }
 
 
-def _publish(
-    config: AnalyzeConfig,
-    job: Job,
-    codes: CodeStore,
-    record: dict[str, Any],
-    features: dict[str, NDArray[Any]],
-    survey: Survey,
-    examples: dict[str, NDArray[Any]],
-) -> dict[str, Any]:
-    """Write what is left, flush it, and make it an analysis: by a rename, or in a bucket by its record."""
+def _publish(config: AnalyzeConfig, job: Job, codes: CodeStore, record: dict[str, Any], arrays: Arrays) -> dict[str, Any]:
+    """Write the arrays by their full names, and the rest; flush the result and make it an analysis, in a folder by a rename
+    and in a bucket by its record."""
     result = open_place(job.result_url)
     names = document_names(codes)
-    create_arrays(job.result_url, "features", features)
-    create_arrays(job.result_url, "rows", survey.rows.finalize())
-    create_arrays(job.result_url, "examples", examples, chunk_bytes=1 << 17)
+    for name, array in arrays.items():
+        group, _, own = name.rpartition("/")
+        create_arrays(job.result_url, group, {own: array}, EXAMPLE_CHUNK_BYTES if group == EXAMPLES else 0)
     create_arrays(job.result_url, "documents", {"name": np.frombuffer("\n".join(names).encode(), np.uint8)})
     create_arrays(job.result_url, "parts", {"name": np.frombuffer("\n".join(corpus_parts(names)[0]).encode(), np.uint8)})
     for name, data in codes.tokenizer_files().items():
@@ -352,7 +267,7 @@ def _publish(
         fsync_path(out.absolute().parent)
         shutil.rmtree(result.path.parent, ignore_errors=True)
     else:
-        _clear(open_place(job.work_url))
+        clear(open_place(job.work_url))
     return record
 
 

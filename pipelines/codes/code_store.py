@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import paths
+from actstore.errors import IdentityMismatch
 from actstore.reader import Shard, Store
 
 
@@ -32,6 +33,16 @@ def read_codes(
     """(indices, values), each (rows, k), of rows [start, stop) of a shard; float32, however they are kept."""
     indices, values = (codes.read(shard, name, start, stop) for name in paths.CODES)
     return indices.astype(np.int64), values.astype(np.float32, copy=False)
+
+
+def open_run_codes(codes: str, run_id: str, run: object, remedy: str = "pass the codes of this run.") -> CodeStore:
+    """A code store. Raises IdentityMismatch, which ends with the remedy, when it holds the codes of another run."""
+    opened = CodeStore(codes)
+    if opened.manifest.source["run_id"] != run_id:
+        raise IdentityMismatch(
+            f"{codes}: holds codes of run {opened.manifest.source['run_id']}, {run} is {run_id}; {remedy}"
+        )
+    return opened
 
 
 @lru_cache(maxsize=2)

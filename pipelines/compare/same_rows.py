@@ -19,7 +19,7 @@ from actstore import paths
 from actstore.errors import IdentityMismatch, InputError
 from actstore.reader import ActivationStore, Shard, Store
 from actstore.schema import PARTS
-from pipelines.codes.code_store import CodeStore, read_codes
+from pipelines.codes.code_store import open_run_codes, read_codes
 from pipelines.sae.base import Sae
 from pipelines.sae.checkpoint import RunRecord, require_match
 from pipelines.sae.reconstruction_metrics import batch_rows
@@ -58,12 +58,7 @@ def encoded_source(url: str, sae: Sae, record: RunRecord, path: Path) -> Source:
 
 def code_source(url: str, record: RunRecord, path: Path) -> Source:
     """Codes that are there. Raises IdentityMismatch when they are another run's."""
-    store = CodeStore(url)
-    if store.manifest.source["run_id"] != record.run_id:
-        raise IdentityMismatch(
-            f"{url}: holds codes of run {store.manifest.source['run_id']}, {path} is {record.run_id}; "
-            "pass codes in the order of the runs."
-        )
+    store = open_run_codes(url, record.run_id, path, "pass codes in the order of the runs.")
 
     def codes_of(shard: Shard, rows: NDArray[np.int64]) -> sp.csr_array:
         indices, values = read_codes(store, shard)

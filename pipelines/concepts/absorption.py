@@ -91,7 +91,7 @@ def n_main(f1: list[float]) -> int:
     return 0 if not f1 else 1 + int(short[0] if len(short) else len(gains))
 
 
-class Moments:
+class ProbeSums:
     """Sums over rows (n, d) and over those with each of L concepts: what a linear probe is made of. float64."""
 
     def __init__(self, n_concepts: int, d_model: int):
@@ -108,7 +108,7 @@ class Moments:
         self.n_present += np.asarray(labels.sum(axis=0)).ravel().astype(np.int64)
         self.present += labels.T @ exact
 
-    def merge(self, other: Moments) -> Moments:
+    def merge(self, other: ProbeSums) -> ProbeSums:
         for name in ("n", "total", "products", "n_present", "present"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         return self

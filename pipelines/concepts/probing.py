@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from actstore import paths
 from actstore.reader import Shard
-from pipelines.concepts.absorption import Absorption, Moments, Probes, ScoreHistogram
+from pipelines.concepts.absorption import Absorption, Probes, ProbeSums, ScoreHistogram
 from pipelines.concepts.labels import SegmentLabels, shard_labels
-from pipelines.concepts.subjects import Subject, shard_tasks
+from pipelines.concepts.scored_units import ScoredUnits, shard_tasks
 from pipelines.shared.cluster import reduce_tasks, share
 
 
@@ -29,19 +29,19 @@ class FittedProbes:
     f1: NDArray[np.float64]
 
 
-def fit_probes(rows: Subject, labels: list[Any], client: Any) -> FittedProbes:
+def fit_probes(rows: ScoredUnits, labels: list[Any], client: Any) -> FittedProbes:
     """Probes of the rows of a site, in two passes over it."""
     tasks = shard_tasks(rows, labels)
-    moments: Moments = reduce_tasks(client, "probes", shard_moments, Moments.merge, tasks)
-    probes = moments.probes()
+    sums: ProbeSums = reduce_tasks(client, "probes", shard_sums, ProbeSums.merge, tasks)
+    probes = sums.probes()
     scored = [(*task, probes) for task in tasks]
     histogram: ScoreHistogram = reduce_tasks(client, "scores", shard_scores, ScoreHistogram.merge, scored)
     return FittedProbes(probes, *histogram.finalize())
 
 
 def find_absorption(
-    codes: Subject,
-    rows: Subject,
+    codes: ScoredUnits,
+    rows: ScoredUnits,
     labels: list[Any],
     fitted: FittedProbes,
     mains: list[list[int]],
@@ -55,18 +55,18 @@ def find_absorption(
     return found
 
 
-def shard_moments(rows: Subject, shard: Shard, labels: SegmentLabels) -> Moments:
+def shard_sums(rows: ScoredUnits, shard: Shard, labels: SegmentLabels) -> ProbeSums:
     """What probes are made of, over a shard's rows of half 0. Runs on a worker."""
     store = rows.open()
     holds, half = shard_labels(store, shard, labels)
     mine = np.flatnonzero(~half)
     values = store.read(shard, rows.acts)
-    moments = Moments(holds.shape[1], values.shape[1])
-    moments.update(values[mine], holds[mine])
-    return moments
+    sums = ProbeSums(holds.shape[1], values.shape[1])
+    sums.update(values[mine], holds[mine])
+    return sums
 
 
-def shard_scores(rows: Subject, shard: Shard, labels: SegmentLabels, probes: Probes) -> ScoreHistogram:
+def shard_scores(rows: ScoredUnits, shard: Shard, labels: SegmentLabels, probes: Probes) -> ScoreHistogram:
     """How probes score a shard's rows. Runs on a worker."""
     store = rows.open()
     holds, half = shard_labels(store, shard, labels)
@@ -76,8 +76,8 @@ def shard_scores(rows: Subject, shard: Shard, labels: SegmentLabels, probes: Pro
 
 
 def shard_absorption(
-    codes: Subject,
-    rows: Subject,
+    codes: ScoredUnits,
+    rows: ScoredUnits,
     shard: Shard,
     labels: SegmentLabels,
     shared: tuple[Probes, NDArray[np.float64], list[list[int]], NDArray[np.float64]],

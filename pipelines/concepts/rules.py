@@ -88,13 +88,13 @@ class RuleScores:
             )
         return sorted(findings, key=lambda finding: (-finding.f1, finding.feature))
 
-    def chosen(self, t: int, columns: slice = slice(None)) -> Chosen:
+    def chosen(self, t: int, columns: slice = slice(None)) -> UnitRules:
         """How every unit above its t-th threshold follows some of the rules on half 0, where the two meet at all."""
         pairs = self.hits[0][t][:, columns].tocoo()
         unit, rule = (np.asarray(axis, np.int64) for axis in pairs.coords)
         fired, holds = self.firings[0, t][unit], self.holds[0][columns][rule]
         f1 = np.where(fired < MIN_FIRINGS, -1.0, 2 * pairs.data / np.maximum(fired + holds, 1))
-        return Chosen(unit, rule, f1, pairs.data / np.maximum(fired, 1), np.asarray(pairs.data, np.int64))
+        return UnitRules(unit, rule, f1, pairs.data / np.maximum(fired, 1), np.asarray(pairs.data, np.int64))
 
     def _best_rules(self) -> dict[int, tuple[int, int, float]]:
         """unit -> (threshold, rule, F1) with the largest F1 on half 0; ties by number."""
@@ -110,7 +110,7 @@ class RuleScores:
         return dict(sorted(best.items()))
 
 
-class Chosen(NamedTuple):
+class UnitRules(NamedTuple):
     """Pairs of a unit and a rule on the choosing half; F1 is -1 for a unit with too few firings."""
 
     unit: NDArray[np.int64]

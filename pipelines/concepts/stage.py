@@ -21,7 +21,7 @@ from pipelines.codes.code_store import CodeStore
 from pipelines.concepts.labels import LabelTable, read_labels
 from pipelines.concepts.probing import find_absorption, fit_probes
 from pipelines.concepts.rules import Finding, RuleScores
-from pipelines.concepts.subjects import Subject, choose_thresholds, score_rules
+from pipelines.concepts.scored_units import ScoredUnits, choose_thresholds, score_rules
 from pipelines.concepts.table import beside_record, concept_record, findings_text, table_bytes
 from pipelines.concepts.unions import Union, find_unions
 from pipelines.sae.checkpoint import load_run
@@ -70,34 +70,34 @@ def concepts(config: ConceptsConfig, client: Any = None) -> dict[str, Any]:
     codec = store_tokenizer(codes)
     labels = read_labels(codes, codec, config.labels)
     source = _source(config, codes) if config.probe else None
-    subjects: list[tuple[Store, Subject]] = []
+    others: list[tuple[Store, ScoredUnits]] = []
     if source is not None:
-        subjects.append((source, Subject.of(source, codes.manifest.source["site"], "raw dimensions")))
-    subjects += [(store, subject) for url in config.beside for store, subject in _subjects_at(url)]
-    if len({subject.name for _, subject in subjects}) < len(subjects):
-        raise InputError(f"beside: {', '.join(subject.name for _, subject in subjects)}: each must be another one.")
+        others.append((source, ScoredUnits.of(source, codes.manifest.source["site"], "raw dimensions")))
+    others += [(store, scored) for url in config.beside for store, scored in _scored_at(url)]
+    if len({scored.name for _, scored in others}) < len(others):
+        raise InputError(f"beside: {', '.join(scored.name for _, scored in others)}: each must be another one.")
     where = connect(config.scheduler, config.workers) if client is None else nullcontext(client)
     with where as connected:
-        own = Subject.of(codes)
+        own = ScoredUnits.of(codes)
         held, scores, thresholds, unions = _follow(own, labels, codec, connected, with_tokens=True)
         rows = [
             concept_record(name, scores, i, union) for i, (name, union) in enumerate(zip(labels.names, unions, strict=True))
         ]
         if source is not None:
             mains = [union.units[: union.n_main] if _is_followed(union) else [] for union in unions]
-            for row, found in zip(rows, _probed(config, own, subjects[0][1], held, mains, connected), strict=True):
+            for row, found in zip(rows, _probed(config, own, others[0][1], held, mains, connected), strict=True):
                 row.update(found)
         known = {} if source is None else {(source.url, source.snapshot): labels}
-        for store, subject in subjects:
+        for store, scored in others:
             text = (store.url, store.snapshot)
             if text not in known:
                 known[text] = read_labels(store, store_tokenizer(store), config.labels)
             theirs = known[text]
-            _, their_scores, _, their_unions = _follow(subject, theirs, codec, connected)
+            _, their_scores, _, their_unions = _follow(scored, theirs, codec, connected)
             number = {name: i for i, name in enumerate(theirs.names)}
             for row in rows:
                 i = number.get(row["label"])
-                row["beside"][subject.name] = None if i is None else beside_record(subject, their_scores, i, their_unions[i])
+                row["beside"][scored.name] = None if i is None else beside_record(scored, their_scores, i, their_unions[i])
     findings = scores.finalize(thresholds, labels.names, codec.token_texts())
     return _published(folder, codes, labels, rows, findings)
 
@@ -105,10 +105,10 @@ def concepts(config: ConceptsConfig, client: Any = None) -> dict[str, Any]:
 def find_rules(codes: CodeStore, codec: TextCodec, client: Any, labels: LabelTable | None = None) -> list[Finding]:
     """Every feature's best rule over a code store, by falling F1 on the scoring half; without labels, of Python's."""
     labels = labels or read_labels(codes, codec, None)
-    subject = Subject.of(codes)
+    scored = ScoredUnits.of(codes)
     held = _held(client, labels)
-    thresholds = choose_thresholds(subject, held, client)
-    scores = score_rules(subject, held, thresholds, codec.backend.get_vocab_size(), client)
+    thresholds = choose_thresholds(scored, held, client)
+    scores = score_rules(scored, held, thresholds, codec.backend.get_vocab_size(), client)
     return list(scores.finalize(thresholds, labels.names, codec.token_texts()))
 
 
@@ -123,13 +123,13 @@ def _held(client: Any, labels: LabelTable) -> list[Any]:
 
 
 def _follow(
-    subject: Subject, labels: LabelTable, codec: TextCodec, client: Any, with_tokens: bool = False
+    scored: ScoredUnits, labels: LabelTable, codec: TextCodec, client: Any, with_tokens: bool = False
 ) -> tuple[list[Any], RuleScores, Any, list[Union]]:
-    """(labels on the workers, rule scores, thresholds, union of each label) of a subject."""
+    """(labels on the workers, rule scores, thresholds, union of each label) of what is scored."""
     held = _held(client, labels)
-    thresholds = choose_thresholds(subject, held, client)
-    scores = score_rules(subject, held, thresholds, codec.backend.get_vocab_size() if with_tokens else 0, client)
-    return held, scores, thresholds, find_unions(subject, held, scores, thresholds, len(labels.names), client)
+    thresholds = choose_thresholds(scored, held, client)
+    scores = score_rules(scored, held, thresholds, codec.backend.get_vocab_size() if with_tokens else 0, client)
+    return held, scores, thresholds, find_unions(scored, held, scores, thresholds, len(labels.names), client)
 
 
 def _is_followed(union: Union) -> bool:
@@ -137,7 +137,7 @@ def _is_followed(union: Union) -> bool:
 
 
 def _probed(
-    config: ConceptsConfig, codes: Subject, rows: Subject, held: list[Any], mains: list[list[int]], client: Any
+    config: ConceptsConfig, codes: ScoredUnits, rows: ScoredUnits, held: list[Any], mains: list[list[int]], client: Any
 ) -> list[dict[str, Any]]:
     """The probe's F1 and the absorption of each concept."""
     sae, record = load_run(_run_path(config, codes.open()))
@@ -189,13 +189,13 @@ def _run_path(config: ConceptsConfig, codes: Store) -> Path:
     return path
 
 
-def _subjects_at(url: str) -> list[tuple[Store, Subject]]:
+def _scored_at(url: str) -> list[tuple[Store, ScoredUnits]]:
     """What is to be compared at a place: the features of a code store, or every site of an activation store."""
     store = Store(url)
     if store.manifest.kind == CodeStore.kind:
-        return [(store, Subject.of(CodeStore(url), name=f"features {url}"))]
+        return [(store, ScoredUnits.of(CodeStore(url), name=f"features {url}"))]
     opened = ActivationStore(url)
-    return [(opened, Subject.of(opened, site, name=f"{site} of {url}")) for site in opened.sites]
+    return [(opened, ScoredUnits.of(opened, site, name=f"{site} of {url}")) for site in opened.sites]
 
 
 def _published(

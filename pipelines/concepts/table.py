@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from pipelines.concepts.rules import RuleScores
-from pipelines.concepts.subjects import Subject
+from pipelines.concepts.scored_units import ScoredUnits
 from pipelines.concepts.unions import SHOWN_K, Union
 from pipelines.shared.parquet import parquet_bytes
 
@@ -45,11 +45,11 @@ def concept_record(label: str, scores: RuleScores, rule: int, union: Union) -> d
     }
 
 
-def beside_record(subject: Subject, scores: RuleScores, rule: int, union: Union) -> dict[str, Any] | None:
+def beside_record(scored: ScoredUnits, scores: RuleScores, rule: int, union: Union) -> dict[str, Any] | None:
     """What other units make of the same concept; None where it has too few rows there."""
     if min(int(n) for n in scores.holds[:, rule]) < MIN_ROWS:
         return None
-    names = [subject.unit_name(unit) for unit in union.units]
+    names = [scored.unit_name(unit) for unit in union.units]
     return {"rows_scored": int(scores.holds[1, rule]), "unit": names[0] if names else None} | {
         f"f1_{k}" if k > 1 else "f1": union.at(k) for k in SHOWN_K
     }

@@ -18,7 +18,7 @@ from actstore.reader import Shard
 from pipelines.concepts.absorption import Patterns, greedy_union, n_main
 from pipelines.concepts.labels import SegmentLabels, shard_labels
 from pipelines.concepts.rules import RuleScores
-from pipelines.concepts.subjects import Subject, shard_tasks
+from pipelines.concepts.scored_units import ScoredUnits, shard_tasks
 from pipelines.shared.cluster import reduce_tasks, share
 
 CANDIDATES = 8
@@ -88,43 +88,43 @@ def _top(entries: NDArray[np.int64], by: NDArray[Any], unit: NDArray[np.int64]) 
 
 
 def find_unions(
-    subject: Subject, labels: list[Any], scores: RuleScores, thresholds: NDArray[np.float64], n_labels: int, client: Any
+    scored: ScoredUnits, labels: list[Any], scores: RuleScores, thresholds: NDArray[np.float64], n_labels: int, client: Any
 ) -> list[Union]:
     """The union of units that follows each label."""
     candidates = choose_candidates(scores, n_labels)
     bounds = [own.bounds(thresholds) for own in candidates]
     shared = share(client, [(own.units, bound) for own, bound in zip(candidates, bounds, strict=True)])
-    tasks = [(*task, shared) for task in shard_tasks(subject, labels)]
+    tasks = [(*task, shared) for task in shard_tasks(scored, labels)]
     patterns: list[Patterns] = reduce_tasks(client, "unions", shard_patterns, merge_patterns, tasks)
-    found = []
+    unions = []
     for own, bound, seen in zip(candidates, bounds, patterns, strict=True):
         taken, f1_chosen = greedy_union(seen, len(own.units), MOST)
-        scored = [seen.union_score(taken[: i + 1], 1) for i in range(len(taken))]
-        found.append(
+        scoring_half = [seen.union_score(taken[: i + 1], 1) for i in range(len(taken))]
+        unions.append(
             Union(
                 units=own.units[taken].tolist(),
                 thresholds=bound[taken].tolist(),
                 f1_chosen=f1_chosen,
-                f1=[score[2] for score in scored],
-                precision=scored[0][0] if scored else 0.0,
-                recall=scored[0][1] if scored else 0.0,
+                f1=[score[2] for score in scoring_half],
+                precision=scoring_half[0][0] if scoring_half else 0.0,
+                recall=scoring_half[0][1] if scoring_half else 0.0,
                 n_main=n_main(f1_chosen),
             )
         )
-    return found
+    return unions
 
 
 def shard_patterns(
-    subject: Subject,
+    scored: ScoredUnits,
     shard: Shard,
     labels: SegmentLabels,
     candidates: list[tuple[NDArray[np.int64], NDArray[np.float64]]],
 ) -> list[Patterns]:
     """Which candidates of each label fire together over a shard's rows. Runs on a worker."""
-    holds, half = shard_labels(subject.open(), shard, labels)
+    holds, half = shard_labels(scored.open(), shard, labels)
     by_label = holds.tocsc()
     units = np.unique(np.concatenate([np.zeros(0, np.int64), *(own for own, _ in candidates)]))
-    values = subject.columns(shard, units)
+    values = scored.columns(shard, units)
     found = []
     for label, (own, bounds) in enumerate(candidates):
         holds_here = np.zeros(len(half), np.bool_)

@@ -30,13 +30,12 @@ from numpy.typing import NDArray
 from actstore.errors import InputError, OutputExists
 from actstore.files import publish_bytes, require_free_space
 from pipelines.analysis.reader import Analysis, Example
-from pipelines.statistics import BANDS
+from pipelines.statistics.bands import BAND_RANGES, BANDS
 
 DETAILED_FEATURES = 5_000
 """The page stays bounded: rarer features keep their row in the list and lose tokens, partners and examples."""
 DETAILED_TOKENS, DETAILED_PARTNERS = 10, 8
 LEVELS = 99
-BAND_RANGES = ("over 90 %", "over 10 %, to 90 %", "over 1 %, to 10 %", "over 0, to 1 %", "never")
 BINS_PER_DECADE = 10
 
 

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from pipelines.statistics import association
 from pipelines.structure.graph import Communities, adjusted_rand, communities, direct_only
 from pipelines.structure.null import CodeTable, Pairs
-from pipelines.structure.rounds import MIN_EXPECTATION, Observed, Q, attracted, graph_of, repelled
+from pipelines.structure.null_rounds import MIN_EXPECTATION, Observed, Q, attracted, graph_of, repelled
 from pipelines.structure.significance import NullFit, judge
 
 MIN_AGREEMENT = 0.6
@@ -169,7 +170,7 @@ def find_duplicates(half: Observed, pairs: Pairs, min_lift: float, cosines: NDAr
 
 def jaccard(table: CodeTable, pairs: Pairs, counts: NDArray[np.int64]) -> NDArray[np.float64]:
     left, right = (table.fires[ids] for ids in pairs.ids)
-    return counts / np.maximum(left + right - counts, 1)
+    return np.nan_to_num(association.jaccard(counts, left, right))  # 0 for two features that do not fire in this half
 
 
 def choose_pairs(first: Observed, second: Observed, min_lift: float) -> tuple[Chosen, Chosen]:

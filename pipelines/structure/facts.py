@@ -12,10 +12,10 @@ from scipy import stats
 from pipelines.structure import choose
 from pipelines.structure.effect_sizes import effect_columns, lift_intervals
 from pipelines.structure.graph import Communities
+from pipelines.structure.naming import Naming, community_facts, pair_facts
 from pipelines.structure.null import Pairs
-from pipelines.structure.rounds import MIN_EXPECTATION, NullDraw, Observed, Q, attracted, cosine_correlation
+from pipelines.structure.null_rounds import MIN_EXPECTATION, NullDraw, Observed, Q, attracted, cosine_correlation
 from pipelines.structure.sample import Sample
-from pipelines.structure.show import Naming, community_facts, pair_facts
 from pipelines.structure.significance import independence_fit, judge
 
 MAX_PAIRS = 50_000

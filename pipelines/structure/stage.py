@@ -22,11 +22,11 @@ from pipelines.codes.code_store import CodeStore
 from pipelines.shared.cluster import connect
 from pipelines.shared.parquet import parquet_bytes
 from pipelines.structure import choose, facts
+from pipelines.structure.naming import Naming
 from pipelines.structure.null import Pairs, candidates
+from pipelines.structure.null_rounds import MIN_EXPECTATION, Q, judge_draws, observe
 from pipelines.structure.page import findings_page
-from pipelines.structure.rounds import MIN_EXPECTATION, Q, judge_draws, observe
 from pipelines.structure.sample import Sample, sample_halves
-from pipelines.structure.show import Naming
 from pipelines.text.tokens import store_tokenizer
 
 STRUCTURE_VERSION = 1

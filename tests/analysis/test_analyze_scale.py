@@ -32,13 +32,14 @@ from actstore.schema import PARTS
 from pipelines.analysis import stage as analyze_module
 from pipelines.analysis.arrays import ColumnWriter, create_arrays, open_arrays
 from pipelines.analysis.reader import Analysis, open_place
-from pipelines.analysis.stage import AnalyzeConfig, analyze, burstiness
+from pipelines.analysis.stage import AnalyzeConfig, analyze
 from pipelines.analysis.survey import held_codes as code_blocks
 from pipelines.analysis.survey import pair_task as pair_tasks
 from pipelines.analysis.survey.job import shard_name
 from pipelines.analysis.survey.partial_results import Bundle, publish_bundle
 from pipelines.codes.code_store import CodeStore
 from pipelines.statistics import association
+from pipelines.statistics.of_codes.documents import burstiness
 
 N_FEATURES = 12
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipelines.concepts.absorption import Absorption, Moments, Patterns, Probes, ScoreHistogram, greedy_union, n_main
+from pipelines.concepts.absorption import Absorption, Patterns, Probes, ProbeSums, ScoreHistogram, greedy_union, n_main
 
 D, N = 32, 20_000
 CONCEPT, TOKEN, CHILD, OTHER = range(4)
@@ -53,9 +53,9 @@ def absorption_of(
     patterns = Patterns.of(fired, label, half)
     order, f1 = greedy_union(patterns, 3, 10)
     main = order[: n_main(f1)]
-    moments = Moments(1, D)
-    moments.update(rows[~half], sp.csr_array(label[~half, None].astype(np.int64)))
-    probes = moments.probes()
+    sums = ProbeSums(1, D)
+    sums.update(rows[~half], sp.csr_array(label[~half, None].astype(np.int64)))
+    probes = sums.probes()
     scores = probes.scores(rows)
     histogram = ScoreHistogram(1)
     histogram.update(scores, label[:, None], half)
@@ -194,12 +194,12 @@ def test_a_probe_is_fishers_discriminant() -> None:
     mixing = generator.standard_normal((6, 6))
     rows = generator.standard_normal((500, 6)) @ mixing + 5
     labels = np.stack([rows[:, 0] > 5, generator.random(500) < 0.3], axis=1)
-    moments = Moments(2, 6)
+    sums = ProbeSums(2, 6)
     for own in np.split(np.arange(500), (10, 200)):
-        part = Moments(2, 6)
+        part = ProbeSums(2, 6)
         part.update(rows[own], sp.csr_array(labels[own].astype(np.int64)))
-        moments = moments.merge(part)
-    probes = moments.probes()
+        sums = sums.merge(part)
+    probes = sums.probes()
     covariance = np.cov(rows.T, bias=True)
     covariance += 1e-3 * np.trace(covariance) / 6 * np.eye(6)
     for i in range(2):
@@ -215,9 +215,9 @@ def test_a_probe_is_fishers_discriminant() -> None:
 
 def test_a_concept_in_no_row_or_in_all_has_no_probe() -> None:
     rows = np.random.default_rng(4).standard_normal((50, 3))
-    moments = Moments(2, 3)
-    moments.update(rows, sp.csr_array(np.repeat([[0, 1]], 50, axis=0)))
-    assert not moments.probes().directions.any()
+    sums = ProbeSums(2, 3)
+    sums.update(rows, sp.csr_array(np.repeat([[0, 1]], 50, axis=0)))
+    assert not sums.probes().directions.any()
 
 
 def test_the_probes_threshold_is_the_best_on_the_choosing_half_and_its_f1_of_the_other() -> None:

@@ -20,8 +20,8 @@ from pipelines.codes.code_store import CodeStore
 from pipelines.concepts.labels import read_labels
 from pipelines.concepts.python_labels import BIT, LABELS, label_characters
 from pipelines.concepts.rules import MIN_FIRINGS, Finding, RuleScores, rule_matrix, rule_name
+from pipelines.concepts.scored_units import FIRING_SHARES, ScoredUnits, choose_thresholds
 from pipelines.concepts.stage import find_rules
-from pipelines.concepts.subjects import FIRING_SHARES, Subject, choose_thresholds
 from pipelines.text.tokens import TextCodec, TokenTable
 
 PLACE, TOKEN, AFTER = "the name after `def`", "the token `=`", "the token after `(`"
@@ -274,10 +274,10 @@ def test_a_rule_planted_in_a_raw_dimension_is_found_in_its_sign(
     manifest = activations_manifest(4, codec)
     write_table_store(tmp_path / "store", manifest, table, lambda index: activations(rows[index]), files)
     store = ActivationStore(tmp_path / "store")
-    subject = Subject.of(store, store.site())
+    scored = ScoredUnits.of(store, store.site())
     found = {finding.feature: finding for finding in baselines.raw_dimension_findings(tmp_path / "store", client)}
     assert (found[1].rule, found[4 + 2].rule) == (PLACE, TOKEN)
-    assert (subject.unit_name(1), subject.unit_name(4 + 2)) == ("+1", "-2")
+    assert (scored.unit_name(1), scored.unit_name(4 + 2)) == ("+1", "-2")
     assert min(found[1].f1, found[4 + 2].f1) > 0.7
     assert max(found[feature].f1 for feature in (0, 3, 4, 7, 4 + 1, 2)) < 0.5
 
@@ -289,7 +289,7 @@ def test_raw_thresholds_leave_the_shares_they_name_of_the_choosing_half(text: Te
     write_table_store(tmp_path / "store", manifest, table, lambda index: activations(rows[index]), files)
     store = ActivationStore(tmp_path / "store")
     labels = read_labels(store, codec, None)
-    thresholds = choose_thresholds(Subject.of(store, store.site()), list(labels.segments), client)
+    thresholds = choose_thresholds(ScoredUnits.of(store, store.site()), list(labels.segments), client)
     n_train = table.n_train_tokens
     chooses = ~labels.segments[0].half[:n_train] & (table.ids[:n_train] != codec.separator_token_id)
     signed = np.concatenate([rows, -rows], axis=1)[:n_train][chooses]

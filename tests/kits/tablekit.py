@@ -90,10 +90,12 @@ def write_table_store(
     *,
     shard_rows: int = 256,
     chunk_rows: int = 32,
+    n_segments: int = 1,
 ) -> Path:
     """Write the store; `arrays_of` gives the arrays of the rows that stand at some places of the token table.
 
-    Rows lie in (window, position) order, as they do in a code store.
+    Rows lie in (window, position) order, as they do in a code store. Each further segment is of the same text again, its
+    places counted on.
     """
     tables: Arrays = {
         "tokens/ids": table.ids,
@@ -127,13 +129,16 @@ def write_table_store(
         objects={},
     )
     with StoreWriter.open(path, manifest, tokenizer_files or {"tokenizer.json": b"{}"}) as writer:
-        segment = writer.add_segment(record, tables)
-        for part, shard in writer.missing_shards(segment):
-            mine = slice(*parts[part].layout.shard_range(shard))
-            window, position = (column[mine] for column in rows[part])
-            found = arrays_of(places[part][mine])
-            arrays = {"rows/window": window, "rows/position": position, **found}
-            notes = {"stats": statistics({name[5:]: kept for name, kept in found.items() if name.startswith("acts/")})}
-            write_shard(writer.place, writer.manifest, segment, part, shard, arrays, notes)
-        writer.seal(segment)
+        for index in range(n_segments):
+            first = index * len(table.names)
+            own = replace(record, index=index, first_document=first, next_document=first + len(table.names))
+            segment = writer.add_segment(own, tables)
+            for part, shard in writer.missing_shards(segment):
+                mine = slice(*parts[part].layout.shard_range(shard))
+                window, position = (column[mine] for column in rows[part])
+                made = arrays_of(places[part][mine] + index * len(table.ids))
+                arrays = {"rows/window": window, "rows/position": position, **made}
+                notes = {"stats": statistics({name[5:]: kept for name, kept in made.items() if name.startswith("acts/")})}
+                write_shard(writer.place, writer.manifest, segment, part, shard, arrays, notes)
+            writer.seal(segment)
     return path

@@ -11,16 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipelines.analysis.survey.survey import KEPT, TABLES, Extent, Survey
-from pipelines.statistics import BANDS, CodeBlock, FeatureCounts, FiringTable, SampledExamples, TopExamples, frequency_bands
-from pipelines.statistics.examples import COLUMNS, firing_hash
-from pipelines.statistics.tables import bin_edges, quantile_bins, stable_order, value_bins
+from pipelines.analysis.survey.survey import Survey, tiled_part
+from pipelines.statistics import BANDS, CodeBlock, Extent, FiringTable, SampledExamples, frequency_bands, statistics
+from pipelines.statistics.firing_table import stable_order
+from pipelines.statistics.firings_by import FiringsBy
+from pipelines.statistics.kept_firings import firing_hash
+from pipelines.statistics.of_codes.counts import FeatureCounts
+from pipelines.statistics.of_codes.top_examples import TopExamples
+from pipelines.statistics.value_bins import bin_edges, quantile_bins, value_bins
 
 N_VOCABULARY = 7
 N_DOCUMENTS, N_PARTS = 5, 2
 CONTEXT = 5
 N_EXAMPLES, N_RANDOM = 3, 2
 SEED = 11
+TABLES = [name for name, kind in statistics().items() if issubclass(kind, FiringsBy)]
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Codes:
 
     @property
     def extent(self) -> Extent:
-        return Extent(self.n_features, self.k, N_VOCABULARY, CONTEXT, N_DOCUMENTS, N_PARTS)
+        return Extent(self.n_features, self.k, N_VOCABULARY, CONTEXT, N_DOCUMENTS, N_PARTS, N_EXAMPLES, N_RANDOM, SEED)
 
     def block(self, rows: slice | NDArray[np.int64]) -> CodeBlock:
         indices = np.sort(np.argsort(-self.dense[rows], axis=1, kind="stable")[:, : self.k], axis=1)
@@ -63,7 +68,7 @@ class Codes:
         return CodeBlock(self.n_features, indices, values, **{name: getattr(self, name)[rows] for name in names})
 
     def survey(self, rows: slice | NDArray[np.int64]) -> Survey:
-        survey = Survey(self.extent, N_EXAMPLES, N_RANDOM, SEED)
+        survey = Survey(self.extent)
         survey.update(self.block(rows))
         return survey
 
@@ -112,27 +117,27 @@ def best_examples(codes: Codes, n: int) -> list[tuple[int, float, int, int]]:
 def require_equal_to_dense(survey: Survey, codes: Codes) -> None:
     dense = codes.dense
     fired = (dense > 0).astype(np.int64)
-    counts = survey.counts.finalize()
-    np.testing.assert_array_equal(counts["fires"], fired.sum(axis=0))
-    np.testing.assert_array_equal(counts["frequency"], fired.sum(axis=0) / max(len(dense), 1))
-    np.testing.assert_array_equal(counts["peak"], dense.max(axis=0, initial=0))
+    counts = survey["counts"].finalize()
+    np.testing.assert_array_equal(counts["features/fires"], fired.sum(axis=0))
+    np.testing.assert_array_equal(counts["features/frequency"], fired.sum(axis=0) / max(len(dense), 1))
+    np.testing.assert_array_equal(counts["features/peak"], dense.max(axis=0, initial=0))
     np.testing.assert_allclose(
-        counts["mean"], dense.sum(axis=0, dtype=np.float64) / np.maximum(fired.sum(axis=0), 1), rtol=1e-14
+        counts["features/mean"], dense.sum(axis=0, dtype=np.float64) / np.maximum(fired.sum(axis=0), 1), rtol=1e-14
     )
-    assert survey.counts.n_rows == len(dense)
-    np.testing.assert_array_equal(survey.rows.active, np.bincount(fired.sum(axis=1), minlength=codes.k + 1))
+    assert survey["counts"].n_rows == len(dense)
+    np.testing.assert_array_equal(survey["rows"].active, np.bincount(fired.sum(axis=1), minlength=codes.k + 1))
     strength = np.where(dense > 0, value_bins(dense.ravel()).reshape(dense.shape), -1)
     for name in TABLES:
-        counts, totals = survey.tables[name].finalize()
+        counts, totals = survey[name].table.finalize()
         assert counts.dtype == np.int64
         if name == "bins":
             for column in np.unique(counts.indices):
                 np.testing.assert_array_equal(counts[:, [column]].toarray().ravel(), (strength == column).sum(axis=0))
             assert counts.sum() == fired.sum()
             continue
-        kind = (getattr(codes, name)[:, None] == np.arange(codes.extent.columns(name))).astype(np.int64)
+        kind = (getattr(codes, name)[:, None] == np.arange(survey[name].n_columns(codes.extent))).astype(np.int64)
         np.testing.assert_array_equal(counts.toarray(), fired.T @ kind)
-        np.testing.assert_array_equal(getattr(survey.rows, name), kind.sum(axis=0))
+        np.testing.assert_array_equal(getattr(survey["rows"], name), kind.sum(axis=0))
         if name == "tokens":
             counts.data = totals
             np.testing.assert_allclose(counts.toarray(), dense.astype(np.float64).T @ kind, rtol=1e-14)
@@ -141,9 +146,9 @@ def require_equal_to_dense(survey: Survey, codes: Codes) -> None:
 
 def require_examples(survey: Survey, codes: Codes) -> None:
     names = ("feature", "value", "window", "position")
-    found = survey.top.finalize()
+    found = survey["top"].finalize()
     assert list(zip(*(found[name].tolist() for name in names), strict=True)) == best_examples(codes, N_EXAMPLES)
-    found = survey.random.finalize()
+    found = survey["random"].finalize()
     assert list(zip(*(found[name].tolist() for name in names), strict=True)) == random_examples(codes, N_RANDOM)
 
 
@@ -165,7 +170,7 @@ def test_each_statistic_equals_the_dense_one(name: str) -> None:
 
 
 def test_the_cases_hold_a_dead_feature_and_one_that_is_always_on() -> None:
-    fires = random_codes(0).survey(slice(None)).counts.fires
+    fires = random_codes(0).survey(slice(None))["counts"].fires
     assert (fires[-1], fires[0]) == (0, 60)
 
 
@@ -191,9 +196,9 @@ def test_any_order_and_shape_of_merging_gives_the_same(seed: int, data: st.DataO
 
 def test_an_empty_value_merges_as_nothing() -> None:
     codes = random_codes(4)
-    empty = Survey(codes.extent, N_EXAMPLES, N_RANDOM, SEED)
+    empty = Survey(codes.extent)
     require_equal_to_dense(empty.merge(codes.survey(slice(None))), codes)
-    require_equal_to_dense(codes.survey(slice(None)).merge(Survey(codes.extent, N_EXAMPLES, N_RANDOM, SEED)), codes)
+    require_equal_to_dense(codes.survey(slice(None)).merge(Survey(codes.extent)), codes)
 
 
 def test_an_example_that_a_better_one_of_its_window_replaces_makes_room_for_no_wrong_one() -> None:
@@ -251,7 +256,7 @@ def test_quantiles_lie_in_the_bin_of_the_sorted_values(values: list[list[float]]
 
 def test_one_random_firing_of_each_stratum_is_kept_by_its_hash() -> None:
     codes = random_codes(3)
-    counts, _ = codes.survey(slice(None)).tables["bins"].finalize()
+    counts, _ = codes.survey(slice(None))["bins"].table.finalize()
     edges = quantile_bins(counts, (1 / 3, 2 / 3))
     halves = [SampledExamples(1, SEED, edges), SampledExamples(1, SEED, edges)]
     for half, rows in zip(halves, (slice(30, 60), slice(0, 30)), strict=True):
@@ -290,13 +295,13 @@ def test_a_survey_comes_back_from_its_arrays() -> None:
     codes = random_codes(8)
     survey = codes.survey(slice(None))
     arrays = survey.take_arrays()
-    assert not any(len(table.key) for table in survey.tables.values())
-    again = Survey(codes.extent, N_EXAMPLES, N_RANDOM, SEED).load_dense(arrays.__getitem__)
-    for kind in KEPT:
-        getattr(again, kind).add_kept({name: arrays[f"{kind}/{name}"] for name in COLUMNS})
-    for name, table in again.tables.items():
-        columns = [arrays[f"{name}/{column}"] for column in ("starts", "columns", "count", "total")]
-        table.add_rows(slice(0, codes.n_features), *columns)
+    assert not any(len(survey[name].table.key) for name in TABLES)
+    assert not any(len(survey[name].feature) for name in ("top", "random"))
+    again = Survey(codes.extent).load_dense(arrays.__getitem__)
+    for name, one in again.tiled.items():
+        for features in (slice(0, 4), slice(4, codes.n_features)):
+            part = tiled_part(name, type(one), features, lambda key, start, stop: arrays[key][start:stop])
+            one.add(features, [part])
     require_equal_to_dense(again, codes)
 
 

@@ -24,11 +24,11 @@ from pipelines.analysis.stage import AnalyzeConfig, analyze
 from pipelines.codes.code_store import CodeStore
 from pipelines.shared.cluster import connect
 from pipelines.structure import effect_sizes as effects
-from pipelines.structure import facts, plant, stage
+from pipelines.structure import facts, planted, stage
 from pipelines.structure.graph import adjusted_rand
 from pipelines.structure.null import candidates, hypergeometric
+from pipelines.structure.null_rounds import MIN_EXPECTATION, Q
 from pipelines.structure.page import findings_page, summary_lines
-from pipelines.structure.rounds import MIN_EXPECTATION, Q
 from pipelines.structure.sample import cut_blocks, sample_halves
 from pipelines.structure.stage import StructureConfig, seek, structure
 from pipelines.text.tokens import document_half
@@ -48,16 +48,16 @@ def sought(
 ) -> facts.Sought:
     """Both halves drawn from one generator, in documents of `rows` rows, and what is found in them."""
     rng = np.random.default_rng(seed)
-    samples = (plant.sample_of(make(rng), rows), plant.sample_of(make(rng), rows))
-    return seek(client, samples, draws, 2.0, seed, None, plant.Unnamed())  # type: ignore[arg-type]
+    samples = (planted.sample_of(make(rng), rows), planted.sample_of(make(rng), rows))
+    return seek(client, samples, draws, 2.0, seed, None, planted.Unnamed())  # type: ignore[arg-type]
 
 
 # Where there is nothing
 
 
-@pytest.mark.parametrize("kind", plant.NOTHING)
+@pytest.mark.parametrize("kind", planted.NOTHING)
 def test_codes_without_structure_give_no_calls_and_no_community(kind: str, client: Any) -> None:
-    found = sought(client, lambda rng: plant.nothing(kind, 10, 60, rng, 200), rows=200)
+    found = sought(client, lambda rng: planted.nothing(kind, 10, 60, rng, 200), rows=200)
     record, table = facts.pairs_facts(found)
     assert record["tested"] > 300
     assert record["called"] <= 0.01 * record["tested"]
@@ -68,19 +68,19 @@ def test_codes_without_structure_give_no_calls_and_no_community(kind: str, clien
 
 
 def test_under_independence_bursts_alone_would_be_called(client: Any) -> None:
-    found = sought(client, lambda rng: plant.nothing("bursty", 16, 40, rng, 400), rows=400)
+    found = sought(client, lambda rng: planted.nothing("bursty", 16, 40, rng, 400), rows=400)
     record, _ = facts.pairs_facts(found)
     assert record["called_under_independence"] > 0.05 * record["tested"]
     assert record["called_under_independence_alone"] > 0.05 * record["tested"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", plant.NOTHING)
+@pytest.mark.parametrize("kind", planted.NOTHING)
 def test_of_twenty_seeds_at_least_nineteen_report_no_community(kind: str, client: Any) -> None:
     """On little data; `benchmarks/structure.py` does the same with a hundred draws of larger tables."""
     reported = 0
     for seed in range(20):
-        found = sought(client, lambda rng: plant.nothing(kind, 8, N_FEATURES, rng), seed, draws=20)
+        found = sought(client, lambda rng: planted.nothing(kind, 8, N_FEATURES, rng), seed, draws=20)
         record, _ = facts.pairs_facts(found)
         assert record["called"] <= 0.01 * record["tested"]
         reported += facts.communities_facts(found)[0]["reported"]
@@ -91,14 +91,14 @@ def test_of_twenty_seeds_at_least_nineteen_report_no_community(kind: str, client
 
 
 def test_planted_communities_are_recovered_and_replicated(client: Any) -> None:
-    found = sought(client, lambda rng: plant.communities(10, N_FEATURES, SIZES, rng)[0])
-    truth = plant.communities(1, N_FEATURES, SIZES, np.random.default_rng(0))[1]
+    found = sought(client, lambda rng: planted.communities(10, N_FEATURES, SIZES, rng)[0])
+    truth = planted.communities(1, N_FEATURES, SIZES, np.random.default_rng(0))[1]
     record, table = facts.communities_facts(found)
     assert record["reported"]
     labels = -1 - np.arange(N_FEATURES)
     labels[table["feature"]] = table["community"]
-    planted = truth >= 0
-    assert adjusted_rand(labels[planted], truth[planted]) >= 0.95
+    grouped = truth >= 0
+    assert adjusted_rand(labels[grouped], truth[grouped]) >= 0.95
     for community in record["communities"]:
         assert community["replicated"]
         assert 1 < community["lift_2_low"] < community["lift_2"] < community["lift_2_high"]
@@ -108,7 +108,7 @@ def test_a_planted_implication_is_found_in_its_direction_and_an_absorber_is_none
     made: dict[str, tuple[int, int]] = {}
 
     def make(rng: np.random.Generator) -> NDArray[np.bool_]:
-        fired, truth = plant.hierarchy(8, 40, rng)
+        fired, truth = planted.hierarchy(8, 40, rng)
         made.update(truth)
         return fired
 
@@ -131,7 +131,7 @@ def test_a_planted_implication_is_found_in_its_direction_and_an_absorber_is_none
 def test_intervals_over_documents_hold_the_lift_and_widen_with_fewer_documents(client: Any) -> None:
     widths = []
     for n_documents in (8, 24):
-        found = sought(client, lambda rng, n=n_documents: plant.communities(n, N_FEATURES, SIZES, rng)[0])  # type: ignore[misc]
+        found = sought(client, lambda rng, n=n_documents: planted.communities(n, N_FEATURES, SIZES, rng)[0])  # type: ignore[misc]
         _, table = facts.pairs_facts(found)
         inside = (table["lift_2_low"] <= table["lift_2"]) & (table["lift_2"] <= table["lift_2_high"])
         assert inside.mean() > 0.9
@@ -144,7 +144,7 @@ def test_intervals_over_documents_hold_the_lift_and_widen_with_fewer_documents(c
 
 
 def test_the_documents_counts_add_up_to_the_pairs_counts() -> None:
-    sample = plant.sample_of(plant.nothing("bursty", 5, 30, np.random.default_rng(0)), block_rows=100)
+    sample = planted.sample_of(planted.nothing("bursty", 5, 30, np.random.default_rng(0)), block_rows=100)
     pairs = candidates(sample.table, 5)
     counts = sum(part.sum(axis=0) for _, part, _ in effects.by_documents(sample, pairs))
     expected = sum(part.sum(axis=0) for _, _, part in effects.by_documents(sample, pairs))
@@ -164,7 +164,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, client: A
     vocabulary = codec.backend.get_vocab_size()
     documents = [rng.integers(2, vocabulary, 119).tolist() for _ in range(100)]
     table = token_table(documents, 4, separator=codec.separator_token_id)
-    fired, _ = plant.communities(100, 40, [8, 6], rng, rows=120)
+    fired, _ = planted.communities(100, 40, [8, 6], rng, rows=120)
     fired[:, 30] = rng.random(len(fired)) < 0.2
     fired[:, 31] = fired[:, 30] & (rng.random(len(fired)) < 0.4)
     values = np.where(fired, rng.uniform(1, 2, fired.shape), 0).astype(np.float32)

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from actstore import paths
 from actstore.reader import Shard
 from actstore.schema import PARTS
-from pipelines.analysis.survey.survey import Extent, Survey
 from pipelines.codes.code_store import CodeStore, open_codes
-from pipelines.statistics import CodeBlock
+from pipelines.statistics import CodeBlock, Extent
 
 MOST_PARTS = 256
 """Corpus parts counted apart; documents of any further ones are counted as the last."""
@@ -30,19 +29,12 @@ class Job:
     work_url: str
     result_url: str
     extent: Extent
-    n_examples: int
-    n_random: int
     n_strata: int
-    seed: int
     within: str
     min_together: int
 
     def open(self) -> CodeStore:
         return open_codes(self.codes_url, self.snapshot)
-
-    def survey(self) -> Survey:
-        """One of nothing yet."""
-        return Survey(self.extent, self.n_examples, self.n_random, self.seed)
 
 
 def shard_name(shard: Shard) -> str:

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from actstore.open_place import open_place
 from actstore.place import Place
 from pipelines.analysis.arrays import SparseRows
-from pipelines.analysis.reader import EXAMPLE_KINDS, QUANTILES, Analysis
+from pipelines.analysis.reader import EXAMPLE_KINDS, Analysis
 from pipelines.analysis.survey.job import corpus_parts
 from pipelines.analysis.survey.pair_task import done
 from pipelines.analysis.survey.partial_results import Bundle
 from pipelines.shared.parquet import parquet_bytes
-from pipelines.statistics import association
-from pipelines.statistics.tables import bin_edges
+from pipelines.statistics import BANDS, association, band_numbers
+from pipelines.statistics.of_codes.bins import QUANTILES
+from pipelines.statistics.value_bins import bin_edges
 
 TOKENS_A_FEATURE = 50
 
@@ -43,7 +44,7 @@ def features_table(analysis: Analysis) -> pa.Table:
     columns: dict[str, Any] = {"feature": np.arange(analysis.n_features)}
     columns |= {name: getattr(analysis, name) for name in ("fires", "frequency", "mean", "peak", "n_documents")}
     columns["burstiness"] = pa.array(analysis.burstiness, from_pandas=True)  # NaN as null
-    columns["band"] = [analysis.band(feature) for feature in range(analysis.n_features)]
+    columns["band"] = [BANDS[i] for i in band_numbers(analysis.fires, analysis.n_rows).tolist()]
     low, high = bin_edges(np.maximum(analysis.quantile_bins.astype(np.int64), 0))
     middle = np.where(analysis.quantile_bins >= 0, (low + high) / 2, np.nan)
     for i, quantile in enumerate(QUANTILES):

@@ -62,6 +62,11 @@ class Bundle:
         self._checks_at = dict(zip(self._entries, accumulate(n_checks, initial=0), strict=False))
         self._checks = self._bytes(self._data + sum(sizes), 4 * sum(n_checks)).view("<u4")
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the arrays."""
+        return list(self._entries)
+
     def read(self, key: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Elements [start, stop) of an array."""
         dtype, n, _ = self._entries[key]

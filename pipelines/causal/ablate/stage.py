@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from actstore.errors import IdentityMismatch, InputError
+from actstore.errors import InputError
 from actstore.plan import raw_words
-from pipelines.analysis.reader import Analysis
+from pipelines.analysis.reader import open_run_analysis
 from pipelines.causal.ablate.feature_edits import ERRORS, Ablations, Read, ablate, one_by_one, read_prompt, set_everywhere
 from pipelines.causal.engine.candidates import top_candidates
-from pipelines.causal.engine.drawn_firings import Firings, draw_firings, open_run_codes
+from pipelines.causal.engine.drawn_firings import DrawnFirings, draw_firings
 from pipelines.causal.engine.language_model import Spliced, open_spliced
+from pipelines.codes.code_store import open_run_codes
 from pipelines.shared.visible_text import BAR, visible
 
 SET_TO = ("zero", "mean", "firing", "row")
@@ -123,12 +124,7 @@ def _values(config: AblateConfig, spliced: Spliced, read: Read, features: list[i
         if config.analysis is None:
             kept = read.codes[read.prompt.kept]
             return kept.mean(dim=0).tolist(), f"its mean over the {len(kept)} rows of the text"
-        analysis = Analysis(config.analysis)
-        if analysis.record["run_id"] != spliced.record.run_id:
-            raise IdentityMismatch(
-                f"{config.analysis}: is of run {analysis.record['run_id']}, {config.run} is {spliced.record.run_id}; "
-                "pass the analysis of this run."
-            )
+        analysis = open_run_analysis(config.analysis, spliced.record.run_id, config.run)
         means = analysis.mean * analysis.frequency  # a feature's mean is over its firings, and is wanted over all rows
         return means[features].tolist(), f"its mean over the {analysis.n_rows:,} rows of {config.analysis}"
     return _drawn(config, spliced, features)
@@ -146,7 +142,7 @@ def _drawn(config: AblateConfig, spliced: Spliced, features: list[int]) -> tuple
     return values, f"its value in a {config.set_to} drawn from {config.codes}, seed {config.seed}"
 
 
-def drawn_value(firings: Firings, share: float) -> float:
+def drawn_value(firings: DrawnFirings, share: float) -> float:
     """The value of one firing of a feature, each as likely by its weight, so that windows of many firings count as such;
     `share` in [0, 1) says which."""
     up_to = np.cumsum(firings.weight)

@@ -21,7 +21,7 @@ from torch import Tensor
 from actstore.files import publish_bytes
 from pipelines.causal.engine.branches import finish_branches
 from pipelines.causal.engine.cut import Cut, cut_at, finish
-from pipelines.causal.engine.drawn_firings import Firings, window_ids
+from pipelines.causal.engine.drawn_firings import DrawnFirings, window_ids
 from pipelines.causal.engine.feature_values import feature_values
 from pipelines.causal.engine.language_model import Spliced
 from pipelines.codes.code_store import CodeStore
@@ -78,7 +78,7 @@ def measured_bytes(n_firings: int, n_features: int, n_vocabulary: int) -> int:
 
 @torch.no_grad()
 def measure(
-    spliced: Spliced, codes: CodeStore, firings: Firings, found: Measured, how: str, commit: Any = None
+    spliced: Spliced, codes: CodeStore, firings: DrawnFirings, found: Measured, how: str, commit: Any = None
 ) -> Iterator[int]:
     """Fill in what has not been measured of a batch of features' firings; gives how many were after each pass.
 
@@ -120,7 +120,7 @@ def branch_layout(text: NDArray[np.int64], position: NDArray[np.int64], device: 
 
 
 def _measured(
-    spliced: Spliced, ids: Tensor, text: NDArray[np.int64], own: Firings, how: str
+    spliced: Spliced, ids: Tensor, text: NDArray[np.int64], own: DrawnFirings, how: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float32]]:
     """(KL, rise of the loss, change of every centred logit (n, vocabulary)) of each firing's ablation."""
     reading = cut_at(spliced.lm.model, spliced.site, ids)
@@ -166,7 +166,7 @@ def predicted(spliced: Spliced, reading: Cut, change: Tensor, layout: Branches) 
 
 
 def _later(
-    spliced: Spliced, reading: Cut, ids: Tensor, change: Tensor, text: NDArray[np.int64], own: Firings
+    spliced: Spliced, reading: Cut, ids: Tensor, change: Tensor, text: NDArray[np.int64], own: DrawnFirings
 ) -> tuple[Tensor, Tensor]:
     """(KL, rise of the loss), (n,) each: means over the firing position and all later ones of the text."""
     model, n_positions = spliced.lm.model, ids.shape[1]
@@ -196,7 +196,7 @@ def _later(
     return torch.cat(kl_), torch.cat(loss_)
 
 
-def firing_texts(codes: CodeStore, own: Firings) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def firing_texts(codes: CodeStore, own: DrawnFirings) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(texts, context) token ids of the windows of some firings in order, and which of them each firing stands in."""
     starts = np.r_[True, (np.diff(own.window) != 0) | (np.diff(own.segment) != 0)]
     text = np.cumsum(starts) - 1
@@ -207,7 +207,7 @@ def firing_texts(codes: CodeStore, own: Firings) -> tuple[NDArray[np.int64], NDA
     return ids, text
 
 
-def window_passes(firings: Firings, rest: NDArray[np.int64], n_texts: int) -> Iterator[NDArray[np.int64]]:
+def window_passes(firings: DrawnFirings, rest: NDArray[np.int64], n_texts: int) -> Iterator[NDArray[np.int64]]:
     """Firings by their numbers `rest`, sorted by window: those of `n_texts` windows at a time, no window cut."""
     if not len(rest):
         return

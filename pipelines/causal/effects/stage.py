@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from actstore.errors import IdentityMismatch, InputError, OutputExists
+from actstore.errors import InputError, OutputExists
 from actstore.files import content_hash, publish_json, read_json, require_free_space
-from pipelines.analysis.reader import Analysis
+from pipelines.analysis.reader import open_run_analysis
 from pipelines.causal.effects.measure import Measured, measure, measured_bytes
 from pipelines.causal.effects.table import (
     RECORD,
@@ -33,9 +33,9 @@ from pipelines.causal.effects.table import (
     read_table,
     summary,
 )
-from pipelines.causal.engine.drawn_firings import Firings, draw_firings, open_run_codes
+from pipelines.causal.engine.drawn_firings import DrawnFirings, draw_firings
 from pipelines.causal.engine.language_model import Spliced, open_spliced
-from pipelines.codes.code_store import CodeStore
+from pipelines.codes.code_store import CodeStore, open_run_codes
 from pipelines.shared.progress import track
 
 MEASURES = ("firing", "later")
@@ -86,7 +86,10 @@ def effects(config: EffectsConfig) -> dict[str, Any]:
     codes = open_run_codes(str(config.codes), spliced.record.run_id, str(config.run))
     for feature in config.features:
         spliced.require_feature(feature)
-    analysis = None if config.analysis is None else _analysis(config.analysis, spliced)
+    analysis = None
+    if config.analysis is not None:
+        run = spliced.record.run_id
+        analysis = open_run_analysis(config.analysis, run, "the SAE's run", "pass its analysis.")
     plan = _plan(config, spliced, codes)
     _require_own(config.out, plan)
     if (config.out / RECORD).exists():
@@ -125,7 +128,7 @@ def _measured(
     return rows, firings.rows
 
 
-def _draw(config: EffectsConfig, codes: CodeStore) -> Firings:
+def _draw(config: EffectsConfig, codes: CodeStore) -> DrawnFirings:
     """The firings that are measured. Raises InputError when no feature asked for fires."""
     wanted = np.array(config.features, np.int64) if config.features else None
     firings = draw_firings(codes, wanted, config.firings, config.seed)
@@ -176,12 +179,3 @@ def _begin(out: Path, plan: dict[str, Any], needed_bytes: int) -> str:
         publish_json(out / PLAN, plan)
     (out / PARTS).mkdir(exist_ok=True)
     return content_hash(plan)[:16]
-
-
-def _analysis(path: str | Path, spliced: Spliced) -> Analysis:
-    analysis = Analysis(path)
-    if analysis.record["run_id"] != spliced.record.run_id:
-        raise IdentityMismatch(
-            f"{path}: is of run {analysis.record['run_id']}, the SAE is run {spliced.record.run_id}; pass its analysis."
-        )
-    return analysis

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from actstore.files import publish_bytes
 from pipelines.analysis.reader import Analysis
-from pipelines.causal.engine.drawn_firings import Firings
+from pipelines.causal.engine.drawn_firings import DrawnFirings
 from pipelines.shared.parquet import parquet_bytes
 from pipelines.shared.visible_text import visible
 from pipelines.text.tokens import TextCodec
@@ -36,7 +36,7 @@ class Measurement(Protocol):
 
 
 def feature_table(
-    firings: Firings, features: NDArray[np.int64], found: Measurement, codec: TextCodec, resamples: int, seed: int
+    firings: DrawnFirings, features: NDArray[np.int64], found: Measurement, codec: TextCodec, resamples: int, seed: int
 ) -> list[dict[str, Any]]:
     """A row for each feature: how often it fires, mean KL and rise of the loss with their intervals, tokens.
 

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actstore.errors import IdentityMismatch, InputError
-from pipelines.analysis.reader import Analysis
+from actstore.errors import InputError
+from pipelines.analysis.reader import open_run_analysis
 from pipelines.causal.engine.feature_values import feature_values
 from pipelines.causal.engine.language_model import Prompt, Spliced, open_spliced, open_store
 from pipelines.models.capture import hooked
@@ -214,12 +214,7 @@ def _unit(config: SteerConfig, spliced: Spliced) -> tuple[float, str]:
         store = open_store(config.run, spliced.record, config.store)
         return store.statistics(spliced.record.site).mean_norm, "mean norm of the store's rows"
     assert config.analysis is not None
-    analysis = Analysis(config.analysis)
-    if analysis.record["run_id"] != spliced.record.run_id:
-        raise IdentityMismatch(
-            f"{config.analysis}: is of run {analysis.record['run_id']}, {config.run} is {spliced.record.run_id}; "
-            "pass the analysis of this run."
-        )
+    analysis = open_run_analysis(config.analysis, spliced.record.run_id, config.run)
     return float(analysis.peak[config.feature]), "the feature's peak"
 
 

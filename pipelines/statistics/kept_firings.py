@@ -1,14 +1,17 @@
-"""Firings kept to be looked at: the strongest of each feature, and random ones of each stratum of its strength."""
+"""Firings kept to be looked at: a few of each feature, or of each stratum of its strength, chosen by a rank."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.statistics.block import CodeBlock
-from pipelines.statistics.tables import stable_order, value_bins
+from pipelines.statistics.firing_table import stable_order
+from pipelines.statistics.statistic import Arrays, Extent, Tile, TiledStatistic
+from pipelines.statistics.value_bins import value_bins
 
 COLUMNS = {
     "feature": np.int32,
@@ -20,8 +23,13 @@ COLUMNS = {
 }
 
 
-class _Kept:
-    """The `n` firings of the smallest rank of each (feature, stratum); ties go to the earlier window and position."""
+class KeptFirings(TiledStatistic):
+    """The `n` firings of the smallest rank of each (feature, stratum); ties go to the earlier window and position.
+
+    What a tile says of its features are all their kept firings; nothing is written.
+    """
+
+    columns = tuple(COLUMNS)
 
     def __init__(self, n: int):
         self.n = n
@@ -30,7 +38,7 @@ class _Kept:
     def merge(self, other: Any) -> Any:
         return self.add_kept(other.finalize())
 
-    def add_kept(self, *columns: dict[str, NDArray[Any]]) -> Any:
+    def add_kept(self, *columns: Arrays) -> Any:
         """Merge what others kept, as their `finalize` gives it."""
         self._keep(**{name: np.concatenate([getattr(self, name), *(c[name] for c in columns)]) for name in COLUMNS})
         return self
@@ -40,7 +48,19 @@ class _Kept:
         for name, dtype in COLUMNS.items():
             setattr(self, name, np.empty(0, dtype))
 
-    def finalize(self) -> dict[str, NDArray[Any]]:
+    def take(self, n_features: int) -> Arrays:
+        kept = self.finalize()
+        self.clear()
+        starts = np.searchsorted(kept["feature"], np.arange(n_features + 1)).astype(np.int64)
+        return kept | {"starts": starts}
+
+    def add(self, features: slice, parts: Iterable[Arrays]) -> None:
+        self.add_kept(*parts)
+
+    def tile(self, features: slice) -> Tile:
+        return Tile({}, self.finalize())
+
+    def finalize(self) -> Arrays:
         """Columns of equal length, by feature, stratum and rank: feature, stratum, rank, value, window, position."""
         return {name: getattr(self, name) for name in COLUMNS}
 
@@ -58,33 +78,7 @@ class _Kept:
             setattr(self, name, columns[name][chosen])
 
 
-class TopExamples(_Kept):
-    """Each feature's `n` strongest firings, at most one a window; ties go to the earlier window and position.
-
-    Any order of merging gives the same result: a firing among the n best of the whole is among the n best of its own
-    block.
-    """
-
-    def update(self, block: CodeBlock) -> None:
-        row, feature, value = _ordered_firings(block)
-        order = stable_order(feature)
-        window = block.windows[row[order]]
-        starts = np.flatnonzero(_is_new(feature[order], window))
-        if not len(starts):
-            return
-        strongest = np.maximum.reduceat(value[order], starts)
-        at_peak = np.flatnonzero(value[order] == np.repeat(strongest, np.diff(starts, append=len(order))))
-        first = order[at_peak[np.searchsorted(at_peak, starts)]]
-        first = first[np.argsort(row[first], kind="stable")]
-        self._add(**_columns(block, row[first], feature[first], value[first], _falling(value[first])))
-
-    def _keep(self, **columns: NDArray[Any]) -> None:
-        order = stable_order(*(columns[name] for name in ("feature", "window", "rank", "position")))
-        best = order[_is_new(columns["feature"][order], columns["window"][order])]
-        super()._keep(**{name: column[best] for name, column in columns.items()})
-
-
-class SampledExamples(_Kept):
+class SampledExamples(KeptFirings):
     """`n` random firings of each stratum of each feature: those with the smallest hash of (seed, feature, row).
 
     `edges` (F, strata - 1) are bins of `value_bins`: stratum s holds firings in bins above edge s - 1, up to edge s. Without
@@ -95,10 +89,14 @@ class SampledExamples(_Kept):
         super().__init__(n)
         self.seed, self.edges = seed, edges
 
+    @classmethod
+    def make(cls, extent: Extent) -> Self:
+        return cls(extent.n_random, extent.seed)
+
     def update(self, block: CodeBlock) -> None:
-        row, feature, value = _ordered_firings(block)
+        row, feature, value = ordered_firings(block)
         rank = firing_hash(self.seed, feature, block.windows[row], block.positions[row])
-        columns = _columns(block, row, feature, value, rank)
+        columns = firing_columns(block, row, feature, value, rank)
         if self.edges is not None:
             columns["stratum"] = (value_bins(value)[:, None] > self.edges[feature]).sum(axis=1, dtype=np.uint16)
         self._add(**columns)
@@ -117,7 +115,8 @@ def firing_hash(
     return (state >> np.uint64(32)).astype(np.int64)
 
 
-def _ordered_firings(block: CodeBlock) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+def ordered_firings(block: CodeBlock) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """(row, feature, value) of a block's firings in the order of (window, position)."""
     row, feature, value = block.firings
     if block.rows_are_sorted:
         return row, feature, value
@@ -127,10 +126,11 @@ def _ordered_firings(block: CodeBlock) -> tuple[NDArray[np.int64], NDArray[np.in
     return row[order], feature[order], value[order]
 
 
-def _columns(
+def firing_columns(
     block: CodeBlock, row: NDArray[np.int64], feature: NDArray[np.int64], value: NDArray[np.float32], rank: NDArray[np.int64]
-) -> dict[str, NDArray[Any]]:
-    columns: dict[str, NDArray[Any]] = {
+) -> Arrays:
+    """`COLUMNS` of some firings of a block, all of stratum 0."""
+    columns: Arrays = {
         "feature": feature,
         "stratum": np.zeros(len(row), np.uint16),
         "rank": rank,
@@ -141,21 +141,16 @@ def _columns(
     return {name: column.astype(COLUMNS[name], copy=False) for name, column in columns.items()}
 
 
-def _falling(value: NDArray[np.float32]) -> NDArray[np.int64]:
-    """A rank that is smaller for a larger value: positive floats sort as their bits do."""
-    return 0x7FFFFFFF - value.view(np.uint32).astype(np.int64)
-
-
-def _is_new(*keys: NDArray[np.int64]) -> NDArray[np.bool_]:
+def is_new(*keys: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Where any of some sorted columns changes; True at the first place."""
-    found = np.zeros(len(keys[0]), bool)
-    found[:1] = True
+    changes = np.zeros(len(keys[0]), bool)
+    changes[:1] = True
     for key in keys:
-        found[1:] |= key[1:] != key[:-1]
-    return found
+        changes[1:] |= key[1:] != key[:-1]
+    return changes
 
 
 def _place_in_group(*keys: NDArray[np.int64]) -> NDArray[np.int64]:
     """0, 1, 2, ... inside each run of equal keys."""
-    starts = np.flatnonzero(_is_new(*keys))
+    starts = np.flatnonzero(is_new(*keys))
     return np.arange(len(keys[0])) - np.repeat(starts, np.diff(starts, append=len(keys[0])))

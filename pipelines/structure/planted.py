@@ -1,4 +1,4 @@
-"""Codes whose structure is known, because it was planted or because there is none; for tests and benchmarks."""
+"""Test-only: codes whose structure is known, because it was planted or because there is none. No command uses them."""
 
 from __future__ import annotations
 

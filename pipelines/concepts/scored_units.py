@@ -33,7 +33,7 @@ SAMPLE_ROWS = 100_000
 
 
 @dataclass(frozen=True)
-class Subject:
+class ScoredUnits:
     """A code store's features (`site` None), or the dimensions of a site; pinned, and small enough to send to a worker."""
 
     name: str
@@ -42,7 +42,7 @@ class Subject:
     site: str | None = None
 
     @classmethod
-    def of(cls, store: Store, site: str | None = None, name: str = "") -> Subject:
+    def of(cls, store: Store, site: str | None = None, name: str = "") -> ScoredUnits:
         return cls(name or site or store.url, absolute(store.url), store.snapshot, site)
 
     def open(self) -> Store:
@@ -114,40 +114,40 @@ def _open(url: str, snapshot: str, is_codes: bool) -> Store:
     return (CodeStore if is_codes else ActivationStore)(url, snapshot=snapshot)
 
 
-def shard_tasks(subject: Subject, labels: list[Any]) -> list[tuple[Any, ...]]:
-    """(subject, shard, labels of its segment) for every shard; `labels` may be futures of them."""
-    return [(subject, shard, labels[shard.segment]) for shard in subject.shards()]
+def shard_tasks(scored: ScoredUnits, labels: list[Any]) -> list[tuple[Any, ...]]:
+    """(scored, shard, labels of its segment) for every shard; `labels` may be futures of them."""
+    return [(scored, shard, labels[shard.segment]) for shard in scored.shards()]
 
 
-def choose_thresholds(subject: Subject, labels: list[Any], client: Any) -> NDArray[np.float64]:
+def choose_thresholds(scored: ScoredUnits, labels: list[Any], client: Any) -> NDArray[np.float64]:
     """(T, U) candidate thresholds of every unit, from the choosing half."""
-    if subject.site is None:
-        peaks = reduce_tasks(client, "peaks", half_peaks, np.maximum, shard_tasks(subject, labels))
+    if scored.site is None:
+        peaks = reduce_tasks(client, "peaks", half_peaks, np.maximum, shard_tasks(scored, labels))
         return np.outer(PEAK_SHARES, peaks)
-    shards = subject.open().shards() or subject.shards()
+    shards = scored.open().shards() or scored.shards()
     n_rows = -(-2 * SAMPLE_ROWS // len(shards))  # about half of them are of the choosing half
-    tasks = [(subject, shard, labels[shard.segment], n_rows) for shard in shards]
+    tasks = [(scored, shard, labels[shard.segment], n_rows) for shard in shards]
     sample = reduce_tasks(client, "sample", half_sample, _joined, tasks)
     found: NDArray[np.float64] = np.quantile(sample, [1 - share for share in FIRING_SHARES], axis=0)
     return found
 
 
-def half_peaks(subject: Subject, shard: Shard, labels: SegmentLabels) -> NDArray[np.float64]:
+def half_peaks(scored: ScoredUnits, shard: Shard, labels: SegmentLabels) -> NDArray[np.float64]:
     """(U,) largest value of each feature over a shard's rows of half 0. Runs on a worker."""
-    _, half = shard_labels(subject.open(), shard, labels)
-    peaks = np.zeros(subject.n_units)
-    found = subject.sparse(shard)[np.flatnonzero(~half)].tocoo()
+    _, half = shard_labels(scored.open(), shard, labels)
+    peaks = np.zeros(scored.n_units)
+    found = scored.sparse(shard)[np.flatnonzero(~half)].tocoo()
     np.maximum.at(peaks, found.coords[1], found.data.astype(np.float64))
     return peaks
 
 
-def half_sample(subject: Subject, shard: Shard, labels: SegmentLabels, n_rows: int) -> NDArray[np.float32]:
+def half_sample(scored: ScoredUnits, shard: Shard, labels: SegmentLabels, n_rows: int) -> NDArray[np.float32]:
     """Values of those of a shard's first rows that are of half 0. Runs on a worker.
 
     The first rows of a shard are a uniform sample of it: rows are permuted inside shards.
     """
-    _, half = shard_labels(subject.open(), shard, labels)
-    return subject.dense(shard, 0, n_rows)[~half[:n_rows]]
+    _, half = shard_labels(scored.open(), shard, labels)
+    return scored.dense(shard, 0, n_rows)[~half[:n_rows]]
 
 
 def _joined(one: NDArray[Any], other: NDArray[Any]) -> NDArray[Any]:
@@ -155,24 +155,24 @@ def _joined(one: NDArray[Any], other: NDArray[Any]) -> NDArray[Any]:
 
 
 def score_rules(
-    subject: Subject, labels: list[Any], thresholds: NDArray[np.float64], n_vocabulary: int, client: Any
+    scored: ScoredUnits, labels: list[Any], thresholds: NDArray[np.float64], n_vocabulary: int, client: Any
 ) -> RuleScores:
     """Every unit against every label, and, where a vocabulary is given, against tokens and tokens before."""
     shared = share(client, thresholds)
-    tasks = [(*task, shared, n_vocabulary) for task in shard_tasks(subject, labels)]
+    tasks = [(*task, shared, n_vocabulary) for task in shard_tasks(scored, labels)]
     scores: RuleScores = reduce_tasks(client, "rules", score_shard, RuleScores.merge, tasks)
     return scores
 
 
 def score_shard(
-    subject: Subject, shard: Shard, labels: SegmentLabels, thresholds: NDArray[np.float64], n_vocabulary: int
+    scored: ScoredUnits, shard: Shard, labels: SegmentLabels, thresholds: NDArray[np.float64], n_vocabulary: int
 ) -> RuleScores:
     """The rule scores of one shard. Runs on a worker."""
-    store = subject.open()
+    store = scored.open()
     if n_vocabulary:
         rules, half = shard_rules(store, shard, labels, n_vocabulary)
     else:
         rules, half = shard_labels(store, shard, labels)
-    scores = RuleScores(subject.n_units, rules.shape[1], len(thresholds))
-    scores.update(subject.fired(shard, thresholds), rules, half)
+    scores = RuleScores(scored.n_units, rules.shape[1], len(thresholds))
+    scores.update(scored.fired(shard, thresholds), rules, half)
     return scores

@@ -1,7 +1,4 @@
-"""Firings by feature and by a property of their row (token, document, position, part) or of themselves (strength).
-
-One sparse table serves all of these: a sorted list of (feature, column) with a count, and the sum of values if wanted.
-"""
+"""Firings by feature and by a property of their row or of themselves: a sorted list of (feature, column) with a count."""
 
 from __future__ import annotations
 
@@ -10,11 +7,6 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
-
-BINS_PER_OCTAVE = 16
-"""Of activations: the bin of a value is its float32 exponent and the first four bits of its mantissa."""
-_SHIFT = 23 - (BINS_PER_OCTAVE.bit_length() - 1)
-N_BINS = 1 << (32 - 1 - _SHIFT)
 
 
 class FiringTable:
@@ -89,44 +81,6 @@ class FiringTable:
             if self.has_totals:
                 self.total = np.add.reduceat(total[order], starts) if len(starts) else total
         return self.key, self.count, self.total
-
-
-def value_bins(values: NDArray[np.float32]) -> NDArray[np.int64]:
-    """The bin of each positive value, 16 an octave, of equal width inside each octave: an exact function of its bits.
-
-    >>> value_bins(np.array([1.0, 1.05, 1.07, 2.0], np.float32)).tolist()
-    [2032, 2032, 2033, 2048]
-    """
-    return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> _SHIFT).astype(np.int64)
-
-
-def bin_edges(bins: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The smallest value of each bin and of the next: a bin is at most 1/16 of its lower edge wide.
-
-    >>> [edge.tolist() for edge in bin_edges(np.array([2032]))]
-    [[1.0], [1.0625]]
-    """
-    low = (np.asarray(bins).astype(np.uint32) << _SHIFT).view(np.float32)
-    high = ((np.asarray(bins).astype(np.uint32) + np.uint32(1)) << _SHIFT).view(np.float32)
-    return low, high
-
-
-def quantile_bins(counts: sp.csr_array, quantiles: tuple[float, ...]) -> NDArray[np.int64]:
-    """(F, quantiles) the bin in which each quantile of a feature's activations lies, -1 when it never fires.
-
-    The q-quantile is the smallest value with at least ceil(q n) of the n firings at or below it (inverse of the empirical
-    distribution), so its bin is exact.
-    """
-    found = np.full((counts.shape[0], len(quantiles)), -1, np.int64)
-    running = np.cumsum(counts.data)
-    before = np.concatenate([[0], running])[counts.indptr]
-    fires = np.diff(before)
-    live = fires > 0
-    for i, quantile in enumerate(quantiles):
-        rank = np.maximum(np.ceil(quantile * fires).astype(np.int64), 1)
-        entry = np.searchsorted(running, (before[:-1] + rank)[live], side="left")
-        found[live, i] = counts.indices[entry]
-    return found
 
 
 def _runs(ordered: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -1,0 +1,1 @@
+"""What `analyze` computes of every code store, one statistic a file."""
