@@ -67,6 +67,8 @@ class BaselinesConfig(EvaluateConfig):
 
 def evaluate_beside_baselines(config: BaselinesConfig) -> dict[str, Any]:
     """`evaluate`; and, when asked for, `baselines`, a row of figures each, published beside the run as `baselines.json`."""
+    if config.baselines and "batch" not in load_run(config.run)[1].config:
+        raise InputError(f"{config.run}: was imported, and baselines repeat the run's training; leave out --baselines.")
     figures = evaluate(config)
     return {**figures, "baselines": compare(config, figures)} if config.baselines else figures
 

@@ -8,17 +8,15 @@ import numpy as np
 import torch
 
 from actstore.errors import InputError
-from actstore.plan import SAMPLE, permutation
 from actstore.reader import ActivationStore
 from pipelines.sae.architectures.registry import make
 from pipelines.sae.base import Objective
 from pipelines.sae.kernels import choose_kernel
 from pipelines.sae.median import geometric_median
+from pipelines.sae.row_sample import SAMPLE_ROWS, sample_rows
 from pipelines.train.config import TrainConfig
 from pipelines.train.ranks import Ranks
 from pipelines.train.trainee import Recipe, Trainee
-
-MEDIAN_ROWS = 32_768
 
 
 class Samples:
@@ -29,7 +27,7 @@ class Samples:
 
     def of(self, store: ActivationStore, site: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         if (site, seed) not in self._found:
-            rows = torch.from_numpy(sample_rows(store, site, MEDIAN_ROWS, seed))
+            rows = torch.from_numpy(sample_rows(store, site, SAMPLE_ROWS, seed))
             self._found[site, seed] = rows, geometric_median(rows)
         return self._found[site, seed]
 
@@ -94,14 +92,3 @@ def input_scale(store: ActivationStore, site: str) -> float:
     if variance <= 0:
         raise InputError(f"{store.url}: the rows of {site} are all the same; there is nothing to train on.")
     return 1.0 / math.sqrt(variance)
-
-
-def sample_rows(store: ActivationStore, site: str, n_rows: int, seed: int) -> np.ndarray:
-    """About `n_rows` training rows (n, d_model) from whole chunks all over the store; all of them if there are fewer."""
-    chunks = [(shard, chunk) for shard in store.shards() for chunk in range(shard.n_chunks)]
-    found: list[np.ndarray] = []
-    for index in permutation(len(chunks), seed, SAMPLE):
-        if sum(map(len, found)) >= n_rows:
-            break
-        found.append(store.read_chunk(chunks[index][0], f"acts/{site}", chunks[index][1]))
-    return np.concatenate(found)[:n_rows]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,14 +40,14 @@ VIEW = View(
 
 
 @pytest.fixture
-def pages(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+def pages(tmp_path: Path) -> tuple[Path, Path]:
     """The page as it is, and the page while the toy lies in the folder."""
     analysis = write_analysis(tmp_path / "an")
     plain, more = tmp_path / "plain.html", tmp_path / "more.html"
     report(ReportConfig(analysis.path, plain))
     with file_added(pipelines.report.views, views, tmp_path, "toy", TOY):
         report(ReportConfig(analysis.path, more))
-    yield plain, more
+    return plain, more
 
 
 def test_a_view_in_one_file_appears_with_its_data(pages: tuple[Path, Path]) -> None:
