@@ -46,8 +46,8 @@ from pipelines.sae.checkpoint import RunRecord, load_run
 from pipelines.sae.reconstruction_metrics import RowMetrics, heldout_metrics, heldout_rows
 from pipelines.shared.progress import track
 from pipelines.train.config import TrainConfig
+from pipelines.train.new_trainee import Samples, default_learning_rate, new_trainee
 from pipelines.train.ranks import Ranks
-from pipelines.train.start import Samples, default_learning_rate, new_trainee
 
 RANDOM_MODEL = "SAE on random model weights"
 

@@ -24,9 +24,9 @@ from pipelines.sae.row_sample import SAMPLE_ROWS, sample_rows, usual_code_width
 from pipelines.shared.progress import Tracker, track
 from pipelines.train.config import TrainConfig, recorded, require_same
 from pipelines.train.log import MetricsLog
+from pipelines.train.new_trainee import Samples, new_trainee
 from pipelines.train.ranks import Ranks
-from pipelines.train.start import Samples, new_trainee
-from pipelines.train.state import Saved, save_state
+from pipelines.train.saved_state import Saved, save_state
 from pipelines.train.stopping import Stop
 from pipelines.train.trainee import Trainee
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from actstore.errors import DamagedStore
-from pipelines.sae.tensors import making, publish_tensors
+from pipelines.sae.tensor_file import making, publish_tensors
 
 STATE = "training.safetensors"
 STATE_VERSION = 3

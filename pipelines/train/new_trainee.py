@@ -11,8 +11,8 @@ from actstore.errors import InputError
 from actstore.reader import ActivationStore
 from pipelines.sae.architectures.registry import make
 from pipelines.sae.base import Objective
+from pipelines.sae.geometric_median import geometric_median
 from pipelines.sae.kernels import choose_kernel
-from pipelines.sae.median import geometric_median
 from pipelines.sae.row_sample import SAMPLE_ROWS, sample_rows
 from pipelines.train.config import TrainConfig
 from pipelines.train.ranks import Ranks

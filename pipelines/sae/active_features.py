@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipelines.compute.cpu_products import product
-from pipelines.sae.sparse import Active, sampled_product
+from pipelines.sae.sparse_operators import Active, sampled_product
 
 BLOCK_ROWS = 512
 """Of a bfloat16 product; of float32, half as many, which are as many bytes."""
