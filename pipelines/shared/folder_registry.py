@@ -10,9 +10,9 @@ from types import ModuleType
 def modules_of(package: ModuleType) -> list[ModuleType]:
     """Every module of a package, imported, by rising name.
 
-    >>> import pipelines.sae.architectures
-    >>> [module.__name__.rpartition(".")[2] for module in modules_of(pipelines.sae.architectures)][:2]
-    ['batchtopk', 'gated']
+    >>> import pipelines.shared
+    >>> [module.__name__ for module in modules_of(pipelines.shared)][:2]
+    ['pipelines.shared.cluster', 'pipelines.shared.environment']
     """
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
     return [import_module(f"{package.__name__}.{name}") for name in names]

@@ -1,4 +1,4 @@
-"""Where the training of an SAE starts: its shape, its rates, the scale of its rows, its first weights."""
+"""An SAE at the start of its training: its shape, its rates, the scale of its rows, its first weights."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from pipelines.train.trainee import Recipe, Trainee
 
 
 class Samples:
-    """Rows of each site that starts are taken from, and their geometric median, read once for all SAEs."""
+    """Sample rows of each site and their geometric median, read once for all SAEs that start from them."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._of_site: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def of(self, store: ActivationStore, site: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if (site, seed) not in self._found:
+        if (site, seed) not in self._of_site:
             rows = torch.from_numpy(sample_rows(store, site, SAMPLE_ROWS, seed))
-            self._found[site, seed] = rows, geometric_median(rows)
-        return self._found[site, seed]
+            self._of_site[site, seed] = rows, geometric_median(rows)
+        return self._of_site[site, seed]
 
 
 def new_trainee(

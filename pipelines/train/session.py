@@ -276,6 +276,7 @@ class Session:
         return {"run": str(config.out), "run_id": record.run_id, **asdict(record)}
 
     def _usual_width(self, sae: Sae, site: str, seed: int) -> int:
+        """The width of codes that a sample of the site's rows needs."""
         rows = torch.from_numpy(sample_rows(self.store, site, SAMPLE_ROWS, seed))
         return usual_code_width(sae, rows.to(self.device))
 

@@ -29,9 +29,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Raises what `train_together` raises.
     """
-    found = train_together([config], config.out)[0]
+    record = train_together([config], config.out)[0]
     finish(config.out)
-    return found
+    return record
 
 
 def train_together(configs: Sequence[TrainConfig], out: Path) -> list[dict[str, Any]]:

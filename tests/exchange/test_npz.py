@@ -209,14 +209,14 @@ def test_arrays_that_are_none_of_an_sae_are_refused_in_one_line(
 
 FACT_FAULTS: dict[str, tuple[Any, str]] = {
     "no object": ([], "holds a list"),
-    "no architecture": ({"k": 1}, "architecture is None, needed is a str"),
+    "no architecture": ({"k": 1}, "architecture is None, needed is of type str"),
     "other architecture": (FACTS | {"architecture": "gated"}, "architecture 'gated'; this format keeps batchtopk"),
     "path": (FACTS | {"architecture": "../../etc"}, r"architecture '\.\./\.\./etc'"),
-    "k of text": (FACTS | {"k": "3"}, "k is '3', needed is a int"),
-    "k is true": (FACTS | {"k": True}, "k is True, needed is a int"),
+    "k of text": (FACTS | {"k": "3"}, "k is '3', needed is of type int"),
+    "k is true": (FACTS | {"k": True}, "k is True, needed is of type int"),
     "k of none": (FACTS | {"k": 0}, r"k 0, .* has 24 features"),
     "k of many": (FACTS | {"k": 25}, r"k 25, .* has 24 features"),
-    "convention": (FACTS | {"apply_b_dec_to_input": 1}, "apply_b_dec_to_input is 1, needed is a bool"),
+    "convention": (FACTS | {"apply_b_dec_to_input": 1}, "apply_b_dec_to_input is 1, needed is of type bool"),
     "version": (FACTS | {"version": 2}, "version 2, readable is 1"),
     "lines": (FACTS | {"architecture": "a\nb" * 1000}, "architecture is 'a"),
     "site of two lines": (FACTS | {"site": "resid\npost"}, r"site is 'resid\\npost', needed is one line"),
@@ -258,6 +258,23 @@ def test_an_array_whose_header_states_more_than_it_has_is_refused_before_it_is_r
             out.writestr(name, head.getvalue() if name == "W_enc.npy" else data)
     with pytest.raises(InputError, match=r"W_enc has 128 bytes, its shape \(1000000000, 1000000000\) needs 4,000,000,000"):
         FORMAT.read(path)
+
+
+@pytest.mark.parametrize("shape", ["-" * 9000 + "1", "(" * 9000, "(4, 24), 'more': 1", "(-4, -24)", "print('owned')"])
+def test_a_head_that_is_no_shape_is_refused(shape: str, tmp_path: Path) -> None:
+    path = written(tmp_path, plain_arrays())
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".encode()
+    head = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+    with zipfile.ZipFile(path) as source:
+        members = {name: source.read(name) for name in source.namelist()}
+    with zipfile.ZipFile(path, "w") as out:
+        for name, data in members.items():
+            out.writestr(name, head + bytes(4 * 4 * 24) if name == "W_enc.npy" else data)
+    with pytest.raises(
+        InputError, match=r"params\.npz: (not an \.npz file of plain arrays|W_enc has shape \(-4, -24\))"
+    ) as refusal:
+        FORMAT.read(path)
+    assert "\n" not in str(refusal.value)
 
 
 def test_an_array_that_is_there_twice_is_refused(tmp_path: Path) -> None:

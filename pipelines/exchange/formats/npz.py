@@ -22,6 +22,7 @@ import math
 import zipfile
 import zlib
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any
 
 import numpy as np
@@ -144,7 +145,7 @@ def read_facts(path: Path) -> dict[str, Any]:
         if name not in said and name in optional:
             said[name] = optional[name]
         if type(said.get(name)) is not kind:
-            raise InputError(f"{path}: {name} is {_shown(said.get(name))}, needed is a {kind.__name__}; {remedy}.")
+            raise InputError(f"{path}: {name} is {_shown(said.get(name))}, needed is of type {kind.__name__}; {remedy}.")
         if kind is str and not (said[name].isprintable() and len(said[name]) <= MOST_NAME):
             raise InputError(
                 f"{path}: {name} is {_shown(said[name])}, needed is one line of {MOST_NAME} characters; {remedy}."
@@ -201,13 +202,16 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], int]:
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in read:
         raise ValueError(f"version {version} of the .npy format")
-    shape, _, dtype = read[version](file)
+    try:
+        shape, _, dtype = read[version](file)
+    except (MemoryError, SyntaxError, TokenError) as error:  # from Python's parser, which NumPy lets through
+        raise ValueError("the head of an array cannot be parsed") from error
     return shape, dtype, file.tell()
 
 
 def _require_shapes(path: Path, shapes: dict[str, tuple[int, ...]], remedy: str) -> None:
     first = shapes["W_enc"]
-    if len(first) != 2 or not all(first):
+    if len(first) != 2 or min(first) < 1:
         raise InputError(f"{path}: W_enc has shape {first}, needed is (width of the rows, features); {remedy}.")
     d_model, n_features = first
     needed = {"W_dec": (n_features, d_model), "b_enc": (n_features,), "b_dec": (d_model,), "threshold": (n_features,)}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pkgutil
 from functools import cache
+from importlib import import_module
 from inspect import isabstract
 
 import pipelines.sae.architectures
 from actstore.errors import InputError
 from pipelines.sae.base import Sae
-from pipelines.shared.folder_registry import modules_of
 
 
 @cache
@@ -18,7 +19,9 @@ def architectures() -> dict[str, type[Sae]]:
     >>> architectures()["topk"].__name__
     'TopKSae'
     """
-    values = [value for module in modules_of(pipelines.sae.architectures) for value in vars(module).values()]
+    package = pipelines.sae.architectures
+    modules = [import_module(f"{package.__name__}.{module.name}") for module in pkgutil.iter_modules(package.__path__)]
+    values = [value for module in modules for value in vars(module).values()]
     classes = [value for value in values if isinstance(value, type) and issubclass(value, Sae)]
     return {own.architecture: own for own in classes if not isabstract(own) and "architecture" in vars(own)}
 
