@@ -19,6 +19,7 @@ import click
 
 from actstore import __version__
 from actstore.errors import ActstoreError
+from pipelines.commands.exchange import export_command, import_command
 from pipelines.shared.environment import set_environment
 
 STORE_ARGUMENT = click.argument("store")
@@ -990,6 +991,9 @@ def _key_lines(values: dict[str, Any], indent: str = "") -> list[str]:
             lines.append(f"{indent}{key:<{max(1, 30 - len(indent))}} {shown}")
     return lines
 
+
+cli.add_command(export_command)
+cli.add_command(import_command)
 
 if __name__ == "__main__":
     cli()

@@ -30,9 +30,9 @@ from benchmarks.madestore import SITE, make_store
 from pipelines.codes.code_store import CodeStore, read_codes
 from pipelines.codes.stage import EXACT_KERNEL, FAST_KERNEL, EncodeConfig, encode
 from pipelines.compute.cpu_products import product
+from pipelines.sae.active_features import BLOCK_ROWS
 from pipelines.sae.architectures.topk import TopKSae
 from pipelines.sae.checkpoint import RunRecord, load_run, save_run
-from pipelines.sae.select import BLOCK_ROWS
 
 D_MODEL, N_FEATURES, K = 768, 24_576, 32
 DTYPES = {EXACT_KERNEL: torch.float32, FAST_KERNEL: torch.bfloat16}

@@ -137,7 +137,7 @@ def collect_activations(
     if max_len > _n_positions(model):
         raise InputError(f"max_len {max_len}: model {model_name} has {_n_positions(model)} positions; choose at most that.")
     texts = (document.text for document in open_corpus(corpus, seed).documents()) if isinstance(corpus, str) else corpus
-    ids = [found[:max_len] for found in codec_of(tokenizer).ids(list(islice(texts, num_samples))) if found]
+    ids = [of_text[:max_len] for of_text in codec_of(tokenizer).ids(list(islice(texts, num_samples))) if of_text]
     if not ids:
         raise InputError(f"corpus {corpus}: has no token; pass some text.")
     rows = torch.cat([_rows(model, layer, text) for text in ids])
@@ -189,10 +189,10 @@ def train_sae(
             f"epoch {epoch + 1:>2}/{num_epochs}: reconstruction {reconstruction:.5f}, sparsity {sparsity:.5f}, "
             f"FVE {_pooled_fve(sae, rows[:FVE_ROWS]):.4f}"
         )
-    found = SparseAutoencoder.from_sae(sae)
-    found.trained = {"epochs": num_epochs, "batch": batch_size, "lr": lr, "l1": sparsity_coeff, "seed": seed}
-    found.trained["tokens"] = trainee.rows_seen
-    return found
+    textbook = SparseAutoencoder.from_sae(sae)
+    textbook.trained = {"epochs": num_epochs, "batch": batch_size, "lr": lr, "l1": sparsity_coeff, "seed": seed}
+    textbook.trained["tokens"] = trainee.rows_seen
+    return textbook
 
 
 def inspect_features(
@@ -212,20 +212,20 @@ def inspect_features(
     """
     codec = codec_of(tokenizer)
     _require_layer(model, layer, "given")
-    ids = [found for found in codec.ids(list(texts)) if found]
+    ids = [of_text for of_text in codec.ids(list(texts)) if of_text]
     if not ids or top_n < 1:
         raise InputError(f"texts: {len(ids)} have a token, top_n is {top_n}; need at least 1 of each.")
     values, indices = _codes(sae, torch.cat([_rows(model, layer, _fitting(text, model, codec)) for text in ids]))
     tokens = [codec.text([i]) for text in ids for i in text]
     rate = None if activations is None else _fired(sae, activations).mean(axis=0)
     print(f"{len(tokens)} tokens of {len(ids)} texts; features by mean activation, with the tokens that fire them most:")
-    found = {}
+    firings_of = {}
     for feature, mean, firings in strongest(values, indices, sae.n_features, FEATURES_SHOWN, top_n):
-        found[feature] = [(tokens[row], value) for row, value in firings]
-        shown = "  ".join(f"{visible(token)!r} {value:.2f}" for token, value in found[feature])
+        firings_of[feature] = [(tokens[row], value) for row, value in firings]
+        shown = "  ".join(f"{visible(token)!r} {value:.2f}" for token, value in firings_of[feature])
         seen = "" if rate is None else f"  fires on {rate[feature]:>6.1%}"
         print(f"feature {feature:>5}  mean {mean:>7.3f}{seen}:  {shown}")
-    return found
+    return firings_of
 
 
 def run_sae_pipeline(

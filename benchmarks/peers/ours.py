@@ -19,8 +19,8 @@ from benchmarks.peers.steps import Task, Trainer, main  # noqa: E402
 from pipelines.compute.freed_memory import keep_freed_memory  # noqa: E402
 from pipelines.sae.architectures.topk import TopKSae  # noqa: E402
 from pipelines.sae.base import Objective  # noqa: E402
-from pipelines.sae.median import geometric_median  # noqa: E402
-from pipelines.train.start import default_learning_rate  # noqa: E402
+from pipelines.sae.geometric_median import geometric_median  # noqa: E402
+from pipelines.train.new_trainee import default_learning_rate  # noqa: E402
 from pipelines.train.trainee import AUXK, Recipe, Trainee  # noqa: E402
 
 

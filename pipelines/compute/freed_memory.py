@@ -1,4 +1,4 @@
-"""How this process gets its memory."""
+"""Memory that this process has freed, kept for its next use."""
 
 from __future__ import annotations
 

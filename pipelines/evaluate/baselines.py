@@ -46,8 +46,8 @@ from pipelines.sae.checkpoint import RunRecord, load_run
 from pipelines.sae.reconstruction_metrics import RowMetrics, heldout_metrics, heldout_rows
 from pipelines.shared.progress import track
 from pipelines.train.config import TrainConfig
+from pipelines.train.new_trainee import Samples, default_learning_rate, new_trainee
 from pipelines.train.ranks import Ranks
-from pipelines.train.start import Samples, default_learning_rate, new_trainee
 
 RANDOM_MODEL = "SAE on random model weights"
 
@@ -67,6 +67,8 @@ class BaselinesConfig(EvaluateConfig):
 
 def evaluate_beside_baselines(config: BaselinesConfig) -> dict[str, Any]:
     """`evaluate`; and, when asked for, `baselines`, a row of figures each, published beside the run as `baselines.json`."""
+    if config.baselines and "batch" not in load_run(config.run)[1].config:
+        raise InputError(f"{config.run}: was imported, and baselines repeat the run's training; leave out --baselines.")
     figures = evaluate(config)
     return {**figures, "baselines": compare(config, figures)} if config.baselines else figures
 
@@ -102,7 +104,7 @@ def compare(config: BaselinesConfig, figures: dict[str, Any]) -> dict[str, Any]:
         for name, (n_numbers, replace_rows) in linear.items()
     ]
     kept = ("name", "trained_rows", "left_out", *COLUMNS)
-    found = {
+    compared = {
         "run_id": record.run_id,
         "store_id": store.store_id,
         "snapshot": store.snapshot,
@@ -111,7 +113,7 @@ def compare(config: BaselinesConfig, figures: dict[str, Any]) -> dict[str, Any]:
         "rows": [{key: row[key] for key in kept if key in row} for row in rows],
     }
     path = evaluation_path(config.run, record, store.store_id, "baselines")
-    return {**found, "saved": save_evaluation(path, found)}
+    return {**compared, "saved": save_evaluation(path, compared)}
 
 
 COLUMNS = {
@@ -164,12 +166,12 @@ def linear_baselines(
     n_same = max(1, min(d_model, round(l0)))
     n_needed = min(d_model, 1 + int(np.searchsorted(linear_fve(store, site, basis, mean), fve)))
     centre = torch.from_numpy(mean).float().to(device)
-    found = {
+    projections = {
         n: projecting(torch.from_numpy(basis[:, :n].copy()).float().to(device), centre) for n in sorted({n_same, n_needed})
     }
-    names = {n: f"PCA, {n} components" + (" (the SAE's FVE)" if n == n_needed else "") for n in found}
+    names = {n: f"PCA, {n} components" + (" (the SAE's FVE)" if n == n_needed else "") for n in projections}
     return {
-        **{names[n]: (n, project) for n, project in found.items()},
+        **{names[n]: (n, project) for n, project in projections.items()},
         f"{n_same} largest raw dimensions": (n_same, keeping_largest(n_same, centre)),
     }
 
@@ -254,11 +256,11 @@ def _on_random_model(
         return {"trained_rows": n_rows, **heldout_metrics(sae, own, record.site), **text.finalize()}
 
 
-def lines(found: dict[str, Any]) -> list[str]:
+def lines(figures: dict[str, Any]) -> list[str]:
     """What `evaluate` prints, with the table of baselines where they were asked for."""
-    if "baselines" not in found:
-        return evaluation_lines(found)
-    compared = found["baselines"]
+    if "baselines" not in figures:
+        return evaluation_lines(figures)
+    compared = figures["baselines"]
     width = max(len(row["name"]) for row in compared["rows"])
     table = [f"{'':<{width}}{'trained on':>12}" + "".join(f"{heading:>10}" for heading in COLUMNS.values())]
     for row in compared["rows"]:
@@ -268,7 +270,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         trained = f"{row['trained_rows']:,}" if "trained_rows" in row else ""
         table.append(f"{row['name']:<{width}}{trained:>12}" + "".join(_cell(row, column) for column in COLUMNS))
     return [
-        *evaluation_lines(found),
+        *evaluation_lines(figures),
         "",
         *table,
         f"{RANDOM_MODEL}: rows and loss are that model's own; no scores, since its loss hardly depends on its activations.",

@@ -71,7 +71,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
             codes.append(sae.encode(rows))
     values, indices = (torch.cat(parts).cpu().numpy() for parts in zip(*codes, strict=True))
     places = [(line, position) for line, ids in ids_of.items() for position in range(len(ids))]
-    found = []
+    ranked = []
     for feature, mean, firings in strongest(values, indices, sae.n_features, config.features, config.tokens):
         shown = []
         for row, value in firings:
@@ -84,8 +84,8 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
                     "line": line,
                 }
             )
-        found.append({"feature": feature, "mean": mean, "firings": shown})
-    return {"run_id": record.run_id, "texts": len(texts), "tokens": len(places), "features": found}
+        ranked.append({"feature": feature, "mean": mean, "firings": shown})
+    return {"run_id": record.run_id, "texts": len(texts), "tokens": len(places), "features": ranked}
 
 
 def strongest(
@@ -96,14 +96,14 @@ def strongest(
     Gives (feature, mean, [(row, value), …]), both lists by falling value; ties go to the lower number.
     """
     mean = np.bincount(indices.ravel(), values.ravel(), minlength=n_features) / len(values)
-    found = []
+    ranked = []
     for feature in np.argsort(-mean, kind="stable")[:features].tolist():
         row, slot = np.nonzero((indices == feature) & (values > 0))
         best = np.argsort(-values[row, slot], kind="stable")[:firings]
-        found.append(
+        ranked.append(
             (feature, float(mean[feature]), list(zip(row[best].tolist(), values[row, slot][best].tolist(), strict=True)))
         )
-    return found
+    return ranked
 
 
 def _texts(path: Path) -> dict[int, str]:

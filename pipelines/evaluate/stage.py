@@ -198,46 +198,46 @@ def cosine_summary(nearest: Tensor) -> dict[str, Any]:
     }
 
 
-def evaluation_lines(found: dict[str, Any]) -> list[str]:
+def evaluation_lines(result: dict[str, Any]) -> list[str]:
     """What `evaluate` prints."""
     figures = {
-        "variance explained (FVE)": f"{found['fve']:.4f} ({found['pca_components']}-component PCA {found['pca_fve']:.4f}; "
-        f"unexplained over the PCA's {found['unexplained_over_pca']:.3f})",
-        "active features a row (L0)": f"{found['l0']:.2f}",
-        "mean squared error": f"{found['mse']:.4g}",
-        "cosine": f"{found['cosine']:.4f}",
-        "l2 ratio (shrinkage)": f"{found['l2_ratio']:.4f}",
-        "reconstruction bias": _shown(found["relative_reconstruction_bias"]),
-        "dead features": f"{found['dead_features']:,} ({found['dead_share']:.1%}), fire in none of these rows",
-        "dense features": f"{found['dense_features']:,} ({found['dense_share']:.1%}), fire in more than {DENSE:.0%}",
-        "silent features": f"{found['silent_features']:,} ({found['silent_share']:.1%}), "
-        f"not in the last {found['silent_window_rows']:,} training rows",
-        "log10 of densities": _histogram_line(found["density_histogram"]),
+        "variance explained (FVE)": f"{result['fve']:.4f} ({result['pca_components']}-component PCA "
+        f"{result['pca_fve']:.4f}; unexplained over the PCA's {result['unexplained_over_pca']:.3f})",
+        "active features a row (L0)": f"{result['l0']:.2f}",
+        "mean squared error": f"{result['mse']:.4g}",
+        "cosine": f"{result['cosine']:.4f}",
+        "l2 ratio (shrinkage)": f"{result['l2_ratio']:.4f}",
+        "reconstruction bias": _shown(result["relative_reconstruction_bias"]),
+        "dead features": f"{result['dead_features']:,} ({result['dead_share']:.1%}), fire in none of these rows",
+        "dense features": f"{result['dense_features']:,} ({result['dense_share']:.1%}), fire in more than {DENSE:.0%}",
+        "silent features": f"{result['silent_features']:,} ({result['silent_share']:.1%}), "
+        f"not in the last {result['silent_window_rows']:,} training rows",
+        "log10 of densities": _histogram_line(result["density_histogram"]),
     }
-    if cosine := found["decoder_cosine"]:
+    if cosine := result["decoder_cosine"]:
         figures["nearest decoder direction"] = (
             f"cosine {cosine['mean']:.3f} (median {cosine['median']:.3f}, 95 % below {cosine['q95']:.3f}; "
             f"{cosine['share_above_0.9']:.1%} above {CLOSE})"
         )
     text = [
-        ("clean", found["ce_clean"], None, None),
-        ("reconstruction", found["ce_sae"], found["delta_ce"], found["kl"]),
-        ("mean ablation", found["ce_mean"], found["ce_mean"] - found["ce_clean"], found["kl_mean"]),
-        ("zero ablation", found["ce_zero"], found["ce_zero"] - found["ce_clean"], found["kl_zero"]),
+        ("clean", result["ce_clean"], None, None),
+        ("reconstruction", result["ce_sae"], result["delta_ce"], result["kl"]),
+        ("mean ablation", result["ce_mean"], result["ce_mean"] - result["ce_clean"], result["kl_mean"]),
+        ("zero ablation", result["ce_zero"], result["ce_zero"] - result["ce_clean"], result["kl_zero"]),
     ]
     return [
-        f"run {found['run_id']}, store {found['store_id']}: {found['site']}, {found['architecture']}, "
-        f"{found['n_features']:,} features",
-        f"{found['heldout_rows']:,} held-out rows",
+        f"run {result['run_id']}, store {result['store_id']}: {result['site']}, {result['architecture']}, "
+        f"{result['n_features']:,} features",
+        f"{result['heldout_rows']:,} held-out rows",
         *(f"  {name:<27} {figure}" for name, figure in figures.items()),
-        f"{found['text_tokens']:,} held-out tokens; replaced are {found['text_positions_replaced']:,} of "
-        f"{found['text_positions']:,} positions: {found['positions']}",
+        f"{result['text_tokens']:,} held-out tokens; replaced are {result['text_positions_replaced']:,} of "
+        f"{result['text_positions']:,} positions: {result['positions']}",
         f"  {'in nats':<27} {'CE':>9}{'ΔCE':>9}{'KL':>9}",
         *(f"  {name:<27} {ce:>9.4f}{_shown(delta, 9, '+')}{_shown(kl, 9)}".rstrip() for name, ce, delta, kl in text),
-        f"  {'CE-loss score':<27} {_shown(found['ce_loss_score'], 9)}    (mean ablation: "
-        f"{_shown(found['ce_loss_score_mean'])})",
-        f"  {'KL score':<27} {_shown(found['kl_score'], 9)}",
-        f"saved: {found['saved'] or 'no, the folder of the run cannot be written to'}",
+        f"  {'CE-loss score':<27} {_shown(result['ce_loss_score'], 9)}    (mean ablation: "
+        f"{_shown(result['ce_loss_score_mean'])})",
+        f"  {'KL score':<27} {_shown(result['kl_score'], 9)}",
+        f"saved: {result['saved'] or 'no, the folder of the run cannot be written to'}",
     ]
 
 

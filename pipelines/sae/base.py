@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from actstore.errors import InputError
-from pipelines.sae import select
-from pipelines.sae.sparse import Active, Decode, Preactivation
+from pipelines.sae import active_features
+from pipelines.sae.sparse_operators import Active, Decode, Preactivation
 
 EPSILON = 1e-12
 LEVEL_ROWS = 8192
@@ -175,7 +175,7 @@ class Sae(nn.Module, ABC):
             return dense[active.rows, active.features], active
         with torch.no_grad():
             centred = x - self.b_dec
-            active, pre = select.above(centred, self.W_enc, bias, floor, fast=kernel == "sparse")
+            active, pre = active_features.above(centred, self.W_enc, bias, floor, fast=kernel == "sparse")
         return Preactivation.apply(pre, centred, self.W_enc, bias, self.b_dec, active), active
 
     def encode(self, x: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:

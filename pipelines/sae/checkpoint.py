@@ -16,7 +16,7 @@ from actstore.files import content_hash, object_entry, publish_json, read_json
 from actstore.reader import ActivationStore
 from pipelines.sae.architectures.registry import make
 from pipelines.sae.base import Sae
-from pipelines.sae.tensors import publish_tensors
+from pipelines.sae.tensor_file import publish_tensors
 
 RUN_VERSION = 2
 RECORD, WEIGHTS = "run.json", "sae.safetensors"

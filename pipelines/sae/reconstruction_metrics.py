@@ -38,8 +38,8 @@ class RowMetrics:
     >>> metrics = RowMetrics.empty(2, 3)
     >>> rows, reconstructions = torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([[1.0, 0.0], [2.0, 0.0]])
     >>> metrics.update(rows, reconstructions, torch.tensor([0, 2, 2]))
-    >>> found = metrics.finalize()
-    >>> found["fve"], found["l0"], found["dead_features"]
+    >>> figures = metrics.finalize()
+    >>> figures["fve"], figures["l0"], figures["dead_features"]
     (0.5, 1.5, 1)
     """
 
@@ -102,7 +102,7 @@ class RowMetrics:
         if not self.variance:
             raise InputError(f"{self.n_rows} rows that do not vary: no share of their variance can be explained.")
         n, directed = self.n_rows, max(self.n_directed, 1)
-        found: dict[str, Any] = {
+        figures: dict[str, Any] = {
             "fve": 1.0 - self.squared_error / n / self.variance,
             "mse": self.squared_error / n / len(self.total),
             "l0": self.n_codes / n,
@@ -111,9 +111,9 @@ class RowMetrics:
             "relative_reconstruction_bias": self.squared_norm_out / self.product if self.product else None,
         }
         if not (n_features := len(self.firings)):
-            return found
+            return figures
         n_dead, n_dense = int((self.firings == 0).sum()), int((self.firings > DENSE * n).sum())
-        return found | {
+        return figures | {
             "dead_features": n_dead,
             "dead_share": n_dead / n_features,
             "dense_features": n_dense,

@@ -83,9 +83,9 @@ class SparseAutoencoder(nn.Module):
         """One with a copy of the weights of a `TopKSae`. Raises InputError for another architecture."""
         if not isinstance(sae, TopKSae):
             raise InputError(f"architecture {sae.architecture}: the textbook's is topk; use the SAE as it is.")
-        found = cls(sae.d_model, sae.n_features, sae.k).to(sae.b_dec)
-        found._take(sae)
-        return found
+        own = cls(sae.d_model, sae.n_features, sae.k).to(sae.b_dec)
+        own._take(sae)
+        return own
 
     @torch.no_grad()
     def _take(self, sae: TopKSae) -> None:

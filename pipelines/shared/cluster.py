@@ -159,10 +159,10 @@ def share(client: Any, value: Any) -> Any:
     import dask
 
     with dask.config.set({"distributed.admin.large-graph-warning-threshold": sys.maxsize}):
-        return client.submit(_Kept(value), key=f"share-{uuid4()}")
+        return client.submit(_Carried(value), key=f"share-{uuid4()}")
 
 
-class _Kept:
+class _Carried:
     """A value for Dask to carry without looking into it."""
 
     def __init__(self, value: Any) -> None:
@@ -194,8 +194,8 @@ def reduce_tasks(
     The tree depends on the number of tasks alone, so that floating-point sums do not depend on the cluster either. It
     is submitted depth first: a merge goes before the tasks after it, and few results wait in memory for another.
     """
-    (found,) = reduce_groups(client, label, function, merge, None, [tasks], [()])
-    return found
+    (root,) = reduce_groups(client, label, function, merge, None, [tasks], [()])
+    return root
 
 
 def reduce_groups(

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its type when it has none."""

@@ -67,7 +67,7 @@ def stdlib_files(root: Path | None = None) -> list[StdlibFile]:
     library = Path(sysconfig.get_path("stdlib")) if root is None else root
     if not library.is_dir():
         raise FileNotFoundError(f"standard library folder {library} does not exist; use a Python installed with its sources")
-    found = []
+    files = []
     for path in library.rglob("*.py"):
         relative = path.relative_to(library)
         folders = relative.parts[:-1]
@@ -77,5 +77,5 @@ def stdlib_files(root: Path | None = None) -> list[StdlibFile]:
             continue
         name = module_name(relative)
         if path.stat().st_size > 0 and not is_machine_made(name, path):
-            found.append(StdlibFile(name=name, package=relative.with_suffix("").parts[0], path=path))
-    return sorted(found, key=lambda file: file.name)
+            files.append(StdlibFile(name=name, package=relative.with_suffix("").parts[0], path=path))
+    return sorted(files, key=lambda file: file.name)

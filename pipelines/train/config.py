@@ -1,4 +1,4 @@
-"""What a training is asked for, and which of it a run is known by."""
+"""What a training is asked for, and the options that identify a run."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class TrainConfig:
 
 
 def recorded(config: TrainConfig) -> dict[str, Any]:
-    """The options that a run or a state is known by."""
+    """The options that identify a run or a saved state."""
     values = {name: value for name, value in asdict(config).items() if name not in NOT_RECORDED}
     return {**values, "store": str(config.store)}
 

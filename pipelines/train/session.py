@@ -20,12 +20,13 @@ from actstore.reader import ActivationStore
 from actstore.stream import BatchStream
 from pipelines.sae.base import Sae
 from pipelines.sae.checkpoint import RunRecord, save_run
+from pipelines.sae.row_sample import SAMPLE_ROWS, sample_rows, usual_code_width
 from pipelines.shared.progress import Tracker, track
 from pipelines.train.config import TrainConfig, recorded, require_same
 from pipelines.train.log import MetricsLog
+from pipelines.train.new_trainee import Samples, new_trainee
 from pipelines.train.ranks import Ranks
-from pipelines.train.start import MEDIAN_ROWS, Samples, new_trainee, sample_rows
-from pipelines.train.state import Saved, save_state
+from pipelines.train.saved_state import Saved, save_state
 from pipelines.train.stopping import Stop
 from pipelines.train.trainee import Trainee
 
@@ -253,7 +254,7 @@ class Session:
             d_model=sae.d_model,
             n_features=sae.n_features,
             k=sae.k,
-            code_width=sae.code_width or _code_width(sae, self.store, site, config.seed, self.device),
+            code_width=sae.code_width or self._usual_width(sae, site, config.seed),
             site=site,
             store_id=self.store.store_id,
             snapshot=self.store.snapshot,
@@ -274,14 +275,10 @@ class Session:
             record = save_run(config.out, sae, record)
         return {"run": str(config.out), "run_id": record.run_id, **asdict(record)}
 
-
-@torch.no_grad()
-def _code_width(sae: Sae, store: ActivationStore, site: str, seed: int, device: str) -> int:
-    """How many codes of a row are kept where the architecture leaves that open: a quarter more than all but one row in
-    a thousand of a sample have."""
-    rows = torch.from_numpy(sample_rows(store, site, MEDIAN_ROWS, seed)).to(device)
-    counts = torch.cat([sae.codes(part).active.counts for part in rows.split(4096)])
-    return min(sae.n_features, max(1, math.ceil(1.25 * float(torch.quantile(counts.double(), 0.999)))))
+    def _usual_width(self, sae: Sae, site: str, seed: int) -> int:
+        """The width of codes that a sample of the site's rows needs."""
+        rows = torch.from_numpy(sample_rows(self.store, site, SAMPLE_ROWS, seed))
+        return usual_code_width(sae, rows.to(self.device))
 
 
 def _with_start(history: list[list[int]], rows_seen: int, n_ranks: int) -> list[list[int]]:

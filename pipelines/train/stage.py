@@ -15,12 +15,12 @@ from actstore.errors import InputError, OutputExists
 from pipelines.compute.freed_memory import keep_freed_memory
 from pipelines.models.load import choose_device
 from pipelines.sae.checkpoint import RECORD, WEIGHTS
-from pipelines.sae.tensors import making
+from pipelines.sae.tensor_file import making
 from pipelines.train.config import OWN, TrainConfig
 from pipelines.train.log import METRICS
 from pipelines.train.ranks import device_of_rank, is_first_process, ranks_of_environment
+from pipelines.train.saved_state import STATE, discard_state, load_state
 from pipelines.train.session import Session
-from pipelines.train.state import STATE, discard_state, load_state
 from pipelines.train.stopping import stop_when_asked
 
 
@@ -29,9 +29,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Raises what `train_together` raises.
     """
-    found = train_together([config], config.out)[0]
+    record = train_together([config], config.out)[0]
     finish(config.out)
-    return found
+    return record
 
 
 def train_together(configs: Sequence[TrainConfig], out: Path) -> list[dict[str, Any]]:

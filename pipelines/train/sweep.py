@@ -89,15 +89,15 @@ def _named(config: TrainConfig) -> dict[str, Any]:
     return {"run": config.out.name, **{name: getattr(config, name) for name in SWEPT}}
 
 
-def compared_figures(configs: list[TrainConfig], found: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+def compared_figures(configs: list[TrainConfig], results: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
     """What the runs are compared on, and each one's FVE, L0 and share of dead features there.
 
     On held-out rows, dead is to fire in none of them; in training, not to have fired for long. All runs are compared on
     the same: by the batch if the held-out rows of any site are none, or do not vary. The figures of training are there in
     any case, under names of their own.
     """
-    training = [{f"training_{name}": result["metrics"][name] for name in COMPARED} for result in found]
-    store = ActivationStore(configs[0].store, snapshot=found[0]["snapshot"])
+    training = [{f"training_{name}": result["metrics"][name] for name in COMPARED} for result in results]
+    store = ActivationStore(configs[0].store, snapshot=results[0]["snapshot"])
     with suppress(InputError):
         figures = []
         for config, own in zip(configs, training, strict=True):

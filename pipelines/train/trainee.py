@@ -19,7 +19,7 @@ RECIPES = ("standard", "textbook")
 AUXK = 1 / 32
 DEAD_AFTER_ROWS = 10_000_000
 REPORTED_SHARE, REVIVED_SHARE = 10, 100
-"""Of a run's rows, at most one in so many pass before a silent feature is called dead, and before it is helped."""
+"""A silent feature is reported dead after 1/10 of the run's rows; its revival starts after 1/100."""
 FIRINGS_EXPECTED = 50
 
 
@@ -163,7 +163,7 @@ class Trainee:
     def metrics(self, x: Tensor, losses: Losses) -> dict[str, float]:
         """One line of the log, of the step just made; FVE is of its batch, 1 − E‖x−x̂‖² / E‖x−mean x‖²."""
         error = losses.reconstruction - x
-        found = {
+        figures = {
             "rows": self.rows_seen,
             "loss": float(losses.total.detach()),
             **{name: float(term.detach()) for name, term in losses.terms.items()},
@@ -173,17 +173,17 @@ class Trainee:
             "lr": self.recipe.lr_at(self.n_steps - 1),
         }
         if self.recipe.pooled_fve:
-            found["fve_pooled"] = 1.0 - float(error.var() / x.var())
-        return found
+            figures["fve_pooled"] = 1.0 - float(error.var() / x.var())
+        return figures
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a continued training needs, as named tensors; `load` takes them back."""
-        found = {f"sae/{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        tensors = {f"sae/{name}": tensor for name, tensor in self.sae.state_dict().items()}
         for name, parameter in self.sae.named_parameters():
             for key, value in self.optimiser.state[parameter].items():
-                found[f"adam/{name}/{key}"] = value
-        found["last_fired"] = self.last_fired
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+                tensors[f"adam/{name}/{key}"] = value
+        tensors["last_fired"] = self.last_fired
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     def counts(self) -> dict[str, int]:
         return {"n_steps": self.n_steps, "rows_seen": self.rows_seen}

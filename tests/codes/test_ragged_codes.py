@@ -18,7 +18,7 @@ from pipelines.sae.architectures.relu import ReluSae
 from pipelines.sae.architectures.topk import TopKSae
 from pipelines.sae.base import Objective
 from pipelines.sae.checkpoint import load_run, save_run
-from pipelines.sae.sparse import Active
+from pipelines.sae.sparse_operators import Active
 from pipelines.train.config import TrainConfig
 from pipelines.train.stage import train
 from pipelines.train.trainee import Recipe, Trainee

@@ -38,6 +38,8 @@ CONFIGS = {
     "attribute": "pipelines.causal.attribute.stage.AttributeConfig",
     "patch": "pipelines.causal.patch.stage.PatchConfig",
     "report": "pipelines.report.stage.ReportConfig",
+    "export": "pipelines.exchange.stage.ExportConfig",
+    "import": "pipelines.exchange.stage.ImportConfig",
     "ablate": "pipelines.causal.ablate.stage.AblateConfig",
     "steer": "pipelines.causal.steer.stage.SteerConfig",
     "effects": "pipelines.causal.effects.stage.EffectsConfig",

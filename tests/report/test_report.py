@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from actstore.errors import DamagedStore, InputError, NotAStore, OutputExists
 from pipelines.analysis.arrays import create_arrays
 from pipelines.analysis.reader import ANALYSIS_VERSION, Analysis
-from pipelines.report import stage as page
 from pipelines.report.stage import ReportConfig, report
+from pipelines.report.views import explorer, frequency
 from pipelines.statistics import frequency_bands
 
 HOSTILE = "</script><img src=x onerror=document.documentElement.dataset.owned=1>"
@@ -182,10 +182,10 @@ def test_the_bands_sum_to_the_number_of_features(analysis: Analysis) -> None:
 
 
 def test_the_histogram_counts_each_live_feature_once() -> None:
-    density = page.frequency_density(FIRES, N_ROWS)
+    density = frequency.frequency_density(FIRES, N_ROWS)
     assert sum(density["counts"]) == (FIRES > 0).sum()
     assert density["decades"] == [-3, -2, -1, 0]
-    assert sum(page.frequency_density(np.zeros(4, np.int64), N_ROWS)["counts"]) == 0
+    assert sum(frequency.frequency_density(np.zeros(4, np.int64), N_ROWS)["counts"]) == 0
 
 
 def test_no_text_can_leave_its_place(analysis: Analysis) -> None:
@@ -219,7 +219,7 @@ def test_damaged_findings_are_named(analysis: Analysis, findings: str) -> None:
 
 
 def test_only_the_most_frequent_features_keep_their_details(analysis: Analysis, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "DETAILED_FEATURES", 3)
+    monkeypatch.setattr(explorer, "DETAILED_FEATURES", 3)
     html = made(analysis, examples=2)
     assert list(html.data["details"]) == ["0", "1", "2"]
     assert len(html.data["fires"]) == N_FEATURES

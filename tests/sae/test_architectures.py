@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from actstore.errors import InputError
+from pipelines.sae.active_features import batch_top_k
 from pipelines.sae.architectures import jumprelu
 from pipelines.sae.architectures.batchtopk import BatchTopKSae
 from pipelines.sae.architectures.gated import GatedSae
@@ -20,8 +21,7 @@ from pipelines.sae.architectures.matryoshka import MatryoshkaSae
 from pipelines.sae.architectures.registry import architectures, make
 from pipelines.sae.base import Objective, Sae
 from pipelines.sae.kernels import KERNELS
-from pipelines.sae.select import batch_top_k
-from pipelines.sae.sparse import Active
+from pipelines.sae.sparse_operators import Active
 
 D_MODEL, N_FEATURES, K, N_ROWS = 12, 48, 5, 64
 NAMES = sorted(architectures())

@@ -16,7 +16,7 @@ from actstore.reader import ActivationStore
 from pipelines.sae.base import Codes, Sae
 from pipelines.sae.checkpoint import load_run
 from pipelines.sae.reconstruction_metrics import RowMetrics, density_histogram, heldout_metrics, heldout_rows
-from pipelines.sae.sparse import Active
+from pipelines.sae.sparse_operators import Active
 
 D_MODEL, N_FEATURES = 5, 9
 SITE = "resid_post.2"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from actstore.errors import InputError
 from pipelines.sae.architectures.topk import TopKSae
-from pipelines.sae.median import geometric_median
+from pipelines.sae.geometric_median import geometric_median
 
 D_MODEL, N_FEATURES, N_ROWS = 12, 40, 64
 

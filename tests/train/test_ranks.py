@@ -18,9 +18,9 @@ from actstore.stream import BatchStream
 from pipelines.sae.checkpoint import load_run
 from pipelines.train.config import TrainConfig
 from pipelines.train.log import METRICS
+from pipelines.train.new_trainee import Samples, new_trainee
 from pipelines.train.ranks import Ranks
-from pipelines.train.start import Samples, new_trainee
-from pipelines.train.state import load_state
+from pipelines.train.saved_state import load_state
 from pipelines.train.trainee import Trainee
 
 SITE, BATCH, N_STEPS = "resid_post.0", 256, 20
@@ -32,7 +32,7 @@ from actstore.reader import ActivationStore
 from actstore.stream import BatchStream
 from pipelines.train.ranks import ranks_of_environment
 from tests.train.test_ranks import BATCH, N_STEPS, SITE, config_of, first_steps
-from pipelines.train.start import Samples, new_trainee
+from pipelines.train.new_trainee import Samples, new_trainee
 
 store, out = sys.argv[1:]
 with ranks_of_environment("cpu") as ranks:

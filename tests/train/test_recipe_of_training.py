@@ -15,7 +15,7 @@ from pipelines.sae.architectures.registry import architectures, make
 from pipelines.sae.base import Objective, dead_loss
 from pipelines.stores.made.recovery import cosine_matrix, recall
 from pipelines.stores.made.synthetic import Superposition
-from pipelines.train import state
+from pipelines.train import saved_state
 from pipelines.train.trainee import AUXK, Recipe, Trainee
 
 D, F, K, LR = 16, 48, 6, 1e-3
@@ -89,9 +89,9 @@ def test_features_that_died_are_led_to_true_features_that_were_missing() -> None
 def test_a_training_saved_by_another_recipe_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = [{"sae/b_dec": torch.zeros(D)}]
     with monkeypatch.context() as earlier:
-        earlier.setattr(state, "STATE_VERSION", 2)
-        state.save_state(tmp_path, tensors, {})
+        earlier.setattr(saved_state, "STATE_VERSION", 2)
+        saved_state.save_state(tmp_path, tensors, {})
     with pytest.raises(DamagedStore, match=r"version 2, this actstore trains by version 3\); move it away"):
-        state.load_state(tmp_path)
-    state.save_state(tmp_path, tensors, {})
-    assert state.load_state(tmp_path) is not None
+        saved_state.load_state(tmp_path)
+    saved_state.save_state(tmp_path, tensors, {})
+    assert saved_state.load_state(tmp_path) is not None

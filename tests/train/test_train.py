@@ -22,11 +22,11 @@ from pipelines.sae import checkpoint
 from pipelines.sae.architectures.topk import TopKSae
 from pipelines.sae.base import Codes, Losses
 from pipelines.sae.checkpoint import RECORD, WEIGHTS, RunRecord, load_run, save_run
+from pipelines.sae.row_sample import sample_rows
 from pipelines.train import trainee
 from pipelines.train.config import TrainConfig
 from pipelines.train.log import METRICS
 from pipelines.train.stage import train
-from pipelines.train.start import sample_rows
 from pipelines.train.trainee import Trainee
 
 D_MODEL, N_DOCUMENTS, DOCUMENT_TOKENS = 16, 60, 40

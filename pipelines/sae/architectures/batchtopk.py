@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipelines.sae import select
+from pipelines.sae import active_features
 from pipelines.sae.architectures.topk import TopKSae
 from pipelines.sae.base import Codes
-from pipelines.sae.sparse import Active
+from pipelines.sae.sparse_operators import Active
 
 MEMORY = 0.95
 """What of the threshold a batch leaves: it is an average over about the last twenty."""
@@ -40,7 +40,7 @@ class BatchTopKSae(TopKSae):
         return Codes(*self.preactivations_above(x, self.b_enc, self.threshold, kernel))
 
     def search(self, centred: Tensor, *, fast: bool) -> tuple[Active, Tensor]:
-        return select.batch_top_k(centred, self.W_enc, self.b_enc, self.k, fast=fast)
+        return active_features.batch_top_k(centred, self.W_enc, self.b_enc, self.k, fast=fast)
 
     def largest(self, pre: Tensor) -> Active:
         top = torch.topk(pre.flatten(), self.k * len(pre), sorted=False).indices

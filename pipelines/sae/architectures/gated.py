@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pipelines.sae.architectures.penalised import PenalisedSae
 from pipelines.sae.base import Codes, Losses, Objective, decoded
+from pipelines.sae.l1_penalised import PenalisedSae
 
 
 class GatedSae(PenalisedSae):

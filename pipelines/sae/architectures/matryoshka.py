@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipelines.sae.architectures.batchtopk import BatchTopKSae
 from pipelines.sae.base import Codes, Losses, Objective, decoded
-from pipelines.sae.sparse import Active
+from pipelines.sae.sparse_operators import Active
 
 
 class MatryoshkaSae(BatchTopKSae):

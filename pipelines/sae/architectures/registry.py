@@ -19,12 +19,11 @@ def architectures() -> dict[str, type[Sae]]:
     >>> architectures()["topk"].__name__
     'TopKSae'
     """
-    modules = [
-        import_module(f"{pipelines.sae.architectures.__name__}.{module.name}")
-        for module in pkgutil.iter_modules(pipelines.sae.architectures.__path__)
-    ]
-    classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
-    return {c.architecture: c for c in classes if issubclass(c, Sae) and not isabstract(c) and "architecture" in vars(c)}
+    package = pipelines.sae.architectures
+    modules = [import_module(f"{package.__name__}.{module.name}") for module in pkgutil.iter_modules(package.__path__)]
+    values = [value for module in modules for value in vars(module).values()]
+    classes = [value for value in values if isinstance(value, type) and issubclass(value, Sae)]
+    return {own.architecture: own for own in classes if not isabstract(own) and "architecture" in vars(own)}
 
 
 def make(name: str, d_model: int, n_features: int, k: int, *, seed: int = 0) -> Sae:
@@ -33,7 +32,7 @@ def make(name: str, d_model: int, n_features: int, k: int, *, seed: int = 0) -> 
     >>> make("topk", 4, 8, 2).architecture
     'topk'
     """
-    found = architectures()
-    if name not in found:
-        raise InputError(f"architecture {name!r}: there is none of that name; choose one of {', '.join(sorted(found))}.")
-    return found[name](d_model, n_features, k, seed=seed)
+    known = architectures()
+    if name not in known:
+        raise InputError(f"architecture {name!r}: there is none of that name; choose one of {', '.join(sorted(known))}.")
+    return known[name](d_model, n_features, k, seed=seed)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipelines.sae.architectures.penalised import PenalisedSae
 from pipelines.sae.base import Codes
+from pipelines.sae.l1_penalised import PenalisedSae
 
 
 class ReluSae(PenalisedSae):

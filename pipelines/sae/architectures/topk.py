@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipelines.sae import select
+from pipelines.sae import active_features
 from pipelines.sae.base import Codes, Sae
-from pipelines.sae.sparse import Active, Preactivation
+from pipelines.sae.sparse_operators import Active, Preactivation
 
 
 class TopKSae(Sae):
@@ -24,7 +24,7 @@ class TopKSae(Sae):
 
     def search(self, centred: Tensor, *, fast: bool) -> tuple[Active, Tensor]:
         """Which features are active in rows x − b_dec (n, d), and their pre-activations (nnz,), without gradients."""
-        return select.top_k(centred, self.W_enc, self.b_enc, self.k, fast=fast)
+        return active_features.top_k(centred, self.W_enc, self.b_enc, self.k, fast=fast)
 
     def largest(self, pre: Tensor) -> Active:
         """Which of all pre-activations (n, F) are active."""

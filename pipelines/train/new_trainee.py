@@ -1,4 +1,4 @@
-"""Where the training of an SAE starts: its shape, its rates, the scale of its rows, its first weights."""
+"""An SAE at the start of its training: its shape, its rates, the scale of its rows, its first weights."""
 
 from __future__ import annotations
 
@@ -7,32 +7,29 @@ import math
 import numpy as np
 import torch
 
-from actstore import paths
 from actstore.errors import InputError
-from actstore.plan import SAMPLE, permutation
 from actstore.reader import ActivationStore
 from pipelines.sae.architectures.registry import make
 from pipelines.sae.base import Objective
+from pipelines.sae.geometric_median import geometric_median
 from pipelines.sae.kernels import choose_kernel
-from pipelines.sae.median import geometric_median
+from pipelines.sae.row_sample import SAMPLE_ROWS, sample_rows
 from pipelines.train.config import TrainConfig
 from pipelines.train.ranks import Ranks
 from pipelines.train.trainee import Recipe, Trainee
 
-MEDIAN_ROWS = 32_768
-
 
 class Samples:
-    """Rows of each site that starts are taken from, and their geometric median, read once for all SAEs."""
+    """Sample rows of each site and their geometric median, read once for all SAEs that start from them."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._of_site: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def of(self, store: ActivationStore, site: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if (site, seed) not in self._found:
-            rows = torch.from_numpy(sample_rows(store, site, MEDIAN_ROWS, seed))
-            self._found[site, seed] = rows, geometric_median(rows)
-        return self._found[site, seed]
+        if (site, seed) not in self._of_site:
+            rows = torch.from_numpy(sample_rows(store, site, SAMPLE_ROWS, seed))
+            self._of_site[site, seed] = rows, geometric_median(rows)
+        return self._of_site[site, seed]
 
 
 def new_trainee(
@@ -95,14 +92,3 @@ def input_scale(store: ActivationStore, site: str) -> float:
     if variance <= 0:
         raise InputError(f"{store.url}: the rows of {site} are all the same; there is nothing to train on.")
     return 1.0 / math.sqrt(variance)
-
-
-def sample_rows(store: ActivationStore, site: str, n_rows: int, seed: int) -> np.ndarray:
-    """About `n_rows` training rows (n, d_model) from whole chunks all over the store; all of them if there are fewer."""
-    chunks = [(shard, chunk) for shard in store.shards() for chunk in range(shard.n_chunks)]
-    found: list[np.ndarray] = []
-    for index in permutation(len(chunks), seed, SAMPLE):
-        if sum(map(len, found)) >= n_rows:
-            break
-        found.append(store.read_chunk(chunks[index][0], paths.acts(site), chunks[index][1]))
-    return np.concatenate(found)[:n_rows]

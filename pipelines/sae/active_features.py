@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipelines.compute.cpu_products import product
-from pipelines.sae.sparse import Active, sampled_product
+from pipelines.sae.sparse_operators import Active, sampled_product
 
 BLOCK_ROWS = 512
 """Of a bfloat16 product; of float32, half as many, which are as many bytes."""
@@ -80,13 +80,13 @@ def batch_top_k(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, fast: bool) 
 def above(x: Tensor, weight: Tensor, bias: Tensor, floor: Tensor, *, fast: bool) -> tuple[Active, Tensor]:
     """Where x · weightᵀ + bias exceeds `floor`, (F,) or one for all, and the values (nnz,)."""
     lowest = floor - ROUNDING * (floor.abs() + bias.abs()) if fast else floor
-    found, values = [], []
+    parts, values = [], []
     for block in _preactivations(x, weight, bias, fast=fast):
         mask = block > lowest
-        found.append(Active.of_mask(mask))
+        parts.append(Active.of_mask(mask))
         if not fast:
             values.append(block[mask])
-    active = Active.of_blocks(found)
+    active = Active.of_blocks(parts)
     if not fast:
         return active, torch.cat(values)
     scores = sampled_product(x, weight, active) + bias[active.features]
@@ -96,11 +96,11 @@ def above(x: Tensor, weight: Tensor, bias: Tensor, floor: Tensor, *, fast: bool)
 
 def row_search(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, fast: bool) -> tuple[Tensor, Tensor]:
     """(n, k) the largest x · weightᵀ + bias of each row and their features, in no order; with `fast` in bfloat16."""
-    values, found = [], []
+    values, features = [], []
     for block in _preactivations(x, weight, bias, fast=fast):
-        found.append(_strongest(block, k))
-        values.append(block.gather(1, found[-1]))
-    return torch.cat(values), torch.cat(found)
+        features.append(_strongest(block, k))
+        values.append(block.gather(1, features[-1]))
+    return torch.cat(values), torch.cat(features)
 
 
 def _preactivations(x: Tensor, weight: Tensor, bias: Tensor, *, fast: bool) -> Iterator[Tensor]:

@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from actstore.errors import DamagedStore
-from pipelines.sae.tensors import making, publish_tensors
+from pipelines.sae.tensor_file import making, publish_tensors
 
 STATE = "training.safetensors"
 STATE_VERSION = 3
-"""Of the file and of the recipe: a training goes on as it began, or not at all."""
+"""The version of file and recipe; other versions are refused."""
 Saved = tuple[list[dict[str, Tensor]], dict[str, Any]]
 """The tensors of every SAE, and what else the training needs."""
 
