@@ -1,0 +1,1 @@
+"""In: a command line. Out: one configuration, one stage called, its result printed."""
