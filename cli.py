@@ -59,7 +59,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Exchange": {},
 }
-"""Heading -> command -> its module in `pipelines/commands/` and its line in the help. A heading without a row is not shown."""
+"""Heading -> command -> (its module in `pipelines/commands/`, its line in the help). An empty heading is not shown."""
 MODULES = {name: module for rows in COMMANDS.values() for name, (module, _) in rows.items()}
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 

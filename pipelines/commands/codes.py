@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from pipelines.commands.lines import analysis_lines, encode_lines
 from pipelines.commands.options import (
     JSON_OPTION,
     RUN_ARGUMENT,
@@ -15,7 +16,7 @@ from pipelines.commands.options import (
     STORE_OUT_OPTION,
     WORKERS_OPTION,
 )
-from pipelines.commands.output import announced, key_lines, show
+from pipelines.commands.output import announced, show
 
 
 @click.command()
@@ -43,7 +44,7 @@ def encode(as_json: bool, **options: Any) -> None:
     from pipelines.codes.stage import EncodeConfig
     from pipelines.codes.stage import encode as stage
 
-    show(stage(announced("encode", EncodeConfig(**options))), as_json, key_lines)
+    show(stage(announced("encode", EncodeConfig(**options))), as_json, encode_lines)
 
 
 @click.command()
@@ -88,4 +89,5 @@ def analyze(sources: tuple[str, ...], as_json: bool, **options: Any) -> None:
         codes = f"{options['out'].rstrip('/')}.codes"
         where = {name: options[name] for name in ("workers", "scheduler")}
         encode_stage(announced("encode", EncodeConfig(store=sources[0], run=Path(sources[1]), out=codes, **where)))
-    show(stage(announced("analyze", AnalyzeConfig(codes=codes, **options))), as_json, key_lines)
+    record = stage(announced("analyze", AnalyzeConfig(codes=codes, **options)))
+    show({"path": options["out"], **record}, as_json, analysis_lines)

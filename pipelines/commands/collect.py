@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
+from pipelines.commands.lines import collect_lines, estimate_lines
 from pipelines.commands.options import JSON_OPTION, collect_options
-from pipelines.commands.output import announced, key_lines, show
+from pipelines.commands.output import announced, show
 
 
 @click.command()
@@ -28,7 +29,8 @@ def collect(as_json: bool, resume: bool, **options: Any) -> None:
 
     if resume and not open_place(options["out"]).entries():
         raise NotAStore(f"{options['out']}: nothing to resume; leave --resume out to begin a new store.")
-    show(stage(announced("collect", CollectConfig(**options))), as_json, key_lines)
+    result = stage(announced("collect", CollectConfig(**options)))
+    show(result | device_here(options), as_json, collect_lines)
 
 
 @click.command()
@@ -43,5 +45,14 @@ def estimate(as_json: bool, **options: Any) -> None:
     """
     from pipelines.collect.config import CollectConfig
     from pipelines.collect.estimate import estimate as stage
+    from pipelines.models.load import choose_device
 
-    show(stage(announced("estimate", CollectConfig(**options))), as_json, key_lines)
+    result = stage(announced("estimate", CollectConfig(**options)))
+    show(result | {"device": choose_device(options["device"])}, as_json, estimate_lines)
+
+
+def device_here(options: dict[str, Any]) -> dict[str, str]:
+    """The device that `--device` became; nothing where workers choose, each its own."""
+    from pipelines.models.load import choose_device
+
+    return {} if options["workers"] or options["scheduler"] else {"device": choose_device(options["device"])}

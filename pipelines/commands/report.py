@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
+from pipelines.commands.lines import report_lines
 from pipelines.commands.options import JSON_OPTION, OUT_OPTION
-from pipelines.commands.output import announced, key_lines, show
+from pipelines.commands.output import announced, show
 
 
 @click.command()
@@ -25,4 +26,4 @@ def report(as_json: bool, **options: Any) -> None:
     from pipelines.report.stage import ReportConfig
     from pipelines.report.stage import report as stage
 
-    show(stage(announced("report", ReportConfig(**options))), as_json, key_lines)
+    show(stage(announced("report", ReportConfig(**options))), as_json, report_lines)

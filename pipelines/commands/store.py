@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from pipelines.commands.lines import info_lines, recode_lines, repair_lines
 from pipelines.commands.options import JSON_OPTION, LEVEL_OPTION, STORE_ARGUMENT, STORE_OUT_OPTION
 from pipelines.commands.output import announced, key_lines, show
 
@@ -27,50 +28,28 @@ def ls(folder: Path, as_json: bool) -> None:
 
 
 @click.command()
-@STORE_ARGUMENT
-@click.option("--row", type=int, help="Instead: the token, document and text behind a row of the training split.")
+@click.argument("path")
+@click.option(
+    "--row", type=int, help="Instead, for a store: the token, document and text behind a row of the training split."
+)
 @JSON_OPTION
-def info(store: str, row: int | None, as_json: bool) -> None:
-    """What a store of activations or codes is, where it came from, and how large it is.
+def info(path: str, row: int | None, as_json: bool) -> None:
+    """What a store, a run, codes, an analysis or a sweep is, what it was made from, its size and main figures.
 
     \b
     Example:
       actstore info gpt2.store
+      actstore info run
       actstore info gpt2.store --row 123456
     """
     if row is not None:
         from pipelines.text.row_text import describe_row
 
-        show(describe_row(store, row), as_json, key_lines)
+        show(describe_row(path, row), as_json, key_lines)
         return
-    from actstore.reader import Store
+    from pipelines.stores.facts import facts
 
-    opened = Store(store, partial=True)
-    manifest = opened.manifest
-    planned = sum(record.layout.n_shards for segment in opened.segments for record in segment.parts.values())
-    committed = sum(len(opened.shards(part)) for part in ("train", "heldout"))
-    rows = {part: opened.n_rows(part) for part in ("train", "heldout")}
-    tokens = sum(segment.n_tokens for segment in opened.segments)
-    values = {
-        "store_id": opened.store_id,
-        "snapshot": opened.snapshot,
-        "kind": manifest.kind,
-        "model": manifest.provenance.get("model"),
-        "weights": manifest.model.weights_sha256[:16],
-        "corpus": manifest.corpus.spec,
-        "tokens": tokens,
-        "rows": rows,
-        "shards_committed": committed,
-        "shards_planned": planned,
-        "arrays": {array.name: f"{array.width or 1} x {array.encoding} ({array.dtype})" for array in manifest.arrays},
-        "context": manifest.policy.context,
-        "compute_dtype": manifest.compute_dtype,
-        "seed": manifest.seed,
-        "disk_bytes": opened.disk_bytes,
-        "disk_bytes_per_million_tokens": round(opened.disk_bytes * 1e6 / max(tokens, 1)),
-        "source": manifest.source,
-    }
-    show(values, as_json, key_lines)
+    show(facts(path), as_json, info_lines)
 
 
 @click.command()
@@ -115,7 +94,7 @@ def repair(store: str, level: str, as_json: bool) -> None:
     """
     from pipelines.stores.care import repair as stage
 
-    show(stage(store, level), as_json, key_lines)
+    show(stage(store, level), as_json, repair_lines)
 
 
 @click.command()
@@ -133,4 +112,4 @@ def recode(as_json: bool, **options: Any) -> None:
     from pipelines.stores.care import RecodeConfig
     from pipelines.stores.care import recode as stage
 
-    show(stage(announced("recode", RecodeConfig(**options))), as_json, key_lines)
+    show(stage(announced("recode", RecodeConfig(**options))), as_json, recode_lines)

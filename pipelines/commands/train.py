@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import click
 
+from pipelines.commands.lines import train_lines
 from pipelines.commands.options import (
     DEVICE_OPTION,
     JSON_OPTION,
@@ -15,7 +17,7 @@ from pipelines.commands.options import (
     RUN_ARGUMENT,
     STORE_ARGUMENT,
 )
-from pipelines.commands.output import announced, key_lines, show, sole
+from pipelines.commands.output import announced, show, sole
 
 
 @click.command()
@@ -80,13 +82,20 @@ def train(as_json: bool, **options: Any) -> None:
       actstore train gpt2.store --out sweep --k 16 --k 32 --k 64 --seed 0 --seed 1
       torchrun --nproc-per-node 2 -m actstore train gpt2.store --out run
     """
+    from pipelines.models.load import choose_device
     from pipelines.train.ranks import is_first_process
     from pipelines.train.sweep import comparison_lines, grid, sweep
 
-    announced("train", SimpleNamespace(**{name: sole(options[name]) for name in vars(grid(options)[0])}))
-    found = sweep(options)
+    asked = {name: sole(options[name]) for name in vars(grid(options)[0])}
+    announced("train", SimpleNamespace(**asked), auto=("lr", "l1"))
+    started = time.monotonic()
+    result = sweep(options)
     if is_first_process():
-        show(found, as_json, lambda v: comparison_lines(v) if "runs" in v else key_lines(v))
+        result |= {"seconds": round(time.monotonic() - started, 1), "device": choose_device(options["device"])}
+        if "runs" in result:
+            show(result, as_json, comparison_lines)
+        else:
+            show({"path": options["out"], **result}, as_json, train_lines)
 
 
 @click.command()
