@@ -10,6 +10,9 @@ import click
 from pipelines.commands.options import DEVICE_OPTION, JSON_OPTION, MOVED_MODEL_OPTION, RUN_ARGUMENT
 from pipelines.commands.output import announced, show
 
+FIRINGS_SHOWN = 50
+"""Firings that a terminal shows unless told otherwise."""
+
 
 @click.command()
 @click.argument("analysis")
@@ -38,18 +41,31 @@ def features(analysis: str, sort: str, top: int, joint: bool, as_json: bool) -> 
 @click.argument("analysis")
 @click.argument("feature_id", type=int, metavar="ID")
 @click.option("--examples", default="top", show_default=True, help="top, strata (one of each fifth by strength) or random.")
+@click.option("--firings", is_flag=True, help="Instead: its firings over the whole corpus, strongest first.")
+@click.option("--top", type=click.IntRange(min=1), help=f"How many firings. Default: {FIRINGS_SHOWN}, with --json all.")
+@click.option("--codes", help="For --firings: where the analysis' code store is, if it was moved.")
 @JSON_OPTION
-def feature(analysis: str, feature_id: int, examples: str, as_json: bool) -> None:
+def feature(
+    analysis: str, feature_id: int, examples: str, firings: bool, top: int | None, codes: str | None, as_json: bool
+) -> None:
     """Show one feature: how often, how strongly and where it fires, on which tokens, with which others; examples.
 
     \b
     Example:
       actstore feature analysis 317
       actstore feature analysis 317 --examples strata
+      actstore feature analysis 317 --firings --top 200
     """
-    from pipelines.analysis.cards import feature_card, feature_lines
+    from pipelines.analysis.cards import feature_card, feature_lines, firings_lines
+    from pipelines.analysis.firings import feature_firings
     from pipelines.analysis.reader import Analysis
 
+    if firings:
+        limit = top if top or as_json else FIRINGS_SHOWN
+        show(feature_firings(Analysis(analysis), feature_id, codes, limit), as_json, firings_lines)
+        return
+    if top or codes:
+        raise click.UsageError("--top and --codes are for --firings.")
     show(feature_card(Analysis(analysis), feature_id, examples), as_json, feature_lines)
 
 

@@ -9,7 +9,7 @@ from actstore import paths
 from actstore.open_place import open_place
 from actstore.reader import Store
 from actstore.schema import PARTS
-from pipelines.analysis import reader as analysis
+from pipelines.analysis import record as analysis_record
 from pipelines.sae import run_record
 from pipelines.train import sweep_record
 
@@ -23,7 +23,7 @@ def facts(path: str | Path) -> dict[str, Any]:
     if paths.MANIFEST not in entries:
         if run_record.RECORD in entries:
             return run_facts(Path(path))
-        if analysis.RECORD in entries:
+        if analysis_record.RECORD in entries:
             return analysis_facts(path)
         if sweep_record.SUMMARY in entries:
             return sweep_facts(Path(path))
@@ -85,9 +85,9 @@ def run_facts(path: Path) -> dict[str, Any]:
 
 def analysis_facts(path: str | Path) -> dict[str, Any]:
     """What an analysis' record says, and its size."""
-    opened = analysis.Analysis(path)
-    record = {name: value for name, value in opened.record.items() if name not in ("format", "version")}
-    return {"path": str(path), "kind": "analysis", **record, "disk_bytes": sum(opened.place.names().values())}
+    record = analysis_record.read_analysis_record(path)
+    values = {name: value for name, value in record.items() if name not in ("format", "version")}
+    return {"path": str(path), **values, "kind": "analysis", "disk_bytes": sum(open_place(path).names().values())}
 
 
 def sweep_facts(path: Path) -> dict[str, Any]:

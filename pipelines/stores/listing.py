@@ -12,7 +12,7 @@ from actstore import paths
 from actstore.errors import ActstoreError, InputError
 from actstore.reader import Store
 from actstore.schema import PARTS
-from pipelines.analysis import reader as analysis
+from pipelines.analysis import record as analysis_record
 from pipelines.sae import run_record
 
 SKIPPED = (paths.DATA, paths.COMMITS, paths.TOKENIZER)
@@ -39,7 +39,7 @@ def list_folder(folder: Path) -> list[Listed]:
 def _homes(folder: Path) -> Iterator[Path]:
     """Folders with a record of ours; what lies inside a store is not looked at."""
     names = {entry.name for entry in folder.iterdir() if not entry.is_symlink()}
-    if names & {paths.MANIFEST, run_record.RECORD, analysis.RECORD}:
+    if names & {paths.MANIFEST, run_record.RECORD, analysis_record.RECORD}:
         yield folder
     for name in sorted(names - set(SKIPPED)):
         if (folder / name).is_dir() and not name.startswith("."):
@@ -52,7 +52,7 @@ def _listed(path: Path) -> Listed:
             return _store(path)
         if (path / run_record.RECORD).exists():
             return _run(path, json.loads((path / run_record.RECORD).read_text(encoding="utf-8")))
-        return _analysis(path, json.loads((path / analysis.RECORD).read_text(encoding="utf-8")))
+        return _analysis(path, json.loads((path / analysis_record.RECORD).read_text(encoding="utf-8")))
     except (ActstoreError, ValueError, KeyError, OSError) as error:
         return Listed(str(path), "unreadable", "", " ".join(str(error).split()), "")
 
