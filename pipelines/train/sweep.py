@@ -133,10 +133,9 @@ def draw_frontier(rows: list[dict[str, Any]], path: Path, measured_on: str) -> N
 
 def comparison_lines(summary: dict[str, Any]) -> list[str]:
     """The comparison as a table, best first."""
-    return [
-        *comparison_table(summary),
-        f"{summary['rows_per_s']:,} rows/s of {len(summary['runs'])} SAEs each; plot: {summary['frontier']}",
-    ]
+    *lines, measured = comparison_table(summary)
+    speed = f"{summary['rows_per_s']:,} rows/s of {len(summary['runs'])} SAEs each"
+    return [*lines, f"{measured}; {speed}; plot: {summary['frontier']}"]
 
 
 def _values(name: str, given: Any) -> tuple[Any, ...]:

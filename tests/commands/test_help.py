@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from pathlib import Path
 
 import click
 import pytest
@@ -11,11 +11,10 @@ from click.testing import CliRunner
 
 from actstore.errors import InputError
 from cli import COMMANDS, cli
+from pipelines.analysis.reader import SORTS
 from pipelines.codes.stage import EncodeConfig
-from pipelines.collect.config import CollectConfig
 from pipelines.sae.architectures.registry import architectures
 from pipelines.sae.kernels import KERNELS
-from pipelines.stores.care import RecodeConfig
 from pipelines.train.trainee import RECIPES
 
 
@@ -65,31 +64,32 @@ def option_help(command: str, option: str) -> str:
 
 def names_in(text: str) -> list[str]:
     """`fp16, fp32 or int8` -> its words, without what stands in brackets."""
-    return re.split(r",\s*|\s+or\s+", re.sub(r"\s*\([^)]*\)", "", text).strip(" .*"))
+    return re.split(r",\s*(?:or\s+)?|\s+or\s+", re.sub(r"\s*\([^)]*\)", "", text).strip(" .*"))
 
 
-def offered(refused: Callable[[], object]) -> list[str]:
-    """The names that an error about an unknown name lists."""
-    with pytest.raises(InputError) as error:
-        refused()
-    return names_in(re.split(r"choose from |known sites are ", str(error.value))[1].split(";")[0])
+def refused_by(*arguments: object) -> str:
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    assert result.exit_code == 1
+    return result.stderr.splitlines()[-1]
 
 
-def collecting(**given: object) -> Callable[[], object]:
-    return lambda: CollectConfig(out="x", **given)  # type: ignore[arg-type]
+def test_the_help_of_collect_names_every_site_and_encoding(model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    asked = ("collect", "--out", tmp_path / "x", "--model", model_folder, "--corpus", texts)
+    sites = refused_by(*asked, "--site", "nonsense").partition("known sites are ")[2]
+    assert sorted(names_in(option_help("collect", "--site").partition(";")[0])) == sorted(names_in(sites))
+    encodings = refused_by(*asked, "--encoding", "nonsense").partition("choose from ")[2].partition(";")[0]
+    for command in ("collect", "recode"):
+        assert names_in(option_help(command, "--encoding").partition(": ")[2]) == names_in(encodings)
 
 
-@pytest.mark.parametrize(
-    ("command", "option", "refused"),
-    [
-        ("collect", "--site", collecting(site=("nonsense",))),
-        ("collect", "--encoding", collecting(encoding="nonsense")),
-        ("recode", "--encoding", lambda: RecodeConfig("x", "y", "nonsense")),
-    ],
-)
-def test_the_help_names_what_the_program_knows(command: str, option: str, refused: Callable[[], object]) -> None:
-    text = option_help(command, option)
-    assert sorted(names_in(text.partition(": ")[2] or text)) == sorted(offered(refused))
+def test_the_help_of_patch_names_every_site() -> None:
+    sites = refused_by("patch", "a", "b", "--site", "nonsense").partition("known are ")[2]
+    named = [words.split()[0] for words in names_in(option_help("patch", "--site"))]
+    assert named == names_in(sites)
+
+
+def test_the_help_of_features_names_every_order() -> None:
+    assert names_in(option_help("features", "--sort")) == list(SORTS)
 
 
 def test_the_help_of_train_names_every_architecture_kernel_and_recipe() -> None:
