@@ -148,3 +148,18 @@ def feature_lines(card: dict[str, Any]) -> list[str]:
         )
         lines += [f"    {shown}", f"    {levels.rstrip()}"]
     return lines
+
+
+def firings_lines(result: dict[str, Any]) -> list[str]:
+    """A feature's firings, one a line; the token is in brackets."""
+    firings, n = result["firings"], result["n_firings"]
+    part = "" if len(firings) == n else f", the strongest {len(firings):,} (--top {n} or --json: all)"
+    lines = [f"feature {result['feature']}: fires in {n:,} rows of {result['codes']}{part}"]
+    if firings:
+        lines.append(f"{'value':>9} {'row':>10} {'position':>8}  document: text")
+    for firing in firings:
+        text = f"{visible(firing['before'])}[{visible(firing['token'])}]{visible(firing['after'])}"
+        lines.append(
+            f"{firing['value']:>9.4g} {firing['row']:>10,} {firing['position']:>8,}  {visible(firing['document'])}: {text}"
+        )
+    return lines

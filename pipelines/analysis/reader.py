@@ -18,17 +18,19 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from actstore import paths
-from actstore.errors import DamagedStore, IdentityMismatch, InputError, NotAStore, OutputExists
+from actstore.errors import DamagedStore, IdentityMismatch, InputError, OutputExists
 from actstore.open_place import open_place
 from pipelines.analysis.arrays import SparseRows, open_arrays
+from pipelines.analysis.record import ANALYSIS_VERSION as ANALYSIS_VERSION
+from pipelines.analysis.record import RECORD as RECORD
+from pipelines.analysis.record import read_analysis_record
 from pipelines.statistics import BANDS, Extent, association, band_numbers, statistics
 from pipelines.statistics.of_codes.bins import QUANTILES
 from pipelines.statistics.statistic import Arrays, Statistic, TiledStatistic
 from pipelines.statistics.value_bins import bin_edges
 from pipelines.text.tokens import parse_tokenizer
 
-ANALYSIS_VERSION = 2
-RECORD, FINDINGS = "analysis.json", "findings.json"
+FINDINGS = "findings.json"
 STRUCTURE, PAIRS = "structure", "pairs.parquet"
 """The folder in which `structure` leaves its result, unless told otherwise, and its table of pairs."""
 SORTS = ("frequency", "mean", "peak", "documents", "burstiness", "id")
@@ -76,16 +78,7 @@ class Analysis:
     def __init__(self, path: str | Path, record: dict[str, Any] | None = None):
         self.place = open_place(path)
         self.path = Path(path)
-        try:
-            self.record: dict[str, Any] = record or json.loads(self.place.read(RECORD))
-        except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-            raise NotAStore(f"{path}: not an analysis (no {RECORD}); pass what `analyze` wrote.") from error
-        version = self.record.get("version") if self.record.get("format") == "actstore-analysis" else None
-        if version != ANALYSIS_VERSION:
-            raise NotAStore(
-                f"{path}: an analysis of format version {version}, this actstore reads {ANALYSIS_VERSION}; its codes "
-                f"are still good: `actstore analyze {self.record.get('codes', 'CODES')} --out ANOTHER`."
-            )
+        self.record: dict[str, Any] = record or read_analysis_record(path)
         self._root = open_arrays(self.place, "r")
         file = f"{paths.TOKENIZER}/tokenizer.json"
         special = self.record["bos_token_id"], self.record["separator_token_id"]

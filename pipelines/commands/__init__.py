@@ -1,1 +1,1 @@
-"""From a command line to one configuration, one stage called, its result printed."""
+"""In: a command line. Out: one configuration, one stage called, its result printed."""

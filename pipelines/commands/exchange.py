@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
+from pipelines.commands.options import JSON_OPTION, OUT_OPTION, RUN_ARGUMENT
+from pipelines.commands.output import announced, show
+
 FORMAT_OPTION = click.option(
     "--format", default="npz", show_default=True, help="Which tool's files; a name that is none lists them all."
 )
-OUT_OPTION = click.option("--out", required=True, type=click.Path(path_type=Path), help="Where to write it; must be free.")
-JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
 @click.command("export")
-@click.argument("run", type=click.Path(path_type=Path))
+@RUN_ARGUMENT
 @FORMAT_OPTION
 @OUT_OPTION
 @JSON_OPTION
@@ -29,8 +29,7 @@ def export_command(as_json: bool, **options: Any) -> None:
     """
     from pipelines.exchange.stage import ExportConfig, export_lines, export_run
 
-    result = export_run(ExportConfig(**options))
-    click.echo(json.dumps(result, indent=1, ensure_ascii=False) if as_json else "\n".join(export_lines(result)))
+    show(export_run(announced("export", ExportConfig(**options))), as_json, export_lines)
 
 
 @click.command("import")
@@ -48,5 +47,4 @@ def import_command(as_json: bool, **options: Any) -> None:
     """
     from pipelines.exchange.stage import ImportConfig, import_lines, import_run
 
-    result = import_run(ImportConfig(**options))
-    click.echo(json.dumps(result, indent=1, ensure_ascii=False) if as_json else "\n".join(import_lines(result)))
+    show(import_run(announced("import", ImportConfig(**options))), as_json, import_lines)

@@ -12,8 +12,8 @@ from actstore import paths
 from actstore.errors import ActstoreError, InputError
 from actstore.reader import Store
 from actstore.schema import PARTS
-from pipelines.analysis import reader as analysis
-from pipelines.sae import checkpoint
+from pipelines.analysis import record as analysis_record
+from pipelines.sae import run_record
 
 SKIPPED = (paths.DATA, paths.COMMITS, paths.TOKENIZER)
 
@@ -39,7 +39,7 @@ def list_folder(folder: Path) -> list[Listed]:
 def _homes(folder: Path) -> Iterator[Path]:
     """Folders with a record of ours; what lies inside a store is not looked at."""
     names = {entry.name for entry in folder.iterdir() if not entry.is_symlink()}
-    if names & {paths.MANIFEST, checkpoint.RECORD, analysis.RECORD}:
+    if names & {paths.MANIFEST, run_record.RECORD, analysis_record.RECORD}:
         yield folder
     for name in sorted(names - set(SKIPPED)):
         if (folder / name).is_dir() and not name.startswith("."):
@@ -50,9 +50,9 @@ def _listed(path: Path) -> Listed:
     try:
         if (path / paths.MANIFEST).exists():
             return _store(path)
-        if (path / checkpoint.RECORD).exists():
-            return _run(path, json.loads((path / checkpoint.RECORD).read_text(encoding="utf-8")))
-        return _analysis(path, json.loads((path / analysis.RECORD).read_text(encoding="utf-8")))
+        if (path / run_record.RECORD).exists():
+            return _run(path, json.loads((path / run_record.RECORD).read_text(encoding="utf-8")))
+        return _analysis(path, json.loads((path / analysis_record.RECORD).read_text(encoding="utf-8")))
     except (ActstoreError, ValueError, KeyError, OSError) as error:
         return Listed(str(path), "unreadable", "", " ".join(str(error).split()), "")
 
@@ -88,11 +88,11 @@ def _analysis(path: Path, record: dict[str, Any]) -> Listed:
     return Listed(str(path), "analysis", record["codes_id"], what, f"{record['store_id']} {record['run_id']}")
 
 
-def listing_lines(found: list[dict[str, Any]]) -> list[str]:
+def listing_lines(listed: list[dict[str, Any]]) -> list[str]:
     """The table that `ls` prints."""
-    if not found:
+    if not listed:
         return ["nothing that actstore wrote"]
     columns = ("path", "kind", "id", "what", "made_from")
-    widths = {name: max(len(str(row[name])) for row in [*found, {c: c for c in columns}]) for name in columns}
-    rows = [{c: c.replace("_", " ") for c in columns}, *found]
+    widths = {name: max(len(str(row[name])) for row in [*listed, {c: c for c in columns}]) for name in columns}
+    rows = [{c: c.replace("_", " ") for c in columns}, *listed]
     return ["  ".join(str(row[name]).ljust(widths[name]) for name in columns).rstrip() for row in rows]

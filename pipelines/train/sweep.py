@@ -22,14 +22,15 @@ from pipelines.sae.reconstruction_metrics import heldout_metrics
 from pipelines.train.config import OWN, TrainConfig
 from pipelines.train.ranks import is_first_process
 from pipelines.train.stage import finish, train, train_together
+from pipelines.train.sweep_record import HELDOUT, SUMMARY, comparison_table
 
-SUMMARY, FRONTIER = "sweep.json", "frontier.svg"
+FRONTIER = "frontier.svg"
 SWEPT = tuple(name for name in OWN if name != "out")
 COMPARED_ROWS = 200_000
 """At most, of the held-out rows: the standard error of an FVE is then far below what tells two SAEs apart."""
 COMPARED = ("fve", "l0", "dead", "loss")
 HELDOUT_FIGURES = {"fve": "fve", "l0": "l0", "dead": "dead_share", "heldout_rows": "heldout_rows"}
-HELDOUT, BATCH = "held-out rows", "the last training batch"
+BATCH = "the last training batch"
 
 
 def sweep(options: dict[str, Any]) -> dict[str, Any]:
@@ -132,17 +133,9 @@ def draw_frontier(rows: list[dict[str, Any]], path: Path, measured_on: str) -> N
 
 def comparison_lines(summary: dict[str, Any]) -> list[str]:
     """The comparison as a table, best first."""
-    rows = summary["runs"]
-    width = max(len(row["run"]) for row in rows + summary["diverged"])
-    lines = [f"{'run':<{width}}{'FVE':>9}{'L0':>9}{'dead':>9}"]
-    lines += [f"{row['run']:<{width}}{row['fve']:>9.4f}{row['l0']:>9.1f}{row['dead']:>9.1%}" for row in rows]
-    lines += [f"{own['run']:<{width}}  diverged within {own['diverged_within']:,} rows" for own in summary["diverged"]]
-    dead = "that fire in none" if summary["measured_on"] == HELDOUT else "silent for long in training"
-    return [
-        *lines,
-        f"FVE and L0 of {summary['measured_on']}, dead {dead}; {summary['rows_per_s']:,} rows/s of {len(rows)} SAEs each; "
-        f"plot: {summary['frontier']}",
-    ]
+    *lines, measured = comparison_table(summary)
+    speed = f"{summary['rows_per_s']:,} rows/s of {len(summary['runs'])} SAEs each"
+    return [*lines, f"{measured}; {speed}; plot: {summary['frontier']}"]
 
 
 def _values(name: str, given: Any) -> tuple[Any, ...]:

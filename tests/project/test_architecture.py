@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from rooms import ORDER, START, backward, circle, floors, import_graph, imported_names, modules, room_graph, room_of
 
@@ -97,7 +98,7 @@ def test_every_command_is_in_the_readme() -> None:
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = set(re.findall(r"(?:cli\.py|actstore)\s+([a-z][a-z-]*)", readme))
-    assert set(cli.commands) - shown == set()
+    assert set(cli.list_commands(click.Context(cli))) - shown == set()
 
 
 def loaded_by(code: str) -> set[str]:
@@ -124,11 +125,33 @@ def test_every_commands_help_loads_no_heavy_library() -> None:
     code = """
 from click.testing import CliRunner
 from cli import cli
-for name in cli.commands:
+for name in cli.list_commands(None):
     result = CliRunner().invoke(cli, [name, '--help'])
     assert result.exit_code == 0, (name, result.output)
 """
     assert loaded_by(code) == set()
+
+
+COMMAND_MODULES = sorted({"cli", *(name for name in PIPELINES if room_of(name) == "commands")})
+AT_START = frozenset({"click", "actstore", "actstore.errors", "pipelines.shared.environment"})
+"""What the command line may import before a command runs, besides the standard library and its own room."""
+
+
+@pytest.mark.parametrize("module", COMMAND_MODULES)
+def test_a_command_imports_its_stage_when_it_runs(module: str) -> None:
+    tree = ast.parse(modules(ROOT)[module].read_text(encoding="utf-8"))
+    imported = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module or "")
+    own = {name for name in imported if name.startswith("pipelines.commands")}
+    assert {name for name in imported - own - AT_START if top(name) not in sys.stdlib_module_names} == set()
+
+
+def test_the_entry_point_stays_a_table() -> None:
+    assert len((ROOT / "cli.py").read_text(encoding="utf-8").splitlines()) <= 200
 
 
 def test_the_help_takes_under_half_a_second() -> None:

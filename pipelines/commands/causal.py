@@ -1,0 +1,246 @@
+"""Commands: what features and parts of the model do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipelines.commands.options import (
+    DEVICE_OPTION,
+    JSON_OPTION,
+    MOVED_MODEL_OPTION,
+    RUN_ARGUMENT,
+    SEED_OPTION,
+    SUBJECT_STORE_OPTION,
+    splice_options,
+)
+from pipelines.commands.output import announced, show
+
+
+@click.command()
+@click.argument("text")
+@splice_options
+@click.option("--target", help="The token whose logit is attributed. Default: the most likely one.")
+@click.option("--against", help="A second token: the difference of the two logits is attributed.")
+@click.option("--position", default=-1, show_default=True, help="Where the next token is predicted; -1: after the last one.")
+@click.option("--by", default="head", show_default=True, help="head: each attention head; layer: each attention whole.")
+@click.option("--top", default=12, show_default=True, help="How many parts to list.")
+@click.option("--movers", default=0, show_default=True, help="Tokens that each part raises and lowers most.")
+@click.option("--raw", is_flag=True, help="The logit as it is, and not less the vocabulary's mean.")
+@click.option(
+    "--final-norm/--no-final-norm", default=True, show_default=True, help="Without it, as teaching code does: not exact."
+)
+@DEVICE_OPTION
+@JSON_OPTION
+def attribute(as_json: bool, **options: Any) -> None:
+    """Which embeddings, heads, MLPs, or features of an SAE make the logit of a token. The parts sum to the logit.
+
+    \b
+    Example:
+      actstore attribute 'The Eiffel Tower is in the city of' --model gpt2 --target ' Paris' --against ' Rome'
+      actstore attribute 'for i in range(' --run run --movers 5
+    """
+    from pipelines.causal.attribute.stage import AttributeConfig, attribute_lines
+    from pipelines.causal.attribute.stage import attribute as stage
+
+    show(stage(announced("attribute", AttributeConfig(**options))), as_json, attribute_lines)
+
+
+@click.command()
+@click.argument("clean")
+@click.argument("corrupt", required=False)
+@splice_options
+@click.option(
+    "--site",
+    default="resid_pre",
+    show_default=True,
+    help="resid_pre, resid_post, attn_out, mlp_out, head_out, or features of the SAE of --run.",
+)
+@click.option(
+    "--metric", help="logit_difference, log_probability, probability or kl. Default: the first; without CORRUPT the second."
+)
+@click.option(
+    "--direction", default="denoising", show_default=True, help="denoising: clean into corrupt; noising: corrupt into clean."
+)
+@click.option(
+    "--method", default="exact", show_default=True, help="exact, or attribution: all cells estimated by one backward pass."
+)
+@click.option("--target", help="The clean text's next token. Default: the most likely one.")
+@click.option("--against", help="The corrupt text's next token. Default: the most likely one.")
+@click.option("--position", default=-1, show_default=True, help="Where the next token is predicted; -1: after the last one.")
+@click.option("--top", default=12, show_default=True, help="How many features to patch: those of largest estimated effect.")
+@click.option(
+    "--steps", default=0, show_default=True, help="Of integrated gradients; 0: one gradient. For --method attribution."
+)
+@click.option(
+    "--check", default=0, show_default=True, help="Cells to compare with exact patching. For --method attribution."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Also draw the grid, as .png or .svg.")
+@SEED_OPTION
+@DEVICE_OPTION
+@JSON_OPTION
+def patch(as_json: bool, **options: Any) -> None:
+    """Put one text's activations into the other's run, place by place, and see what that does to the answer.
+
+    Without CORRUPT, with --site features: what ablating each feature does.
+
+    \b
+    Example:
+      actstore patch 'When Mary and John went out, John gave it to' 'When Mary and John went out, Mary gave it to'
+      actstore patch 'for i in range(' 'for i in sorted(' --run run --site features --out features.png
+      actstore patch 'for i in range(' --run run --site features --method attribution --check 100
+    """
+    from pipelines.causal.patch.stage import PatchConfig, patch_lines
+    from pipelines.causal.patch.stage import patch as stage
+
+    show(stage(announced("patch", PatchConfig(**options))), as_json, patch_lines)
+
+
+@click.command()
+@RUN_ARGUMENT
+@click.argument("text")
+@click.option(
+    "--feature", multiple=True, type=int, help="Feature to ablate; repeatable. Default: all that fire in the text."
+)
+@click.option(
+    "--set-to",
+    default="zero",
+    show_default=True,
+    help="zero; mean over rows, of --analysis or else of the text; firing or row: a value drawn from --codes.",
+)
+@click.option("--at", default="fired", show_default=True, help="Where it is set: where it fired, at all rows, or the last.")
+@click.option("--each", is_flag=True, help="Ablate at each of these positions alone.")
+@click.option(
+    "--error",
+    default="keep",
+    show_default=True,
+    help="keep: only the feature changes; drop: in the SAE's reconstruction, whose own effect is shown beside.",
+)
+@click.option("--top", default=5, show_default=True, help="Next tokens shown.")
+@click.option("--features", default=10, show_default=True, help="Without --feature: how many to list, by effect.")
+@click.option("--analysis", help="Of this run; for --set-to mean.")
+@click.option("--codes", help="Of this run; for --set-to firing or row.")
+@SEED_OPTION
+@SUBJECT_STORE_OPTION
+@MOVED_MODEL_OPTION
+@DEVICE_OPTION
+@JSON_OPTION
+def ablate(as_json: bool, **options: Any) -> None:
+    """What a text's next-token predictions owe to features: each set to another value, everything else kept.
+
+    \b
+    Example:
+      actstore ablate run 'def load(path):' --feature 317
+      actstore ablate run 'def load(path):' --error drop --set-to mean --analysis analysis
+    """
+    from pipelines.causal.ablate.stage import AblateConfig, ablate_features, ablate_lines
+
+    show(ablate_features(announced("ablate", AblateConfig(**options))), as_json, ablate_lines)
+
+
+@click.command()
+@RUN_ARGUMENT
+@click.argument("feature", type=int)
+@click.argument("text")
+@click.option(
+    "--strength",
+    multiple=True,
+    type=float,
+    default=[0.0, 0.5, 1.0],
+    show_default=True,
+    help="Repeatable: the texts come side by side.",
+)
+@click.option(
+    "--mode",
+    default="add",
+    show_default=True,
+    help="add the feature's direction, clamp its code to a value, or scale its code.",
+)
+@click.option(
+    "--unit",
+    default="norm",
+    show_default=True,
+    help="Of a strength: norm, the mean norm of the store's rows; peak, the feature's in --analysis; or raw.",
+)
+@click.option("--at", default="all", show_default=True, help="all rows, those of the prompt, its last, or generated ones.")
+@click.option("--tokens", default=40, show_default=True, help="Tokens to generate.")
+@click.option("--temperature", default=0.0, show_default=True, help="0: always the most probable token.")
+@SEED_OPTION
+@click.option("--cache/--no-cache", default=True, show_default=True, help="Keep keys and values from step to step.")
+@click.option("--analysis", help="Of this run; for --unit peak.")
+@SUBJECT_STORE_OPTION
+@MOVED_MODEL_OPTION
+@DEVICE_OPTION
+@JSON_OPTION
+def steer(as_json: bool, **options: Any) -> None:
+    """What the model writes while a feature is added, clamped or scaled: several strengths side by side.
+
+    \b
+    Example:
+      actstore steer run 317 'import os' --strength 0 --strength 0.5 --strength 1
+      actstore steer run 317 'import os' --mode clamp --unit peak --analysis analysis --temperature 0.7 --seed 1
+    """
+    from pipelines.causal.steer.stage import SteerConfig, steer_lines
+    from pipelines.causal.steer.stage import steer as stage
+
+    show(stage(announced("steer", SteerConfig(**options))), as_json, steer_lines)
+
+
+@click.command()
+@RUN_ARGUMENT
+@click.argument("codes")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A folder; continued if it holds these effects.")
+@click.option("--features", multiple=True, type=int, help="Feature to measure; repeatable. Default: all that fire.")
+@click.option("--top", default=0, show_default=True, help="Instead: so many of the most frequent.")
+@click.option("--firings", default=64, show_default=True, help="Of each feature at most, each in another window.")
+@click.option(
+    "--measure", default="firing", show_default=True, help="Predictions at the firing position, or the mean of it and later."
+)
+@click.option("--resamples", default=1000, show_default=True, help="Of documents, for the intervals.")
+@click.option("--analysis", help="Of this run; adds densities and tokens.")
+@SEED_OPTION
+@SUBJECT_STORE_OPTION
+@MOVED_MODEL_OPTION
+@DEVICE_OPTION
+@JSON_OPTION
+def effects(as_json: bool, **options: Any) -> None:
+    """What ablating each feature does over the corpus: KL, loss and tokens, at rows where it fires.
+
+    \b
+    Example:
+      actstore effects run codes --out effects --analysis analysis
+      actstore effects run codes --out effects-317 --features 317 --firings 512 --measure later
+    """
+    from pipelines.causal.effects.stage import EffectsConfig
+    from pipelines.causal.effects.stage import effects as stage
+    from pipelines.causal.effects.table import effects_lines
+
+    show(stage(announced("effects", EffectsConfig(**options))), as_json, effects_lines)
+
+
+@click.command()
+@RUN_ARGUMENT
+@click.argument("feature", type=int, required=False)
+@click.option("--top", default=10, show_default=True, help="Tokens of a feature, or features of the table.")
+@click.option("--sort", default="kurtosis", show_default=True, help="Of the table: kurtosis, skew, peak or id.")
+@click.option(
+    "--windows", default=64, show_default=True, help="Windows that the final LayerNorm's mean scale is taken over."
+)
+@SUBJECT_STORE_OPTION
+@MOVED_MODEL_OPTION
+@DEVICE_OPTION
+@JSON_OPTION
+def lens(as_json: bool, **options: Any) -> None:
+    """Which tokens a feature's direction promotes by the direct path alone; without FEATURE, a table of all.
+
+    \b
+    Example:
+      actstore lens run 317
+      actstore lens run --sort kurtosis --top 20
+    """
+    from pipelines.causal.lens.stage import LensConfig, lens_lines
+    from pipelines.causal.lens.stage import lens as stage
+
+    show(stage(announced("lens", LensConfig(**options))), as_json, lens_lines)

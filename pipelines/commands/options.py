@@ -1,0 +1,89 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+STORE_ARGUMENT = click.argument("store")
+RUN_ARGUMENT = click.argument("run", type=click.Path(path_type=Path))
+OUT_OPTION = click.option("--out", required=True, type=click.Path(path_type=Path), help="Where to write it; must be free.")
+DEVICE_OPTION = click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda where there is one."
+)
+STORE_OUT_OPTION = click.option(
+    "--out", required=True, help="Where to write it: a path, or such as s3://bucket/prefix; continued if it is there."
+)
+JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+SEED_OPTION = click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**64 - 1), help="Seed of every order and draw."
+)
+WORKERS_OPTION = click.option("--workers", default=2, show_default=True, help="Local Dask worker processes.")
+LEVEL_OPTION = click.option(
+    "--level", default="full", show_default=True, type=click.Choice(["meta", "crc", "full"]), help="How much is read."
+)
+SUBJECT_STORE_OPTION = click.option("--store", help="Where the store that the run was trained on is, if it was moved.")
+MOVED_MODEL_OPTION = click.option("--model", help="Where the language model is, if it was moved.")
+SCHEDULER_OPTION = click.option("--scheduler", help="Address of a running Dask scheduler, such as tcp://host:8786.")
+COLLECT_OPTIONS = (
+    STORE_OUT_OPTION,
+    click.option("--model", default="gpt2", show_default=True, help="`builtin`, a hub id, or a local transformers folder."),
+    click.option(
+        "--corpus",
+        default="stdlib",
+        show_default=True,
+        help="stdlib, a path or glob[#column], or hf:name[:config][:split][#column].",
+    ),
+    click.option("--layer", multiple=True, type=int, help="Block to read; repeat for several. Default: the middle one."),
+    click.option(
+        "--site",
+        multiple=True,
+        default=["resid_post"],
+        show_default=True,
+        help="resid_pre, resid_post, attn_out, mlp_out or mlp_hidden (the MLP's neurons); repeatable.",
+    ),
+    click.option("--tokens", default=1_000_000, show_default=True, help="Tokens of text the store shall hold."),
+    click.option(
+        "--context", default=128, show_default=True, help="Positions the model sees at once, start token included."
+    ),
+    click.option("--encoding", default="fp16", show_default=True, help="How rows are kept: fp16, fp32, bf16 or int8."),
+    click.option("--compute-dtype", default="fp32", show_default=True, help="What the model computes in: fp32 or bf16."),
+    DEVICE_OPTION,
+    click.option("--batch-windows", default=32, show_default=True, help="Windows in one forward pass, at most."),
+    SEED_OPTION,
+    click.option(
+        "--packing",
+        default="packed",
+        show_default=True,
+        help="packed: documents one after another; document: each on its own.",
+    ),
+    click.option("--bos/--no-bos", default=True, show_default=True, help="Begin every window with the start-of-text token."),
+    click.option("--keep-special", is_flag=True, help="Keep position 0 and separators as rows, too."),
+    click.option(
+        "--shard-mib", default=128, show_default=True, help="Size of a shard, which a kill can cost; at least 8,192 rows."
+    ),
+    click.option("--mixed-hardware", is_flag=True, help="Continue on a machine whose rows differ in their last bits."),
+    click.option("--workers", default=0, show_default=True, help="Local Dask worker processes; 0: in this process."),
+    SCHEDULER_OPTION,
+)
+"""What `collect` and `estimate` are asked for."""
+
+
+def collect_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(COLLECT_OPTIONS):
+        command = option(command)
+    return command
+
+
+def splice_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where the model, and with a run its SAE, come from."""
+    for option in (
+        click.option("--model", help="`builtin`, a hub id, or a folder. Default: the run's, else gpt2."),
+        click.option("--store", help="Where the run's store is, if it was moved."),
+        click.option("--run", type=click.Path(path_type=Path), help="A run whose SAE splits its site into features."),
+    ):
+        command = option(command)
+    return command

@@ -1,0 +1,130 @@
+"""Commands: train SAEs, measure how well they explain."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import click
+
+from pipelines.commands.lines import train_lines
+from pipelines.commands.options import (
+    DEVICE_OPTION,
+    JSON_OPTION,
+    MOVED_MODEL_OPTION,
+    OUT_OPTION,
+    RUN_ARGUMENT,
+    STORE_ARGUMENT,
+)
+from pipelines.commands.output import announced, show, sole
+
+
+@click.command()
+@STORE_ARGUMENT
+@OUT_OPTION
+@click.option("--layer", multiple=True, type=int, help="Which layer of the store; needed when it holds several. *")
+@click.option("--site", multiple=True, default=["resid_post"], show_default=True, help="Which site of that layer. *")
+@click.option(
+    "--architecture",
+    multiple=True,
+    default=["topk"],
+    show_default=True,
+    help="topk, batchtopk, matryoshka, relu, jumprelu or gated. *",
+)
+@click.option("--features", multiple=True, type=int, default=[4096], show_default=True, help="Width of the SAE. *")
+@click.option("--k", multiple=True, type=int, default=[32], show_default=True, help="Features active in each row. *")
+@click.option("--tokens", "--rows", "tokens", default=0, help="Rows to train on; 0: as many as --epochs says.")
+@click.option("--epochs", default=1.0, show_default=True, help="Passes over the store's rows.")
+@click.option("--batch", default=4096, show_default=True, help="Rows in a step.")
+@click.option(
+    "--lr",
+    multiple=True,
+    type=float,
+    default=[0.0],
+    help="Learning rate; 0: 2e-4 / sqrt(features / 16384), more in short runs. *",
+)
+@click.option(
+    "--l1", multiple=True, type=float, default=[0.0], help="Coefficient of the mean absolute code; 0: the architecture's. *"
+)
+@click.option("--auxk", default=0.03125, show_default=True, help="Weight of the loss that revives dead features.")
+@click.option(
+    "--recipe", default="standard", show_default=True, help="standard, or textbook: constant rate, Linear start, clip at 1."
+)
+@click.option("--kernel", default="auto", show_default=True, help="How a step is computed: sparse, sparse-fp32 or dense.")
+@click.option(
+    "--seed",
+    multiple=True,
+    type=click.IntRange(0, 2**63 - 1),
+    default=[0],
+    show_default=True,
+    help="Of the first weights. *",
+)
+@click.option(
+    "--order-seed", default=0, show_default=True, type=click.IntRange(0, 2**64 - 1), help="Seed of the order of the rows."
+)
+@DEVICE_OPTION
+@click.option(
+    "--checkpoint-minutes", default=10.0, show_default=True, help="Time between saved states; 0: when stopped only."
+)
+@click.option("--resume", is_flag=True, help="Continue a training that was stopped or killed.")
+@click.option("--tensorboard", is_flag=True, help="Also write the metrics for TensorBoard, in RUN/tensorboard.")
+@click.option("--wandb", is_flag=True, help="Also send the metrics to Weights & Biases.")
+@JSON_OPTION
+def train(as_json: bool, **options: Any) -> None:
+    """Train sparse autoencoders on batches streamed from a store.
+
+    Options marked * can be repeated: every combination is trained, all in one pass over the store.
+
+    \b
+    Example:
+      actstore train gpt2.store --out run --features 24576 --k 32 --epochs 2
+      actstore train gpt2.store --out sweep --k 16 --k 32 --k 64 --seed 0 --seed 1
+      torchrun --nproc-per-node 2 -m actstore train gpt2.store --out run
+    """
+    from pipelines.models.load import choose_device
+    from pipelines.train.ranks import is_first_process
+    from pipelines.train.sweep import comparison_lines, grid, sweep
+
+    asked = {name: sole(options[name]) for name in vars(grid(options)[0])}
+    announced("train", SimpleNamespace(**asked), auto=("lr", "l1"))
+    started = time.monotonic()
+    result = sweep(options)
+    if is_first_process():
+        result |= {"seconds": round(time.monotonic() - started, 1), "device": choose_device(options["device"])}
+        if "runs" in result:
+            show(result, as_json, comparison_lines)
+        else:
+            show({"path": options["out"], **result}, as_json, train_lines)
+
+
+@click.command()
+@RUN_ARGUMENT
+@STORE_ARGUMENT
+@click.option("--windows", default=128, show_default=True, help="Held-out windows to run the language model on.")
+@click.option("--pca", default=16, show_default=True, help="Components of the PCA that the SAE is compared with.")
+@MOVED_MODEL_OPTION
+@DEVICE_OPTION
+@click.option(
+    "--baselines", is_flag=True, help="Beside it: PCA, raw dimensions, a random decoder, a model with random weights."
+)
+@click.option(
+    "--baseline-tokens",
+    default=1_000_000,
+    show_default=True,
+    help="Rows that the baselines' SAEs are trained on, at most those of the run; 0: as many.",
+)
+@JSON_OPTION
+def evaluate(as_json: bool, **options: Any) -> None:
+    """How well an SAE explains held-out rows, and what its reconstruction does to the model's loss.
+
+    The figures are kept beside the run, in evaluation.json.
+
+    \b
+    Example:
+      actstore evaluate run gpt2.store
+      actstore evaluate run gpt2.store --baselines
+    """
+    from pipelines.evaluate.baselines import BaselinesConfig, evaluate_beside_baselines, lines
+
+    show(evaluate_beside_baselines(announced("evaluate", BaselinesConfig(**options))), as_json, lines)
