@@ -112,3 +112,15 @@ def test_no_file_names_the_address_of_a_package_index() -> None:
     files = [ROOT / os.fsdecode(name) for name in listed.stdout.split(b"\0") if name]
     contents = {str(file): file.read_bytes() for file in files if file.is_file()}
     assert [name for name, content in contents.items() if any(word in content for word in words)] == []
+
+
+def test_the_glossary_defines_each_word_once() -> None:
+    """A word with two meanings says of what each meaning is: "probe of a machine", "probe of a concept"."""
+    glossary = (DOCS / "GLOSSARY.md").read_text(encoding="utf-8")
+    defined = [
+        " ".join((word + of).lower().split())
+        for entry in re.split(r"^- ", glossary, flags=re.MULTILINE)
+        for word, of in re.findall(r"(?:^|\. |\), |, )\*\*([^*]+)\*\*((?: (?:of|over) [^:*.]{1,30}| \([^)]*\))?):", entry)
+    ]
+    assert len(defined) > 100
+    assert sorted({word for word in defined if defined.count(word) > 1}) == []
