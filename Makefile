@@ -5,18 +5,20 @@
 #   make slow    the tests that take long: fifty kills, hundreds of flipped bits
 #   make lint    ruff, check and format
 #   make types   mypy
+#   make docs    the pages of docs/ as a site in site/; a warning is an error
 #
 # VENV and PYTHON can be set: make test VENV=/tmp/env PYTHON=python3.11
 
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo-out
+SITE ?= site
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-SOURCES := actstore pipelines benchmarks tests cli.py
+SOURCES := actstore pipelines benchmarks tests docs cli.py
 
-.PHONY: demo test slow lint types clean
+.PHONY: demo test slow lint types docs clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed
@@ -35,14 +37,18 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(BIN)/python -m mypy
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir $(abspath $(SITE))
+
 clean:
-	rm -rf $(VENV) build actstore.egg-info
+	rm -rf $(VENV) build site actstore.egg-info
 
 # A stamp in the environment says what was installed from which pyproject.toml and constraints.txt.
 $(VENV)/.installed: EXTRA =
 $(VENV)/.installed-test: EXTRA = [test]
+$(VENV)/.installed-docs: EXTRA = [docs]
 $(VENV)/.installed-dev: EXTRA = [dev]
-$(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-dev: pyproject.toml constraints.txt
+$(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-docs $(VENV)/.installed-dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e ".$(EXTRA)"
 	touch $@

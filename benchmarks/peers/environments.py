@@ -2,9 +2,8 @@
 
     FOLDER/saelens  FOLDER/dictionary_learning  FOLDER/sparsify
 
-each made by `python -m venv` and pip with the same torch as this project's. Where pip's index has no CPU build of it
-(PyPI's is built for CUDA, some gigabytes), set PIP_INDEX_URL=https://download.pytorch.org/whl/cpu with
-PIP_EXTRA_INDEX_URL=https://pypi.org/simple.
+each made by `python -m venv` and pip with the same torch as this project's. Pip's own configuration decides from where it is
+fetched; a build for CUDA takes some gigabytes.
 """
 
 from __future__ import annotations
