@@ -3,9 +3,10 @@
     python -m benchmarks.artefacts FOLDER > hashes.txt
 
 Runs `python -m actstore` of the checkout on PYTHONPATH (or of this one), one command after another, in FOLDER, which must
-not exist. A file is hashed as it lies on disk, but for the fields of TIMINGS in JSON and JSON-lines files: these say how
-long something took and differ from run to run. Files compared between two checkouts need the same machine and the same
-FOLDER, as records name paths, and the order of a floating-point sum belongs to the processor.
+not exist. A file is hashed as it lies on disk, but for what differs from run to run: the fields of TIMINGS in JSON and
+JSON-lines files, and the date and the drawn ids of an SVG. Commands compute on one thread: with more, the sums of some
+gradients are added in another order each time. Two checkouts are compared on one machine, as the order of a
+floating-point sum belongs to the processor.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -23,6 +25,9 @@ from typing import Any
 
 TIMINGS = frozenset({"rows_per_s", "tokens_per_s", "data_wait_share", "seconds", "wall_seconds", "disk_bytes"})
 """Fields that say how fast something was, and the size on disk of files that contain them."""
+
+SVG_RUN = rb"<dc:date>[^<]*</dc:date>|(?<=[#\"])(?:p|image)[0-9a-f]{10}\b"
+"""The date of a drawing, and the ids that Matplotlib draws by lot."""
 
 CHAIN = """
 collect --out store --model builtin --corpus stdlib --tokens 60000 --layer 3
@@ -74,7 +79,11 @@ verify store.int8
 
 def run_chain(folder: Path) -> None:
     """Run all commands in `folder`. Ends with the first that fails."""
-    environment = os.environ | {"PYTHONPATH": os.environ.get("PYTHONPATH", str(Path.cwd())), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": os.environ.get("PYTHONPATH", str(Path.cwd())),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
 
     def actstore(*arguments: str) -> str:
         print("actstore", *arguments, file=sys.stderr)
@@ -110,7 +119,7 @@ def content(path: Path) -> bytes:
             return "\n".join(json.dumps(timeless(json.loads(line))) for line in data.splitlines()).encode()
     except ValueError:
         pass
-    return data
+    return re.sub(SVG_RUN, b"", data) if path.suffix == ".svg" else data
 
 
 def hashes(folder: Path) -> Iterator[tuple[str, str]]:
