@@ -48,6 +48,8 @@ ORDER = (
 START = "actstore.__main__"
 """The installed command: the one module of `actstore/` that imports a later room."""
 PACKAGES = ("actstore", "pipelines", "benchmarks")
+BY_NAME = {"cli": "pipelines.commands"}
+"""Module -> the package whose modules it imports by their names, from a table."""
 
 Graph = dict[str, set[str]]
 
@@ -83,6 +85,8 @@ def import_graph(root: Path) -> Graph:
         names = {name for name in imported_names(path, module) if name in known and name != module}
         # `from a.b import c` names a.b as well as a.b.c: where c is a module, the package's own file is not what is meant.
         graph[module] = {name for name in names if not any(other.startswith(f"{name}.") for other in names)}
+    for module, package in BY_NAME.items():
+        graph[module] |= {name for name in known if name.startswith(f"{package}.")}
     return graph
 
 
