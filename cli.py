@@ -62,7 +62,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "import": ("exchange", "Make a run of another tool's SAE."),
     },
 }
-"""Heading -> command -> (its module in `pipelines/commands/`, its line in the help)."""
+"""Heading -> command -> (its module in `pipelines/commands/`, its line in the help). An empty heading is not shown."""
 MODULES = {name: module for rows in COMMANDS.values() for name, (module, _) in rows.items()}
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
@@ -82,8 +82,9 @@ class _Commands(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         width = max(map(len, MODULES))
         for heading, rows in COMMANDS.items():
-            with formatter.section(heading):
-                formatter.write_dl([(name.ljust(width), line) for name, (_, line) in rows.items()])
+            if rows:
+                with formatter.section(heading):
+                    formatter.write_dl([(name.ljust(width), line) for name, (_, line) in rows.items()])
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
         debug = "--debug" in sys.argv

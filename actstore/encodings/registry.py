@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pkgutil
 from functools import cache
-from importlib import import_module
 
 import actstore.encodings
 from actstore.encodings.base import Encoding
+from actstore.folder_registry import modules_of
 
 
 @cache
@@ -17,9 +16,7 @@ def encodings() -> dict[str, Encoding]:
     >>> encodings()["fp16"].largest
     65504.0
     """
-    package = actstore.encodings
-    modules = [import_module(f"{package.__name__}.{module.name}") for module in pkgutil.iter_modules(package.__path__)]
-    kinds = [module.ENCODING for module in modules if hasattr(module, "ENCODING")]
+    kinds = [module.ENCODING for module in modules_of(actstore.encodings) if hasattr(module, "ENCODING")]
     return {kind.name: kind for kind in kinds}
 
 

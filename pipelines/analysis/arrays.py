@@ -19,7 +19,7 @@ from actstore.place import Place
 
 CHUNK_ENTRIES, OBJECT_CHUNKS = 1 << 16, 64
 LOADED_ENTRIES = 1 << 25
-"""Of a table that is read whole when most of its rows will be looked at: at most about 400 MB."""
+"""A table of at most so many entries, about 400 MB, is read whole when most of its rows will be looked at."""
 
 
 def open_arrays(place: Place, mode: Any) -> zarr.Group:
@@ -46,9 +46,9 @@ def create_arrays(url: str, group: str, arrays: dict[str, NDArray[Any]], chunk_b
     for name, array in arrays.items():
         array = np.ascontiguousarray(array)
         rows = max(1, chunk_bytes // max(array.nbytes // max(len(array), 1), 1)) if chunk_bytes else CHUNK_ENTRIES
-        found = _create_array(root, f"{group}/{name}", array.shape, array.dtype, rows)
+        written = _create_array(root, f"{group}/{name}", array.shape, array.dtype, rows)
         if array.size:
-            found[...] = array
+            written[...] = array
 
 
 def _create_array(root: zarr.Group, name: str, shape: tuple[int, ...], dtype: Any, rows: int) -> Any:
@@ -155,5 +155,5 @@ class SparseRows:
 
     def whole(self, name: str = "count") -> sp.csr_array:
         """All rows as one CSR of int64 or float64."""
-        found = sp.csr_array(sp.vstack([tile for _, tile in self.tiles(name)], format="csr"))
-        return found.astype(np.float64 if found.dtype.kind == "f" else np.int64)
+        joined = sp.csr_array(sp.vstack([tile for _, tile in self.tiles(name)], format="csr"))
+        return joined.astype(np.float64 if joined.dtype.kind == "f" else np.int64)

@@ -97,9 +97,9 @@ def feature_card(analysis: Analysis, feature: int, examples: str = "top") -> dic
 
 
 def _beyond_chance(analysis: Analysis, feature: int) -> list[dict[str, Any]] | None:
-    found = analysis.partners_beyond_chance(feature)
+    partners = analysis.partners_beyond_chance(feature)
     names = ("feature", "rows", "expected", "lift")
-    return None if found is None else [dict(zip(names, partner, strict=True)) for partner in found]
+    return None if partners is None else [dict(zip(names, partner, strict=True)) for partner in partners]
 
 
 def feature_lines(card: dict[str, Any]) -> list[str]:

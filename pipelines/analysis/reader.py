@@ -14,19 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from actstore import paths
 from actstore.errors import DamagedStore, IdentityMismatch, InputError, OutputExists
 from actstore.open_place import open_place
-from pipelines.analysis.arrays import SparseRows, open_arrays
+from pipelines.analysis.contents import AnalysisContents
 from pipelines.analysis.record import ANALYSIS_VERSION as ANALYSIS_VERSION
 from pipelines.analysis.record import RECORD as RECORD
 from pipelines.analysis.record import read_analysis_record
-from pipelines.statistics import BANDS, Extent, association, band_numbers, statistics
+from pipelines.statistics import BANDS, association, band_numbers
 from pipelines.statistics.of_codes.bins import QUANTILES
-from pipelines.statistics.statistic import Arrays, Statistic, TiledStatistic
 from pipelines.statistics.value_bins import bin_edges
 from pipelines.text.tokens import parse_tokenizer
 
@@ -69,17 +67,16 @@ def require_new_analysis(path: str | Path) -> None:
         raise OutputExists(f"{path}: exists{what}; choose another --out, or move it away.")
 
 
-class Analysis:
+class Analysis(AnalysisContents):
     """What `analyze` wrote. Raises NotAStore when `path` holds no finished analysis of this format version.
 
     `record` is that of an analysis which is being finished and has none yet.
     """
 
     def __init__(self, path: str | Path, record: dict[str, Any] | None = None):
-        self.place = open_place(path)
+        place = open_place(path)
         self.path = Path(path)
-        self.record: dict[str, Any] = record or read_analysis_record(path)
-        self._root = open_arrays(self.place, "r")
+        super().__init__(place, record or read_analysis_record(path))
         file = f"{paths.TOKENIZER}/tokenizer.json"
         special = self.record["bos_token_id"], self.record["separator_token_id"]
         self._codec = parse_tokenizer(self.place.read(file), f"{path}/{file}", *special)
@@ -92,49 +89,6 @@ class Analysis:
         self._loaded = {name: self._get(f"examples/{name}") for name in ("value", "document", "tokens", "values")}
         return self._loaded
 
-    def _get(self, name: str) -> NDArray[Any]:
-        return np.asarray(self._root[name][:])  # type: ignore[index]
-
-    @cached_property
-    def extent(self) -> Extent:
-        """How many there are of everything that was counted."""
-        n_vocabulary, context, n_documents, n_parts = (
-            self._root[f"rows/{name}"].shape[0]  # type: ignore[union-attr]
-            for name in ("tokens", "positions", "documents", "parts")
-        )
-        return Extent(self.n_features, self.record["k"], n_vocabulary, context, n_documents, n_parts)
-
-    def arrays_of(self, statistic: str) -> Arrays:
-        """What a registered statistic wrote whole, by full name.
-
-        Raises InputError for a name that no statistic has, or when the analysis was made without that statistic.
-        """
-        try:
-            return {name: self._get(name) for name in self._registered(statistic).arrays}
-        except KeyError as error:
-            raise self._without(statistic) from error
-
-    def table(self, statistic: str) -> SparseRows:
-        """The sparse table (F, columns) of a registered statistic. Raises InputError as `arrays_of` does, or when the
-        statistic writes no table."""
-        kind = self._registered(statistic)
-        if not (issubclass(kind, TiledStatistic) and kind.writes_table):
-            raise InputError(f"statistic {statistic!r}: writes no table; ask for its arrays.")
-        try:
-            return SparseRows(self._root, statistic, kind.n_columns(self.extent))
-        except KeyError as error:
-            raise self._without(statistic) from error
-
-    @staticmethod
-    def _registered(statistic: str) -> type[Statistic]:
-        kinds = statistics()
-        if statistic not in kinds:
-            raise InputError(f"statistic {statistic!r}: there is none of that name; choose one of {', '.join(kinds)}.")
-        return kinds[statistic]
-
-    def _without(self, statistic: str) -> InputError:
-        return InputError(f"{self.place}: was made without the statistic {statistic!r}; run `analyze` on its codes again.")
-
     @cached_property
     def findings(self) -> list[dict[str, Any]]:
         """The features that follow a rule, in the order of their file; none when no later stage has looked for any.
@@ -146,126 +100,18 @@ class Analysis:
             return []
         try:
             return [
-                {"feature": self.require_feature(int(found["feature"])), "rule": str(found["rule"])}
-                | {name: float(found[name]) for name in ("precision", "recall", "f1", "threshold")}
-                for found in json.loads(self.place.read(FINDINGS))["findings"]
+                {"feature": self.require_feature(int(finding["feature"])), "rule": str(finding["rule"])}
+                | {name: float(finding[name]) for name in ("precision", "recall", "f1", "threshold")}
+                for finding in json.loads(self.place.read(FINDINGS))["findings"]
             ]
         except (KeyError, TypeError, ValueError, InputError) as error:
             raise DamagedStore(
                 f"{self.place}/{FINDINGS}: not the findings of this analysis ({error}); write it again or move it."
             ) from error
 
-    @property
-    def n_features(self) -> int:
-        n: int = self.record["n_features"]
-        return n
-
-    @property
-    def n_rows(self) -> int:
-        n: int = self.record["n_rows"]
-        return n
-
-    @cached_property
-    def fires(self) -> NDArray[np.int64]:
-        return self._get("features/fires")
-
-    @cached_property
-    def frequency(self) -> NDArray[np.float64]:
-        """(F,) share of rows each feature fires in."""
-        return self._get("features/frequency")
-
-    @cached_property
-    def mean(self) -> NDArray[np.float64]:
-        """(F,) mean activation over a feature's firings."""
-        return self._get("features/mean")
-
-    @cached_property
-    def peak(self) -> NDArray[np.float32]:
-        """(F,) largest activation."""
-        return self._get("features/peak")
-
-    @cached_property
-    def n_documents(self) -> NDArray[np.int64]:
-        """(F,) documents in which each feature fires."""
-        return self._get("features/n_documents")
-
-    @cached_property
-    def burstiness(self) -> NDArray[np.float64]:
-        """(F,) how many times likelier two rows of one document both fire than two rows of any; NaN for under 2 firings."""
-        return self._get("features/burstiness")
-
-    @cached_property
-    def quantile_bins(self) -> NDArray[np.int32]:
-        """(F, quantiles) the bin of each quantile of a feature's activations; -1 when dead."""
-        return self._get("features/quantile_bins")
-
-    @cached_property
-    def active(self) -> NDArray[np.int64]:
-        """(k + 1,) rows by number of active features: the distribution of L0."""
-        return self._get("rows/active")
-
-    @cached_property
-    def document_rows(self) -> NDArray[np.int64]:
-        """(documents,) rows of each document."""
-        return self._get("rows/documents")
-
-    @cached_property
-    def joint(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The 20 most frequent features (n,), and in how many rows each two of them fire (n, n); diagonal: firings."""
-        return self._get("joint/features"), self._get("joint/together")
-
-    @cached_property
-    def part_names(self) -> list[str]:
-        """Names of the corpus parts: first folders below the one that all documents share."""
-        return self._get("parts/name").tobytes().decode().split("\n")
-
     @cached_property
     def token_texts(self) -> list[str]:
         return self._codec.token_texts()
-
-    @cached_property
-    def pairs(self) -> SparseRows:
-        """(F, F) in both triangles: with how many of its rows (or documents) each other feature is together."""
-        return SparseRows(self._root, "cooccurrence", self.n_features)
-
-    @cached_property
-    def cooccurrence(self) -> sp.csr_array:
-        """(F, F) CSR: rows in which features i < j fire together. All of it in memory: `pairs` reads a row."""
-        return sp.csr_array(sp.triu(self.pairs.whole(), k=1, format="csr"))
-
-    @cached_property
-    def tokens(self) -> SparseRows:
-        """(F, vocabulary): firings of each feature on each token (`count`), and the sum of its values there (`total`)."""
-        return self.table("tokens")
-
-    @cached_property
-    def positions(self) -> SparseRows:
-        """(F, context): firings of each feature at each position of a window."""
-        return self.table("positions")
-
-    @cached_property
-    def parts(self) -> SparseRows:
-        """(F, corpus parts): firings of each feature in each part."""
-        return self.table("parts")
-
-    @cached_property
-    def bins(self) -> SparseRows:
-        """(F, bins): firings of each feature by strength, 16 bins an octave; `bin_edges` gives their values."""
-        return self.table("bins")
-
-    @cached_property
-    def token_counts(self) -> sp.csr_array:
-        """(F, vocabulary) CSR: firings of each feature on each token. All in memory."""
-        return self.tokens.whole()
-
-    @cached_property
-    def token_rows(self) -> NDArray[np.int64]:
-        """(vocabulary,) rows of the corpus that stand at each token."""
-        return self._get("rows/tokens")
-
-    @cached_property
-    def document_names(self) -> list[str]:
-        return self._get("documents/name").tobytes().decode().split("\n")
 
     def require_feature(self, feature: int) -> int:
         """Raises InputError for an id that is not a feature's."""
@@ -333,20 +179,20 @@ class Analysis:
         firings by strength, weakest first; "random": of all its firings, equally likely.
         """
         first, last = self.record["example_slots"][kind]
-        found = {}
+        arrays = {}
         for name in ("value", "document", "tokens", "values"):
             array: Any = self._loaded[name] if self._loaded else self._root[f"examples/{name}"]
-            found[name] = np.asarray(array[feature])
+            arrays[name] = np.asarray(array[feature])
         return [
             Example(
-                value=float(found["value"][i]),
-                document=self.document_names[found["document"][i]],
-                tokens=tuple("" if t < 0 else self.token_texts[t] for t in found["tokens"][i]),
-                values=tuple(float(v) for v in found["values"][i]),
+                value=float(arrays["value"][i]),
+                document=self.document_names[arrays["document"][i]],
+                tokens=tuple("" if t < 0 else self.token_texts[t] for t in arrays["tokens"][i]),
+                values=tuple(float(v) for v in arrays["values"][i]),
                 focus=self.record["focus"],
             )
             for i in range(first, last)
-            if found["value"][i] > 0
+            if arrays["value"][i] > 0
         ]
 
     def position_halves(self, feature: int) -> tuple[int, int]:
@@ -382,14 +228,10 @@ class Analysis:
             (right if left == feature else left, count, expected, lift) for left, right, count, expected, lift, _ in rows[:n]
         ]
 
-    @cached_property
-    def _part_rows(self) -> NDArray[np.int64]:
-        return self._get("rows/parts")
-
     def partners(self, feature: int, n: int = 5) -> list[tuple[int, int, float]]:
         """(feature, rows together, lift) of the features that fire with this one most often.
 
-        Lift is P(a, b) / (P(a) P(b)): how many times more often than if the two were independent. Of an analysis
+        Lift is P(a, b) / (P(a) P(b)): how many times more often than if the two were independent. In an analysis
         `--within document` rows are documents; `--within N` tokens has no such product, and a lift of NaN.
         """
         columns, counts = self.pairs.row(feature)

@@ -12,7 +12,7 @@ from pipelines.analysis.reader import Analysis
 from pipelines.shared.visible_text import visible
 
 COMMON_WORDS = frozenset({"a", "after", "an", "and", "in", "is", "of", "or", "that", "the", "token"})
-"""Of the language that rules are put in: they name nothing."""
+"""Words of the language that rules are put in: they name nothing."""
 
 
 def search(analysis: Analysis, text: str, top: int) -> dict[str, Any]:
@@ -73,21 +73,21 @@ def _rules(analysis: Analysis, text: str, top: int) -> list[dict[str, Any]]:
     return [{name: f[name] for name in ("feature", "rule", "precision", "recall", "f1")} for f in fitting[:top]]
 
 
-def search_lines(found: dict[str, Any]) -> list[str]:
+def search_lines(answer: dict[str, Any]) -> list[str]:
     """What was found, as tables."""
-    lines = ["tokens: " + " ".join(repr(visible(token["text"])) for token in found["tokens"])]
-    for result in found["results"]:
+    lines = ["tokens: " + " ".join(repr(visible(token["text"])) for token in answer["tokens"])]
+    for result in answer["results"]:
         names = " or ".join(repr(visible(text)) for text in result["tokens"])
         lines.append(f"on {names}, in {result['rows']:,} rows:")
         lines.append(f"  {'feature':>7} {'F1':>6} {'precision':>10} {'recall':>7} {'lift':>9} {'rows':>9}")
         lines += [f"{_scores(f)} {f['lift']:>8,.1f}x {f['rows']:>9,}" for f in result["features"]] or [
             "  no feature fires there"
         ]
-    if found["rules"]:
+    if answer["rules"]:
         lines.append(
             "rules that name it, each feature above its own threshold (scored on documents they were not chosen on):"
         )
-        lines += [f"{_scores(rule)}  {rule['rule']}" for rule in found["rules"]]
+        lines += [f"{_scores(rule)}  {rule['rule']}" for rule in answer["rules"]]
     return lines
 
 

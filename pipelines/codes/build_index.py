@@ -208,12 +208,12 @@ def plan_merges(runs: list[Run], layout: Layout, between: int) -> list[tuple[lis
 
 def _counts(run_of: NDArray[np.int64], bounds: list[int], n_runs: int) -> list[NDArray[np.int64]]:
     """For each of rising bounds i, (n_runs,) how many of the first i samples are of each run."""
-    counts, before, found = np.zeros(n_runs, np.int64), 0, []
+    counts, before, counts_at = np.zeros(n_runs, np.int64), 0, []
     for bound in bounds:
         counts = counts + np.bincount(run_of[before:bound], minlength=n_runs)
         before = max(before, bound)
-        found.append(counts)
-    return found
+        counts_at.append(counts)
+    return counts_at
 
 
 def merge_shard(
@@ -244,10 +244,10 @@ def merge_shard(
 
 def _read_piece(url: str, piece: Piece) -> Keys:
     name, _, start, stop = piece
-    found = np.empty(stop - start, "<u8")
-    if open_place(url).read_into(name, 8 * start, found.view(np.uint8).data) != found.nbytes:
+    entries = np.empty(stop - start, "<u8")
+    if open_place(url).read_into(name, 8 * start, entries.view(np.uint8).data) != entries.nbytes:
         raise DamagedStore(f"{url}: {name} ends early; run `encode` again to sort anew.")
-    return found.astype(np.uint64, copy=False)
+    return entries.astype(np.uint64, copy=False)
 
 
 def _checksum(key: Keys, row: NDArray[np.int64]) -> int:

@@ -31,7 +31,7 @@ STARTS = "starts"
 
 
 class Firings(NamedTuple):
-    """Of one feature: rows (n,) and values (n,), by falling value, ties by row."""
+    """One feature's rows (n,) and values (n,), by falling value, ties by row."""
 
     rows: NDArray[np.int64]
     values: NDArray[np.float32]
@@ -152,29 +152,29 @@ class FeatureIndex:
     def places(self, rows: NDArray[np.int64]) -> RowPlaces:
         """Where rows stand in the text. Reads a chunk of `rows/window` and `rows/position` for each that is touched."""
         n = len(rows)
-        found = RowPlaces(*(np.zeros(n, np.int64) for _ in RowPlaces._fields))
+        where = RowPlaces(*(np.zeros(n, np.int64) for _ in RowPlaces._fields))
         which, place = self.numbers.locate(rows)
         chunk = place // np.array([shard.chunk_rows for shard in self.numbers.shards])[which]
         for number, own in np.unique(np.stack([which, chunk], axis=1), axis=0).tolist():
             shard, mine = self.numbers.shards[number], np.flatnonzero((which == number) & (chunk == own))
             inside = place[mine] - own * shard.chunk_rows
-            found.segment[mine] = shard.segment
-            found.window[mine] = self.codes.read_chunk(shard, paths.WINDOW, own)[inside]
-            found.position[mine] = self.codes.read_chunk(shard, paths.POSITION, own)[inside]
+            where.segment[mine] = shard.segment
+            where.window[mine] = self.codes.read_chunk(shard, paths.WINDOW, own)[inside]
+            where.position[mine] = self.codes.read_chunk(shard, paths.POSITION, own)[inside]
         parts = np.array([(shard.segment, PARTS.index(shard.part)) for shard in self.numbers.shards]).reshape(-1, 2)[which]
         for segment, part in np.unique(parts, axis=0).tolist():
-            self._texts(segment, PARTS[part], found, np.flatnonzero((parts == (segment, part)).all(axis=1)))
-        return found
+            self._texts(segment, PARTS[part], where, np.flatnonzero((parts == (segment, part)).all(axis=1)))
+        return where
 
-    def _texts(self, segment: int, part: str, found: RowPlaces, mine: NDArray[np.int64]) -> None:
+    def _texts(self, segment: int, part: str, places: RowPlaces, mine: NDArray[np.int64]) -> None:
         """Fill in token and document of rows of one part whose window and position are known."""
         policy = self.codes.manifest.policy
-        starts = self.codes.table_at(segment, paths.window_table(part, paths.TOKEN_START), found.window[mine])
-        token = policy.token_at(starts, found.position[mine])
+        starts = self.codes.table_at(segment, paths.window_table(part, paths.TOKEN_START), places.window[mine])
+        token = policy.token_at(starts, places.position[mine])
         ids = self.codes.table_at(segment, paths.TOKEN_IDS, token).astype(np.int64)
-        found.token_index[mine] = index = policy.token_index(starts, found.position[mine])
-        found.token[mine] = np.where(index >= 0, ids, policy.bos_token_id)
-        found.document[mine] = self.codes.documents_of(segment, token)
+        places.token_index[mine] = index = policy.token_index(starts, places.position[mine])
+        places.token[mine] = np.where(index >= 0, ids, policy.bos_token_id)
+        places.document[mine] = self.codes.documents_of(segment, token)
 
     def _range(self, feature: int) -> tuple[int, int]:
         if not 0 <= feature < self.codes.n_features:
@@ -192,8 +192,8 @@ class FeatureIndex:
         """Entries [first, last) of an array: the chunks that hold them, in one read of each object."""
         pieces = list(self._pieces(first, last))
         with ThreadPoolExecutor(self.codes.place.readers) as pool:
-            found = list(pool.map(lambda piece: self._piece(array, *piece), pieces))
-        return np.concatenate(found) if found else np.empty(0, array.dtype)
+            parts = list(pool.map(lambda piece: self._piece(array, *piece), pieces))
+        return np.concatenate(parts) if parts else np.empty(0, array.dtype)
 
     def _pieces(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
         """(shard, first, last) with entries counted in the shard."""
@@ -230,8 +230,8 @@ class FeatureIndex:
                 )
             index = bytearray(index_bytes(self.layout))
             self.codes.place.read_into(name, committed - len(index), memoryview(index))
-            found = read_index(bytes(index), self.layout.n_chunks(shard))
-            self._chunks[name, shard] = [(offset, length) for offset, length in found.tolist()]
+            bounds = read_index(bytes(index), self.layout.n_chunks(shard))
+            self._chunks[name, shard] = [(offset, length) for offset, length in bounds.tolist()]
         return self._chunks[name, shard]
 
     def _read(self, name: str) -> bytes:

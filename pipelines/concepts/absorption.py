@@ -243,7 +243,7 @@ class Absorption:
 def strongest(codes: sp.csr_array, along: NDArray[np.float64], scores: NDArray[np.float64]) -> NDArray[np.int64]:
     """(n,) the feature that adds most to each row's score, if that is at least 0.4 of it; else -1.
 
-    A feature adds its value times `along` (F,). Of a score that is not positive nothing has a share.
+    A feature adds its value times `along` (F,). Nothing has a share of a score that is not positive.
 
     >>> codes = sp.csr_array(np.array([[2.0, 1.0, 0.0], [0.0, 1.0, 1.0], [2.0, 0.0, 0.0]]))
     >>> strongest(codes, np.array([0.5, 0.1, 0.1]), np.array([1.2, 1.0, -0.2])).tolist()

@@ -133,7 +133,7 @@ def stored_documents(store: Store) -> list[StoredDocument]:
 
 
 Places = Iterator[tuple[StoredDocument, NDArray[np.int64], NDArray[np.int64]]]
-"""Of each document: tokens of it, and a label that holds at each."""
+"""For each document, some of its tokens, and a label that holds at each."""
 
 
 def python_places(store: Store, documents: list[StoredDocument], codec: TextCodec) -> Places:

@@ -22,7 +22,7 @@ from pipelines.concepts.scored_units import ScoredUnits, shard_tasks
 from pipelines.shared.cluster import reduce_tasks, share
 
 CANDIDATES = 8
-"""Of each of the two kinds."""
+"""Candidates of each of the two kinds."""
 PRECISE = 0.5
 MOST = 10
 """Units in a union, at most."""

@@ -9,9 +9,9 @@ from typing import Protocol
 
 import pipelines.exchange.formats
 from actstore.errors import InputError
+from actstore.folder_registry import modules_of
 from pipelines.sae.base import Sae
 from pipelines.sae.checkpoint import RunRecord
-from pipelines.shared.folder_registry import modules_of
 
 
 @dataclass(frozen=True)

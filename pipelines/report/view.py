@@ -27,8 +27,8 @@ import jinja2
 from markupsafe import Markup
 
 import pipelines.report.views
+from actstore.folder_registry import modules_of
 from pipelines.analysis.reader import Analysis
-from pipelines.shared.folder_registry import modules_of
 
 PLACES = ("style", "narrow", "media", "body", "constants", "state", "script")
 

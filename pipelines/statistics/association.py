@@ -60,11 +60,11 @@ def npmi(together: Counts, fires_a: Counts, fires_b: Counts, n_rows: int) -> NDA
     >>> [round(float(npmi(n, 20, 20, 100)), 6) for n in (0, 4, 20)]
     [-1.0, 0.0, 1.0]
     """
-    found = pmi(together, fires_a, fires_b, n_rows)
+    information = pmi(together, fires_a, fires_b, n_rows)
     with np.errstate(divide="ignore", invalid="ignore"):
         surprise = -np.log(_ratio(together, n_rows))
-        scaled = np.asarray(found / surprise)
-    scaled = np.where(_float(together) == 0, np.where(np.isnan(found), np.nan, -1.0), scaled)
+        scaled = np.asarray(information / surprise)
+    scaled = np.where(_float(together) == 0, np.where(np.isnan(information), np.nan, -1.0), scaled)
     return np.where(surprise == 0, 1.0, scaled)
 
 

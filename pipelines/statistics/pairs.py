@@ -118,11 +118,11 @@ class PairTile:
         """(last - first, F) counts of these features of the tile, a copy, of the widest of their types."""
         ranks = self._rank[first:last]
         kinds = np.searchsorted(self._edges, ranks, side="right") - 1
-        found = np.empty((len(ranks), self.n_features), f"u{1 << int(kinds.max(initial=0))}")
+        dense = np.empty((len(ranks), self.n_features), f"u{1 << int(kinds.max(initial=0))}")
         for kind in set(kinds.tolist()):
             mine = kinds == kind
-            found[mine] = self._parts[kind][ranks[mine] - self._edges[kind], :-1]
-        return found
+            dense[mine] = self._parts[kind][ranks[mine] - self._edges[kind], :-1]
+        return dense
 
     def add_counts(self, counts: NDArray[Any]) -> None:
         """Add counts (n, F) that were found in another way."""

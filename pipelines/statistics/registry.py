@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pkgutil
 from functools import cache
-from importlib import import_module
-from inspect import isabstract
 
 import pipelines.statistics.of_codes
+from actstore.folder_registry import classes_in
 from pipelines.statistics.statistic import Statistic
 
 
@@ -18,10 +16,6 @@ def statistics() -> dict[str, type[Statistic]]:
     >>> statistics()["counts"].__name__
     'FeatureCounts'
     """
-    modules = [
-        import_module(f"{pipelines.statistics.of_codes.__name__}.{module.name}")
-        for module in pkgutil.iter_modules(pipelines.statistics.of_codes.__path__)
-    ]
-    classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
-    named = [c for c in classes if issubclass(c, Statistic) and not isabstract(c) and "name" in vars(c)]
-    return {c.name: c for c in sorted(named, key=lambda c: c.name)}
+    kinds = classes_in(pipelines.statistics.of_codes, Statistic)  # type: ignore[type-abstract]
+    named = [kind for kind in kinds if "name" in vars(kind)]
+    return {kind.name: kind for kind in sorted(named, key=lambda kind: kind.name)}

@@ -28,7 +28,7 @@ class Naming:
 
     @cached_property
     def _rules(self) -> dict[int, str]:
-        """Of each feature with a good rule, the rule."""
+        """The rule of each feature that has a good one."""
         return {finding["feature"]: finding["rule"] for finding in self.analysis.findings if finding["f1"] >= MIN_F1}
 
     def name(self, feature: int) -> str:
@@ -41,7 +41,7 @@ class Naming:
     def contexts(self, features: list[int], at_least: int = 2, n: int = N_CONTEXTS) -> list[dict[str, str]]:
         """Up to `n` rows, each from another document, in which most of some features fire, and at least so many.
 
-        Of the rows with equally many, the first of each document; documents in the sample's order.
+        Among rows with equally many, the first of each document is taken; documents are in the sample's order.
         """
         wanted = np.zeros(self.sample.table.n_features + 1, bool)
         wanted[features] = True

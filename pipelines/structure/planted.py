@@ -33,7 +33,7 @@ def rates_of(
 
 
 def keep_largest(fired: NDArray[np.bool_], k: int, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Of each row's firings the k with the largest activations, drawn from one exponential law for all."""
+    """Each row's k firings with the largest activations, which are drawn from one exponential law for all."""
     values = np.where(fired, rng.exponential(size=fired.shape), 0)
     bound = np.sort(values, axis=1)[:, -k]
     return fired & (values >= bound[:, None])

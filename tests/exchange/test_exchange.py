@@ -88,7 +88,7 @@ def test_the_commands_print_what_was_made(tmp_path: Path, rows_store: Path) -> N
     record = write_run(tmp_path / "run", moved_sae("topk", 4, 24, 3), rows_store, SITE)
     there = invoke("export", tmp_path / "run", "--out", tmp_path / "a.npz")
     assert there.exit_code == 0, there.output
-    assert there.output.splitlines()[:2] == [f"run {record.run_id}, topk, as npz:", str(tmp_path / "a.npz")]
+    assert there.stdout.splitlines()[:2] == [f"run {record.run_id}, topk, as npz:", str(tmp_path / "a.npz")]
     back = invoke("import", tmp_path / "a.npz", "--store", rows_store, "--out", tmp_path / "back")
     assert back.exit_code == 0, back.output
     assert f"{SITE}, topk, 24 features, k 3" in back.output

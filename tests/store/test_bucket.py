@@ -44,6 +44,7 @@ from cli import cli
 from pipelines.analysis import stage as analyze_module
 from pipelines.analysis.reader import Analysis
 from pipelines.analysis.stage import AnalyzeConfig, analyze
+from pipelines.analysis.survey.work_folder import KEY
 from pipelines.collect import stage as stage
 from pipelines.collect.config import CollectConfig
 from pipelines.collect.stage import collect
@@ -633,7 +634,7 @@ def test_an_interrupted_analysis_in_a_bucket_is_finished_by_the_next(
 def test_what_is_not_part_of_an_interrupted_analysis_is_left_alone(
     codes: Path, client: Any, server: Server, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    open_place(f"{url}/analysis.partial").publish(analyze_module.KEY, b"left by another one")
+    open_place(f"{url}/analysis.partial").publish(KEY, b"left by another one")
     open_place(f"{url}/analysis").publish("notes.txt", b"mine")
     with pytest.raises(OutputExists, match="exists"):
         analyze(AnalyzeConfig(codes=codes, out=f"{url}/analysis"), client)
@@ -683,6 +684,8 @@ def test_a_collection_by_workers_that_was_killed_is_finished_by_others(
 
 def test_info_says_of_a_store_what_it_says_of_the_same_in_a_folder(collected: str, small_store: Path) -> None:
     there, here = (json.loads(invoke("info", place, "--json").stdout) for place in (collected, small_store))
+    assert there.pop("path") == collected
+    assert here.pop("path") == str(small_store)
     assert there == here
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from actstore.errors import InputError, NotAStore, OutputExists
 from actstore.reader import ActivationStore
-from pipelines.sae import checkpoint
+from pipelines.sae import run_record
 from pipelines.sae.architectures.topk import TopKSae
 from pipelines.sae.base import Codes, Losses
 from pipelines.sae.checkpoint import RECORD, WEIGHTS, RunRecord, load_run, save_run
@@ -332,7 +332,7 @@ def test_an_interrupted_training_leaves_no_run_and_can_be_started_again(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for module, name in ((Trainee, "metrics"), (checkpoint, "publish_json")):
+    for module, name in ((Trainee, "metrics"), (run_record, "publish_json")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, interrupt)
             with pytest.raises(KeyboardInterrupt):

@@ -35,7 +35,7 @@ def countable(codes: NDArray[Any], n_features: int) -> dict[str, NDArray[Any]]:
 def row_blocks(job: Job, shards: list[Shard], start: int, stop: int) -> Iterator[tuple[NDArray[Any], sp.csr_array]]:
     """Shards one after another, in blocks of as many as are counted at once, as the survey left them.
 
-    Of each block the (n, k) codes, and the (stop - start, n) firings of the features [start, stop). The codes of all blocks
+    A block is its (n, k) codes, and the (stop - start, n) firings of the features [start, stop). The codes of all blocks
     are views of one buffer: each is gone when the next is asked for.
     """
     held = _held.setdefault(get_ident(), _HeldCodes())

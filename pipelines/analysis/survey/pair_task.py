@@ -25,7 +25,7 @@ from pipelines.statistics.association import npmi
 from pipelines.statistics.pairs import PairTile, count_bytes, count_type, firings_of, marked_codes
 
 TILE_BYTES = 64 << 20
-"""Of a tile's dense counts, at most; two that are added are 128 MiB."""
+"""A tile's dense counts have at most so many bytes; two tiles that are added, 128 MiB."""
 TILES_OF = 4
 """Tiles come in a multiple of this, of like size, so that two or four workers share them evenly."""
 LEAST_TASKS, GROUP_ROWS = 8, 1 << 24
@@ -83,19 +83,19 @@ def count_pairs(job: Job, tile: int, start: int, largest: NDArray[np.int64], sha
     """
     if open_place(job.work_url).exists(done(tile)):
         return None
-    found = PairTile(start, job.extent.n_features, largest)
+    pair_tile = PairTile(start, job.extent.n_features, largest)
     if job.within == "document":
-        found.add_counts(_count_documents(job, found.start, found.stop))
+        pair_tile.add_counts(_count_documents(job, pair_tile.start, pair_tile.stop))
     elif job.within == "row":
-        for codes, firings in row_blocks(job, shards, found.start, found.stop):
-            found.add(codes, firings)
+        for codes, firings in row_blocks(job, shards, pair_tile.start, pair_tile.stop):
+            pair_tile.add(codes, firings)
             del firings  # before the next block's are made
     else:
         for shard in shards:
             indices, fired, near, near_fired = widened(job, shard, int(job.within))
             codes, others = (marked_codes(*pair, job.extent.n_features) for pair in ((indices, fired), (near, near_fired)))
-            found.add(others, firings_of(codes, job.extent.n_features)[found.start : found.stop])
-    return found
+            pair_tile.add(others, firings_of(codes, job.extent.n_features)[pair_tile.start : pair_tile.stop])
+    return pair_tile
 
 
 def add_pairs(left: PairTile | None, right: PairTile | None) -> PairTile | None:

@@ -143,11 +143,11 @@ def documents_table(analysis: Analysis) -> pa.Table:
 
 def _entries(rows: SparseRows) -> tuple[NDArray[np.int64], ...]:
     """(feature, column, count) of every entry."""
-    found = [
+    entries = [
         (np.repeat(np.arange(part.start, part.stop), np.diff(tile.indptr)), tile.indices, tile.data.astype(np.int64))
         for part, tile in rows.tiles()
     ]
-    return tuple(np.concatenate(column) for column in zip(*found, strict=True))
+    return tuple(np.concatenate(column) for column in zip(*entries, strict=True))
 
 
 def _long_table(rows: SparseRows, name: str, texts: list[str] | None = None) -> pa.Table:

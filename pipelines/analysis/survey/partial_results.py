@@ -85,8 +85,8 @@ class Bundle:
         """Read whole blocks of an array, from byte `first` of it on."""
         check = self._checks_at[key] + first // BLOCK_BYTES
         self._read(out, self._data + self._entries[key][2] + first)
-        found = _checks(out)
-        if (found != self._checks[check : check + len(found)]).any():
+        checks = _checks(out)
+        if (checks != self._checks[check : check + len(checks)]).any():
             raise self._damaged()
 
     def _bytes(self, at: int, n_bytes: int) -> NDArray[np.uint8]:

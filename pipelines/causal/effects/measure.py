@@ -29,7 +29,7 @@ from pipelines.metrics.divergence import ROWS, kl, log_probability
 from pipelines.models.forward import logits
 
 BATCH_POSITIONS = 4096
-"""Of the clean texts in one forward pass, and of whole edited texts."""
+"""Positions of the clean texts in one forward pass, and of whole edited texts."""
 BLOCK_FIRINGS = 16384
 """After about so many firings what was measured is published."""
 
@@ -78,7 +78,7 @@ def measured_bytes(n_firings: int, n_features: int, n_vocabulary: int) -> int:
 
 @torch.no_grad()
 def measure(
-    spliced: Spliced, codes: CodeStore, firings: DrawnFirings, found: Measured, how: str, commit: Any = None
+    spliced: Spliced, codes: CodeStore, firings: DrawnFirings, so_far: Measured, how: str, commit: Any = None
 ) -> Iterator[int]:
     """Fill in what has not been measured of a batch of features' firings; gives how many were after each pass.
 
@@ -87,17 +87,17 @@ def measure(
     order = np.lexsort((firings.position, firings.window, firings.segment))
     _, place = np.unique(firings.feature, return_inverse=True)
     n_texts = max(1, BATCH_POSITIONS // codes.manifest.policy.context)
-    last = found.done
-    for chosen in window_passes(firings, order[found.done :], n_texts):
+    last = so_far.done
+    for chosen in window_passes(firings, order[so_far.done :], n_texts):
         own = firings.take(chosen)
         ids, text = firing_texts(codes, own)
         kl_, loss, shift = _measured(spliced, torch.from_numpy(ids).to(spliced.lm.device), text, own, how)
-        found.kl[chosen], found.loss[chosen] = kl_, loss
-        np.add.at(found.shift, place[chosen], own.weight[:, None] * shift)
-        found.done += len(chosen)
-        if commit is not None and (found.done - last >= BLOCK_FIRINGS or found.done == len(firings)):
+        so_far.kl[chosen], so_far.loss[chosen] = kl_, loss
+        np.add.at(so_far.shift, place[chosen], own.weight[:, None] * shift)
+        so_far.done += len(chosen)
+        if commit is not None and (so_far.done - last >= BLOCK_FIRINGS or so_far.done == len(firings)):
             commit()
-            last = found.done
+            last = so_far.done
         yield len(chosen)
 
 

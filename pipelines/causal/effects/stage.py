@@ -41,7 +41,7 @@ from pipelines.shared.progress import track
 MEASURES = ("firing", "later")
 PLAN, PARTS = "plan.json", "parts"
 SUMS_BYTES = 1 << 28
-"""Of a batch of features' sums over the vocabulary."""
+"""A batch of features has sums over the vocabulary of at most so many bytes."""
 
 
 @dataclass(frozen=True)
@@ -120,16 +120,20 @@ def _measured(
             own = features[first : first + step]
             mine = firings.take(np.isin(firings.feature, own))
             path = config.out / PARTS / f"{number:04d}.npz"
-            found = Measured.load(path, plan_id) or Measured.empty(len(mine), len(own), n_vocabulary)
-            progress.advance(found.done)
-            for n in measure(spliced, codes, mine, found, config.measure, partial(found.save, path, plan_id)):
+            measured = Measured.load(path, plan_id) or Measured.empty(len(mine), len(own), n_vocabulary)
+            progress.advance(measured.done)
+            for n in measure(spliced, codes, mine, measured, config.measure, partial(measured.save, path, plan_id)):
                 progress.advance(n)
-            rows += feature_table(mine, own, found, spliced.lm.codec, config.resamples, config.seed)
+            rows += feature_table(mine, own, measured, spliced.lm.codec, config.resamples, config.seed)
     return rows, firings.rows
 
 
 def _draw(config: EffectsConfig, codes: CodeStore) -> DrawnFirings:
-    """The firings that are measured. Raises InputError when no feature asked for fires."""
+    """The firings that are measured. Raises InputError when no feature asked for fires.
+
+    Features that are named may be drawn from the feature index. The most frequent ones are drawn as all features are: which
+    they are follows from all firings, and which firing a window gives from its place among those.
+    """
     wanted = np.array(config.features, np.int64) if config.features else None
     firings = draw_firings(codes, wanted, config.firings, config.seed)
     if config.top:

@@ -36,7 +36,7 @@ class Measurement(Protocol):
 
 
 def feature_table(
-    firings: DrawnFirings, features: NDArray[np.int64], found: Measurement, codec: TextCodec, resamples: int, seed: int
+    firings: DrawnFirings, features: NDArray[np.int64], effects: Measurement, codec: TextCodec, resamples: int, seed: int
 ) -> list[dict[str, Any]]:
     """A row for each feature: how often it fires, mean KL and rise of the loss with their intervals, tokens.
 
@@ -50,10 +50,10 @@ def feature_table(
         n = bounds[i + 1] - bounds[i]
         document = firings.segment[mine] << 40 | firings.document[mine]
         generator = np.random.Generator(np.random.Philox(key=np.array([seed, feature], np.uint64)))
-        values, weight = np.stack([found.kl[mine], found.loss[mine]], axis=1), firings.weight[mine].astype(np.float64)
+        values, weight = np.stack([effects.kl[mine], effects.loss[mine]], axis=1), firings.weight[mine].astype(np.float64)
         mean = weight @ values / weight.sum()
         low, high = document_interval(values, weight, document, resamples, generator)
-        brought = -found.shift[i].astype(np.float64) / firings.weight[mine].sum()
+        brought = -effects.shift[i].astype(np.float64) / firings.weight[mine].sum()
         up, down = np.argsort(-brought, kind="stable")[:N_TOKENS], np.argsort(brought, kind="stable")[:N_TOKENS]
         rows.append(
             {
@@ -137,41 +137,41 @@ def summary(rows: list[dict[str, Any]], analysis: Analysis | None = None) -> dic
     """
     sure = [row for row in rows if row["measured"] >= MIN_FIRINGS and row["documents"] > 1]
     by_kl = sorted(sure, key=lambda row: (-row["kl"], row["feature"]))
-    found: dict[str, Any] = {"n_features": len(rows), "n_firings": sum(row["measured"] for row in rows)}
+    facts: dict[str, Any] = {"n_features": len(rows), "n_firings": sum(row["measured"] for row in rows)}
     if sure:
         median = float(np.median([row["kl"] for row in sure]))
         rare, frequent = np.quantile([row["frequency"] for row in sure], (0.25, 0.75)).tolist()
         inert = [row for row in by_kl[::-1] if row["frequency"] >= frequent and row["kl_high"] < median]
         decisive = [row for row in by_kl if row["frequency"] <= rare and row["kl_low"] > median]
-        found |= {"median_kl": median, "median_loss": float(np.median([row["loss"] for row in sure]))}
-        found |= {"rare_below": rare, "frequent_above": frequent, "n_inert": len(inert), "n_decisive": len(decisive)}
+        facts |= {"median_kl": median, "median_loss": float(np.median([row["loss"] for row in sure]))}
+        facts |= {"rare_below": rare, "frequent_above": frequent, "n_inert": len(inert), "n_decisive": len(decisive)}
     else:
         inert, decisive = [], []
     lists = {"strongest": by_kl, "weakest": by_kl[::-1], "frequent_but_inert": inert, "rare_but_decisive": decisive}
     for name, own in lists.items():
-        found[name] = [row if analysis is None else {**row, **_analysed(analysis, row["feature"])} for row in own[:LISTED]]
-    return found
+        facts[name] = [row if analysis is None else {**row, **_analysed(analysis, row["feature"])} for row in own[:LISTED]]
+    return facts
 
 
-def effects_lines(found: dict[str, Any], n: int = 10) -> list[str]:
+def effects_lines(record: dict[str, Any], n: int = 10) -> list[str]:
     """The lists as tables."""
-    where = "the firing position" if found["measure"] == "firing" else "the firing position and all later ones (mean)"
+    where = "the firing position" if record["measure"] == "firing" else "the firing position and all later ones (mean)"
     lines = [
-        f"{found['site']}: {found['n_firings']:,} firings of {found['n_features']:,} features, each ablated alone; "
+        f"{record['site']}: {record['n_firings']:,} firings of {record['n_features']:,} features, each ablated alone; "
         f"KL(normal ‖ ablated) in nats at {where}"
     ]
-    if "median_kl" not in found:
+    if "median_kl" not in record:
         return [*lines, f"no feature has {MIN_FIRINGS} measured firings in two documents; raise --firings."]
-    lines.append(f"median feature: KL {found['median_kl']:.4f}, loss {found['median_loss']:+.4f}")
+    lines.append(f"median feature: KL {record['median_kl']:.4f}, loss {record['median_loss']:+.4f}")
     titles = {
         "strongest": "strongest",
-        "frequent_but_inert": f"frequent, inert: {found['n_inert']:,} of those over {found['frequent_above']:.2%} of rows",
-        "rare_but_decisive": f"rare, decisive: {found['n_decisive']:,} of those under {found['rare_below']:.3%}",
+        "frequent_but_inert": f"frequent, inert: {record['n_inert']:,} of those over {record['frequent_above']:.2%} of rows",
+        "rare_but_decisive": f"rare, decisive: {record['n_decisive']:,} of those under {record['rare_below']:.3%}",
     }
     for name, title in titles.items():
         lines.append(f"{title}")
         lines.append(f"{'feature':>9} {'fires':>8} {'KL':>7} {'95 % interval':>15} {'loss':>8}  promotes")
-        for row in found[name][:n]:
+        for row in record[name][:n]:
             interval = f"{row['kl_low']:.3f} – {row['kl_high']:.3f}"
             tokens = "  ".join(repr(visible(text)) for text in row["promoted"][:4])
             on = "  fires on " + " ".join(repr(visible(t)) for t in row["tokens"][:2]) if "tokens" in row else ""

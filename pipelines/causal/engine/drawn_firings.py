@@ -80,8 +80,9 @@ def draw_firings(
     `half` 0 or 1 keeps to the documents of that half (`document_halves`); `above` (F,) counts a feature as firing only
     where its code exceeds that.
 
-    The firings of some features are read from the feature index where that pays (`reads_index`), and else all codes are
-    scanned; the draw is the same. Memory is bounded by the draw and one shard, and with the index by the features' firings.
+    The firings of some features are read from the feature index where that pays (`reads_index`). Otherwise all codes are
+    scanned, as they always are in a store without an index of its own codes; the draw is the same. Memory is bounded by
+    the draw and one shard, and with the index by the features' firings.
     """
     floor = np.zeros(codes.n_features) if above is None else above
     if features is not None and (index := _index_for(codes, features, floor)) is not None:
@@ -125,7 +126,7 @@ class _ShardRows:
         return self.codes.documents_of(self.shard.segment, tokens)
 
     def columns(self, rows: Ints) -> dict[str, Ints]:
-        """Of some rows, what `DrawnFirings` says of each."""
+        """What `DrawnFirings` says of each of some rows."""
         window, position = self.window[rows], self.position[rows]
         return {
             "segment": np.full(len(rows), self.shard.segment, np.int64),

@@ -9,8 +9,8 @@ from torch import nn
 
 import pipelines.models.families as package
 from actstore.errors import InputError
+from actstore.folder_registry import classes_in
 from pipelines.models.families.family import Family
-from pipelines.shared.class_folder import classes_in
 
 
 def families() -> dict[str, Family]:

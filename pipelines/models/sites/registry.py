@@ -6,8 +6,8 @@ from functools import cache
 
 import pipelines.models.sites as package
 from actstore.errors import InputError
+from actstore.folder_registry import classes_in
 from pipelines.models.sites.site import SiteKind
-from pipelines.shared.class_folder import classes_in
 
 
 def site_kinds() -> dict[str, SiteKind]:

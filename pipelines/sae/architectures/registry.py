@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import pkgutil
 from functools import cache
-from importlib import import_module
-from inspect import isabstract
 
 import pipelines.sae.architectures
 from actstore.errors import InputError
+from actstore.folder_registry import classes_in
 from pipelines.sae.base import Sae
 
 
@@ -19,11 +17,8 @@ def architectures() -> dict[str, type[Sae]]:
     >>> architectures()["topk"].__name__
     'TopKSae'
     """
-    package = pipelines.sae.architectures
-    modules = [import_module(f"{package.__name__}.{module.name}") for module in pkgutil.iter_modules(package.__path__)]
-    values = [value for module in modules for value in vars(module).values()]
-    classes = [value for value in values if isinstance(value, type) and issubclass(value, Sae)]
-    return {own.architecture: own for own in classes if not isabstract(own) and "architecture" in vars(own)}
+    kinds = classes_in(pipelines.sae.architectures, Sae)  # type: ignore[type-abstract]
+    return {kind.architecture: kind for kind in kinds if "architecture" in vars(kind)}
 
 
 def make(name: str, d_model: int, n_features: int, k: int, *, seed: int = 0) -> Sae:

@@ -1,0 +1,180 @@
+"""What lies in an analysis: its arrays and tables, by statistic and under the names that are asked for most."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import zarr
+from numpy.typing import NDArray
+
+from actstore.errors import InputError
+from actstore.place import Place
+from pipelines.analysis.arrays import SparseRows, open_arrays
+from pipelines.statistics import Extent, statistics
+from pipelines.statistics.statistic import Arrays, Statistic, TiledStatistic
+
+
+class AnalysisContents:
+    """The arrays and tables of an analysis at a place, whose record is known."""
+
+    def __init__(self, place: Place, record: dict[str, Any]):
+        self.place, self.record = place, record
+        self._root: zarr.Group = open_arrays(place, "r")
+
+    def _get(self, name: str) -> NDArray[Any]:
+        return np.asarray(self._root[name][:])  # type: ignore[index]
+
+    @property
+    def n_features(self) -> int:
+        n: int = self.record["n_features"]
+        return n
+
+    @property
+    def n_rows(self) -> int:
+        n: int = self.record["n_rows"]
+        return n
+
+    @cached_property
+    def extent(self) -> Extent:
+        """How many there are of everything that was counted; 0 of what the analysis has no count of rows for."""
+        n_vocabulary, context, n_documents, n_parts = (
+            self._root[f"rows/{name}"].shape[0] if f"rows/{name}" in self._root else 0  # type: ignore[union-attr]
+            for name in ("tokens", "positions", "documents", "parts")
+        )
+        return Extent(self.n_features, self.record["k"], n_vocabulary, context, n_documents, n_parts)
+
+    def arrays_of(self, statistic: str) -> Arrays:
+        """What a registered statistic wrote whole, by full name.
+
+        Raises InputError for a name that no statistic has, or when the analysis was made without that statistic.
+        """
+        try:
+            return {name: self._get(name) for name in self._registered(statistic).arrays}
+        except KeyError as error:
+            raise self._without(statistic) from error
+
+    def table(self, statistic: str) -> SparseRows:
+        """The sparse table (F, columns) of a registered statistic. Raises InputError as `arrays_of` does, or when the
+        statistic writes no table."""
+        kind = self._registered(statistic)
+        if not (issubclass(kind, TiledStatistic) and kind.writes_table):
+            raise InputError(f"statistic {statistic!r}: writes no table; ask for its arrays.")
+        try:
+            return SparseRows(self._root, statistic, kind.n_columns(self.extent))
+        except KeyError as error:
+            raise self._without(statistic) from error
+
+    @staticmethod
+    def _registered(statistic: str) -> type[Statistic]:
+        kinds = statistics()
+        if statistic not in kinds:
+            raise InputError(f"statistic {statistic!r}: there is none of that name; choose one of {', '.join(kinds)}.")
+        return kinds[statistic]
+
+    def _without(self, statistic: str) -> InputError:
+        return InputError(f"{self.place}: was made without the statistic {statistic!r}; run `analyze` on its codes again.")
+
+    @cached_property
+    def fires(self) -> NDArray[np.int64]:
+        return self._get("features/fires")
+
+    @cached_property
+    def frequency(self) -> NDArray[np.float64]:
+        """(F,) share of rows each feature fires in."""
+        return self._get("features/frequency")
+
+    @cached_property
+    def mean(self) -> NDArray[np.float64]:
+        """(F,) mean activation over a feature's firings."""
+        return self._get("features/mean")
+
+    @cached_property
+    def peak(self) -> NDArray[np.float32]:
+        """(F,) largest activation."""
+        return self._get("features/peak")
+
+    @cached_property
+    def n_documents(self) -> NDArray[np.int64]:
+        """(F,) documents in which each feature fires."""
+        return self._get("features/n_documents")
+
+    @cached_property
+    def burstiness(self) -> NDArray[np.float64]:
+        """(F,) how many times likelier two rows of one document both fire than two rows of any; NaN for under 2 firings."""
+        return self._get("features/burstiness")
+
+    @cached_property
+    def quantile_bins(self) -> NDArray[np.int32]:
+        """(F, quantiles) the bin of each quantile of a feature's activations; -1 when dead."""
+        return self._get("features/quantile_bins")
+
+    @cached_property
+    def active(self) -> NDArray[np.int64]:
+        """(k + 1,) rows by number of active features: the distribution of L0."""
+        return self._get("rows/active")
+
+    @cached_property
+    def document_rows(self) -> NDArray[np.int64]:
+        """(documents,) rows of each document."""
+        return self._get("rows/documents")
+
+    @cached_property
+    def joint(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The 20 most frequent features (n,), and in how many rows each two of them fire (n, n); diagonal: firings."""
+        return self._get("joint/features"), self._get("joint/together")
+
+    @cached_property
+    def part_names(self) -> list[str]:
+        """Names of the corpus parts: first folders below the one that all documents share."""
+        return self._get("parts/name").tobytes().decode().split("\n")
+
+    @cached_property
+    def pairs(self) -> SparseRows:
+        """(F, F) in both triangles: with how many of its rows (or documents) each other feature is together."""
+        return SparseRows(self._root, "cooccurrence", self.n_features)
+
+    @cached_property
+    def cooccurrence(self) -> sp.csr_array:
+        """(F, F) CSR: rows in which features i < j fire together. All of it in memory: `pairs` reads a row."""
+        return sp.csr_array(sp.triu(self.pairs.whole(), k=1, format="csr"))
+
+    @cached_property
+    def tokens(self) -> SparseRows:
+        """(F, vocabulary): firings of each feature on each token (`count`), and the sum of its values there (`total`)."""
+        return self.table("tokens")
+
+    @cached_property
+    def positions(self) -> SparseRows:
+        """(F, context): firings of each feature at each position of a window."""
+        return self.table("positions")
+
+    @cached_property
+    def parts(self) -> SparseRows:
+        """(F, corpus parts): firings of each feature in each part."""
+        return self.table("parts")
+
+    @cached_property
+    def bins(self) -> SparseRows:
+        """(F, bins): firings of each feature by strength, 16 bins an octave; `bin_edges` gives their values."""
+        return self.table("bins")
+
+    @cached_property
+    def token_counts(self) -> sp.csr_array:
+        """(F, vocabulary) CSR: firings of each feature on each token. All in memory."""
+        return self.tokens.whole()
+
+    @cached_property
+    def token_rows(self) -> NDArray[np.int64]:
+        """(vocabulary,) rows of the corpus that stand at each token."""
+        return self._get("rows/tokens")
+
+    @cached_property
+    def document_names(self) -> list[str]:
+        return self._get("documents/name").tobytes().decode().split("\n")
+
+    @cached_property
+    def _part_rows(self) -> NDArray[np.int64]:
+        return self._get("rows/parts")
