@@ -26,7 +26,7 @@ from typing import Any
 TIMINGS = frozenset({"rows_per_s", "tokens_per_s", "data_wait_share", "seconds", "wall_seconds", "disk_bytes"})
 """Fields that say how fast something was, and the size on disk of files that contain them."""
 
-SVG_RUN = rb"<dc:date>[^<]*</dc:date>|(?<=[#\"])(?:p|image)[0-9a-f]{10}\b"
+SVG_RUN = rb"<dc:date>[^<]*</dc:date>|(?<=[#\"])(?:m|p|image)[0-9a-f]{10}\b"
 """The date of a drawing, and the ids that Matplotlib draws by lot."""
 
 CHAIN = """
