@@ -2,6 +2,7 @@
 #
 #   make demo    install, then run the whole chain on the built-in model
 #   make test    install what the tests need, then run them
+#   make room    ROOM=train: one room's tests and doctests, without those that start processes; under a minute
 #   make slow    the tests that take long: fifty kills, hundreds of flipped bits
 #   make lint    ruff, check and format
 #   make types   mypy
@@ -12,13 +13,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo-out
+ROOM ?= store
 SITE ?= site
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 SOURCES := actstore pipelines benchmarks tests docs cli.py
 
-.PHONY: demo test slow lint types docs clean
+.PHONY: demo test room slow lint types docs clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed
@@ -26,6 +28,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+room: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not slow and not network and not processes and not cluster" tests/$(ROOM) \
+		$(wildcard pipelines/$(ROOM) pipelines/$(ROOM).py) $(if $(filter store,$(ROOM)),actstore) $(PYTEST_ARGS)
 
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow -s $(PYTEST_ARGS)

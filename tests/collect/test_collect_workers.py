@@ -32,6 +32,8 @@ from pipelines.collect.config import CollectConfig
 from pipelines.collect.stage import collect
 from pipelines.shared.cluster import connect, run_tasks
 
+pytestmark = pytest.mark.processes
+
 
 @dataclass(frozen=True)
 class Cluster:

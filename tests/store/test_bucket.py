@@ -50,6 +50,8 @@ from pipelines.collect.config import CollectConfig
 from pipelines.collect.stage import collect
 from pipelines.shared import cluster
 
+pytestmark = pytest.mark.processes
+
 SPEC = TWO_SEGMENTS
 SMALL = StoreSpec(n_documents=16, document_tokens=20, shard_rows=64, sites=(("resid_post.0", "fp32"),))
 """For writers that are killed again and again."""

@@ -25,6 +25,8 @@ from actstore.schema import PARTS
 from pipelines.collect.config import CollectConfig
 from pipelines.collect.stage import collect
 
+pytestmark = pytest.mark.processes
+
 PATIENCE_S = 300
 
 

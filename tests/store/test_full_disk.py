@@ -21,6 +21,8 @@ from storekit import files_of
 from actstore.files import RESERVE_BYTES
 from actstore.reader import ActivationStore
 
+pytestmark = pytest.mark.processes
+
 Disk = Callable[[int], Path]
 MIB = 1 << 20
 FULL = "No space left on device; free some space and run the same command again; everything committed is kept."

@@ -14,6 +14,8 @@ from storekit import StoreSpec, write_store
 from actstore.reader import ActivationStore
 from actstore.stream import BatchStream
 
+pytestmark = pytest.mark.processes
+
 SITE, BATCH_ROWS, N_BATCHES = "resid_post.0", 97, 400
 SPEC = StoreSpec(n_documents=400, sites=((SITE, "bf16"),), d_model=4, shard_rows=512, chunk_rows=64)
 CONSUMER = """

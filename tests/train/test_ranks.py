@@ -23,6 +23,8 @@ from pipelines.train.ranks import Ranks
 from pipelines.train.saved_state import load_state
 from pipelines.train.trainee import Trainee
 
+pytestmark = pytest.mark.processes
+
 SITE, BATCH, N_STEPS = "resid_post.0", 256, 20
 SPEC = StoreSpec(n_documents=200, sites=((SITE, "fp32"),), d_model=16, shard_rows=512, chunk_rows=64)
 WITHOUT_CUDA = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

@@ -26,6 +26,8 @@ from pipelines.train.log import METRICS
 from pipelines.train.saved_state import STATE, load_state
 from pipelines.train.stage import train
 
+pytestmark = pytest.mark.processes
+
 SPEC = StoreSpec(n_documents=200, sites=(("resid_post.0", "fp16"),), d_model=16, shard_rows=512, chunk_rows=64)
 SHAPE = {"features": 1024, "k": 4, "batch": 256, "tokens": 256 * 150, "lr": 0.003}
 ALWAYS = 1e-9
