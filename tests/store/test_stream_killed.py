@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from storekit import StoreSpec, write_store
 
 from actstore.reader import ActivationStore
