@@ -63,7 +63,7 @@ def connect(scheduler: str | None, workers: int, *, threads: bool = False) -> It
 
 
 def _register(client: Any, plugin: Any) -> None:
-    """Register a plugin with every worker. A worker that dies meanwhile raises OSError; registering is tried three times."""
+    """Register a plugin with every worker. If one dies meanwhile, ask again those that are left, at most twice."""
     for tries_left in (2, 1, 0):
         try:
             client.register_plugin(plugin)
