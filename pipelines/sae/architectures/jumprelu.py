@@ -22,8 +22,8 @@ class JumpReluSae(Sae):
     """The codes are the pre-activations z = (x − b_dec) · W_enc + b_enc above the feature's threshold exp(log_threshold).
 
     The loss is the mean squared error over all elements plus COEFFICIENT · (L0 / k − 1)², where L0 is the mean number of
-    codes of a batch's rows; this term leads L0 to `k`. A threshold's gradient is estimated from the z within BANDWIDTH / 2 of
-    the threshold.
+    codes of a batch's rows; this term leads L0 to `k`. A threshold's gradient is estimated from the z within BANDWIDTH / 2
+    of the threshold.
     """
 
     architecture = "jumprelu"
@@ -53,7 +53,10 @@ class JumpReluSae(Sae):
         return self.jumps(x, kernel)[0]
 
     def jumps(self, x: Tensor, kernel: str) -> tuple[Codes, Tensor]:
-        """Codes of the z down to BANDWIDTH / 2 below their threshold, 0 below it; and 1 for each code above 0, else 0."""
+        """Codes and firings (1 or 0) at every z above its threshold − BANDWIDTH / 2.
+
+        Both are 0 where z does not exceed the threshold itself.
+        """
         lowest = (self.log_threshold.detach().exp() - BANDWIDTH / 2).clamp_min(0)
         pre, active = self.preactivations_above(x, self.b_enc, lowest, kernel)
         values, fires = Jump.apply(pre, self.log_threshold.index_select(0, active.features).exp(), BANDWIDTH)

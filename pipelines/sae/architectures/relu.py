@@ -1,4 +1,4 @@
-"""ReLU: every positive pre-activation is a code; an L1 term keeps codes few (Bricken et al. 2023; Cunningham et al. 2023)."""
+"""ReLU: every positive pre-activation is a code; an L1 term keeps them few (Bricken et al. 2023; Cunningham et al. 2023)."""
 
 from __future__ import annotations
 
