@@ -221,7 +221,7 @@ class Sae(nn.Module, ABC):
 
     @torch.no_grad()
     def fold_input_scale(self, scale: float) -> None:
-        """Turn an SAE of `scale` · x into the same SAE of x: divide what is in units of x by `scale`; weights stay."""
+        """Turn an SAE of `scale` · x into the same SAE of x: divide `in_units_of_x` by `scale`; weights stay."""
         for name in self.in_units_of_x:
             getattr(self, name).div_(scale)
 

@@ -144,7 +144,7 @@ def heldout_rows(
     shards, n_rows = store.shards(PART), store.n_rows(PART)
     share = 1.0 if max_rows is None else min(1.0, max_rows / max(n_rows, 1))
     for shard in shards:
-        # The first rows of a shard are a uniform sample of it: rows are permuted inside shards.
+        # Rows are permuted inside shards, so the first rows of a shard are a uniform sample of all its rows.
         stop = max(1, round(share * shard.n_rows))
         for start in range(0, stop, batch_rows):
             yield store.read(shard, paths.acts(site), start, min(start + batch_rows, stop))

@@ -46,7 +46,7 @@ def connect(scheduler: str | None, workers: int, *, threads: bool = False) -> It
         raise InputError(f"workers {workers}: need at least 1.")
     try:
         with _client(scheduler, workers, threads) as client:
-            _register(client, _keeping_memory())
+            _register(client, _memory_plugin())
             if client.dashboard_link and client.scheduler_info(n_workers=0)["services"]:
                 print(f"dashboard: {client.dashboard_link}", file=sys.stderr)
             yield client
@@ -73,7 +73,7 @@ def _register(client: Any, plugin: Any) -> None:
                 raise
 
 
-def _keeping_memory() -> Any:
+def _memory_plugin() -> Any:
     """A plugin, also for workers that join later, by which a worker keeps up to `KEPT_BYTES` of freed memory.
 
     Reused pages cost no page fault: two workers that count pairs are a sixth faster. After a task that leaves more freed

@@ -82,7 +82,9 @@ def require_same(out: Path, config: TrainConfig, saved: list[dict[str, Any]], in
     `config` has its defaults replaced by their values.
     """
     if len(saved) != n:
-        raise IdentityMismatch(f"{out}: is a training of {len(saved)} SAEs, asked were {n}; give the options it began with.")
+        raise IdentityMismatch(
+            f"{out}: is a training of {len(saved)} SAEs, {n} were asked for; give the options it began with."
+        )
     asked = recorded(config)
     differing = [
         f"{name} (there {theirs}, asked {asked[name]})"

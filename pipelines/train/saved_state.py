@@ -47,7 +47,7 @@ def load_state(folder: Path) -> Saved | None:
     if version != STATE_VERSION:
         raise _damaged(path, f"version {version}, this actstore trains by version {STATE_VERSION}")
     if facts.pop("sha256", None) != _digest(tensors):
-        raise _damaged(path, "it is not what was saved")
+        raise _damaged(path, "its tensors are not those that were saved")
     trainees: list[dict[str, Tensor]] = []
     for name, tensor in tensors.items():
         index, _, short_name = name.partition("/")

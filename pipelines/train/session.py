@@ -111,7 +111,7 @@ class Session:
             {int(index): rows for index, rows in saved[1]["diverged"].items()} if saved else {},
         )
         for stream in streams.values():
-            session._place(stream)
+            session._seek(stream)
         rows_seen = session.lead.rows_seen
         if ranks.mean({"rows_seen": rows_seen}, device)["rows_seen"] != rows_seen:
             raise IdentityMismatch(
@@ -129,7 +129,7 @@ class Session:
         """The first SAE that is still trained. All of these are at the same step."""
         return self.trainees[self.alive[0]]
 
-    def _place(self, stream: BatchStream) -> None:
+    def _seek(self, stream: BatchStream) -> None:
         """Move a stream to where the training resumes. Resuming is exact when the number of ranks is as before."""
         stream.load_state_dict({**stream.state_dict(), "row": self.lead.rows_seen // self.ranks.n_ranks})
 
@@ -219,7 +219,7 @@ class Session:
             print(f"{said}; the other SAEs go on.", file=sys.stderr)
 
     def _leave_out_broken(self) -> None:
-        """Leave out SAEs with non-finite parameters. Called before saving: a step's loss comes before its update."""
+        """Leave out SAEs with non-finite parameters: the last step may have broken them after its loss was computed."""
         for index in self.alive:
             if not all(bool(parameter.isfinite().all()) for parameter in self.trainees[index].sae.parameters()):
                 self._leave_out(index)
@@ -282,6 +282,7 @@ class Session:
 
 
 def _with_start(history: list[list[int]], rows_seen: int, n_ranks: int) -> list[list[int]]:
+    """The history, with a new entry if the number of ranks has changed."""
     return history if history and history[-1][1] == n_ranks else [*history, [rows_seen, n_ranks]]
 
 

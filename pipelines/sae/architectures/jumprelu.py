@@ -13,7 +13,7 @@ from torch.autograd import Function
 from pipelines.sae.base import Codes, Losses, Objective, Sae, levels
 
 BANDWIDTH = 1.0
-"""Only pre-activations within BANDWIDTH / 2 of a threshold move it; for rows whose variance is 1 on average."""
+"""A threshold is moved by pre-activations within BANDWIDTH / 2 of it, for rows whose variance is 1 on average."""
 COEFFICIENT = 3.0
 """Coefficient of the L0 term. Measured (d = 192, F = 1024): L0 8.1 for k = 8 in 400 steps, 32.7 for k = 32 in 800."""
 
