@@ -1,1 +1,1 @@
-"""How this machine computes: products on its processor, and the memory that it keeps."""
+"""How this machine computes: products on its processor, and memory that the process keeps."""

@@ -1,8 +1,9 @@
 """Dense float32 products on a CPU, by oneDNN.
 
-PyTorch gives them to MKL, which on AMD's processors reaches half of what they can do: in one run on an EPYC with AVX-512,
-GPT-2 small's layers took 1.9 to 2.8 times as long as by oneDNN, which PyTorch has too, and uses for bfloat16. Both round
-alike (relative difference 4e-7), and oneDNN's bits do not depend on the number of threads either.
+PyTorch computes these products with MKL, which reaches half the speed of AMD's processors. In one run on an EPYC with
+AVX-512, GPT-2 small's layers took 1.9 to 2.8 times as long with MKL as with oneDNN, which PyTorch includes and uses for
+bfloat16. Both round alike (relative difference 4e-7), and oneDNN's bits, like MKL's, do not depend on the number of
+threads.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.nn.functional import linear
 
 @cache
 def has_onednn() -> bool:
-    """Whether PyTorch's own float32 products are another library's: on ARM they are oneDNN's already."""
+    """Whether float32 products are given to oneDNN: on x86 only. On ARM, PyTorch's own products use oneDNN already."""
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     return is_x86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -26,7 +27,7 @@ def has_onednn() -> bool:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(..., out) x · weightᵀ + bias, of x (..., in) and weight (out, in).
 
-    What is differentiated, is not float32 or does not lie in a CPU's memory is left to PyTorch.
+    PyTorch computes the product where a gradient is needed, a tensor is not float32, or a tensor is not on a CPU.
     """
     is_plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
     if not is_plain or torch.is_grad_enabled() or not has_onednn():
@@ -35,7 +36,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def speed_up(model: nn.Module) -> None:
-    """Let the dense layers of a transformers model use `product`. Their names, weights and hooks stay as they are."""
+    """Make the dense layers of a transformers model use `product`. Their names, weights and hooks do not change."""
     from transformers.pytorch_utils import Conv1D
 
     for module in model.modules():
@@ -50,5 +51,5 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _conv1d(layer: Any, x: Tensor) -> Tensor:
-    """GPT-2's layers keep their weights as (in, out)."""
+    """Conv1D, the dense layer of GPT-2, keeps its weight as (in, out)."""
     return product(x, layer.weight.T, layer.bias)

@@ -1,1 +1,1 @@
-"""Measures that several stages use: losses of a model under replacements, directions compared."""
+"""Measures that several stages use: a model's losses under replacements, and comparisons of directions."""

@@ -1,6 +1,6 @@
-"""Directions compared: cosines of two sets, the best match of each, one-to-one matchings, and what chance gives.
+"""Comparisons of directions: cosines of two sets, best matches, one-to-one matchings, and random directions for chance.
 
-Directions are rows (F, d) of any length but 0.
+Directions are rows (F, d) of any norm but 0.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 
 BLOCK_COSINES = 1 << 24
 MOST_MATCHED = 8192
-"""Features that are matched one to one, at most: the assignment takes F³ time and a dense F² matrix."""
+"""At most this many features are matched one to one: the assignment takes F³ time and a dense F² matrix."""
 
 Floats = NDArray[np.float32]
 
@@ -23,23 +23,23 @@ def unit_rows(directions: NDArray[np.floating]) -> Floats:
 
 
 def random_directions(n: int, d_model: int, seed: int) -> Floats:
-    """(n, d) unit vectors, uniform on the sphere."""
+    """(n, d) unit vectors, drawn uniformly from the sphere."""
     return unit_rows(np.random.default_rng(seed).standard_normal((n, d_model)))
 
 
 def best_cosines(one: Floats, other: Floats) -> tuple[Floats, NDArray[np.int64]]:
-    """For each unit row of `one`, its largest cosine with a row of `other`, and with which (the first of equals)."""
+    """For each unit row of `one`: its largest cosine with a row of `other`, and that row's index (the first of equals)."""
     best, which = np.empty(len(one), np.float32), np.empty(len(one), np.int64)
-    size = max(1, BLOCK_COSINES // max(len(other), 1))
-    for start in range(0, len(one), size):
-        block = one[start : start + size] @ other.T
-        which[start : start + size] = block.argmax(axis=1)
-        best[start : start + size] = block.max(axis=1)
+    block_rows = max(1, BLOCK_COSINES // max(len(other), 1))
+    for start in range(0, len(one), block_rows):
+        block = one[start : start + block_rows] @ other.T
+        which[start : start + block_rows] = block.argmax(axis=1)
+        best[start : start + block_rows] = block.max(axis=1)
     return best, which
 
 
 def match_one_to_one(similarity: Floats) -> NDArray[np.int64]:
-    """(F,) the partner of each row, -1 for none: the one-to-one matching with the largest sum (Kuhn 1955).
+    """(F,) the partner of each row, -1 for none, in the one-to-one matching with the largest sum (Kuhn 1955).
 
     >>> match_one_to_one(np.array([[0.9, 0.8], [0.8, 0.1], [0.0, 0.0]], np.float32)).tolist()
     [1, 0, -1]
@@ -51,15 +51,15 @@ def match_one_to_one(similarity: Floats) -> NDArray[np.int64]:
 
 
 def all_pairs(directions: Floats, bins: NDArray[np.floating]) -> tuple[NDArray[np.int64], Floats]:
-    """(how many pairs i < j of unit rows have an absolute cosine in each bin, the largest of each row with another one)."""
+    """Absolute cosines of unit rows: how many pairs i < j lie in each bin, and each row's largest with another row."""
     n = len(directions)
     counts, largest = np.zeros(len(bins) - 1, np.int64), np.zeros(n, np.float32)
-    size = max(1, BLOCK_COSINES // max(n, 1))
-    for start in range(0, n, size):
-        block = np.abs(directions[start : start + size] @ directions.T)
-        own = np.arange(len(block))
-        block[own, start + own] = -1.0
-        largest[start : start + size] = block.max(axis=1)
-        above = np.arange(n) > start + own[:, None]
+    block_rows = max(1, BLOCK_COSINES // max(n, 1))
+    for start in range(0, n, block_rows):
+        block = np.abs(directions[start : start + block_rows] @ directions.T)
+        row = np.arange(len(block))
+        block[row, start + row] = -1.0
+        largest[start : start + block_rows] = block.max(axis=1)
+        above = np.arange(n) > start + row[:, None]
         counts += np.histogram(np.minimum(block[above], 1.0), bins=bins)[0]
     return counts, largest

@@ -1,7 +1,7 @@
-"""In: a model, windows of text, replacements of one site's activation. Out: what each does to the model's predictions.
+"""In: a model, windows of text, replacements of one site's activation. Out: each replacement's effect on the predictions.
 
-The activation is replaced at the positions that are kept as rows; all others pass through. That goes for an ablation,
-too: what is compared is replaced at the same places. Sums are float64.
+The activation is replaced at the positions that are kept as rows; all others pass through. Ablations replace the same
+positions, so that the scores compare like with like. Sums are float64.
 """
 
 from __future__ import annotations
@@ -27,18 +27,21 @@ from pipelines.shared.progress import track
 from pipelines.text.windows import Windows
 
 BATCH_WINDOWS, BATCH_POSITIONS = 16, 2048
-"""At most, of one forward pass: 2,048 positions are 0.4 GB of logits for GPT-2, a few copies of which are alive at once."""
+"""Limits of one forward pass: 2,048 positions take 0.4 GB of logits for GPT-2, and a few copies are alive at once."""
 
 Replace = Callable[[Tensor], Tensor]
-"""Rows (n, d_model) to what takes their place."""
+"""Maps rows (n, d_model) to the rows that replace them."""
 Batch = tuple[Windows, NDArray[np.int64]]
-"""Some windows of a segment."""
+"""The windows of a segment, and the numbers of those in the batch."""
 
 
 @dataclass
 class TextMetrics:
-    """Over the positions that have a next token: summed cross-entropy of the clean model and of each replacement, and
-    KL(clean ‖ replaced), in nats; and at how many positions of all the activation was replaced."""
+    """Sums, in nats, over the `n_targets` positions that have a next token: the cross-entropy of the clean model (`clean`)
+    and of each replacement, and KL(clean ‖ replaced) of each (`divergence`).
+
+    The activation was replaced at `n_replaced` of all `n_positions`.
+    """
 
     n_targets: int = 0
     n_positions: int = 0
@@ -48,7 +51,7 @@ class TextMetrics:
     divergence: dict[str, float] = field(default_factory=dict)
 
     def update(self, clean: Tensor, replaced: Mapping[str, Callable[[], Tensor]], targets: Tensor) -> None:
-        """Add log-probabilities (n, vocabulary) of n targets; those of a replacement are asked for one at a time."""
+        """Add log-probabilities (n, vocabulary) of n targets. Those of the replacements are computed one after another."""
         self.n_targets += len(targets)
         self.clean += summed_cross_entropy(clean, targets)
         for name, compute in replaced.items():
@@ -58,19 +61,20 @@ class TextMetrics:
             del changed  # before the next one is computed
 
     def merge(self, other: TextMetrics) -> None:
-        """Add what another part of the text gave."""
+        """Add the sums over another part of the text."""
         for name in ("n_targets", "n_positions", "n_replaced", "clean"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for mine, theirs in ((self.cross_entropy, other.cross_entropy), (self.divergence, other.divergence)):
-            for name, value in theirs.items():
-                mine[name] = mine.get(name, 0.0) + value
+        for sums, added in ((self.cross_entropy, other.cross_entropy), (self.divergence, other.divergence)):
+            for name, value in added.items():
+                sums[name] = sums.get(name, 0.0) + value
 
     def finalize(self, name: str = "sae") -> dict[str, Any]:
         """The figures of one replacement, measured against those named `zero` and `mean`.
 
-        delta_ce = CE_sae − CE_clean; ce_loss_score = (CE_zero − CE_sae) / (CE_zero − CE_clean), ce_loss_score_mean the
-        same for the mean; kl_score = (KL_zero − KL_sae) / KL_zero. Zero ablation can be worse than uniform, which
-        flatters a score: read it beside delta_ce and the mean's. A score is None where the ablation changes nothing.
+        delta_ce = CE_sae − CE_clean; ce_loss_score = (CE_zero − CE_sae) / (CE_zero − CE_clean); ce_loss_score_mean is the
+        same with mean ablation; kl_score = (KL_zero − KL_sae) / KL_zero. Zero ablation can be worse than uniform, which
+        raises a score: read ce_loss_score beside delta_ce and ce_loss_score_mean. A score is None where the ablation changes
+        nothing.
         """
         n = max(self.n_targets, 1)
         clean, ce, zero, mean = self.clean / n, *(self.cross_entropy[key] / n for key in (name, "zero", "mean"))
@@ -94,8 +98,8 @@ class TextMetrics:
 def text_metrics(
     model: nn.Module, site: Site, batches: Iterable[Batch], replacements: Mapping[str, Replace], device: str
 ) -> TextMetrics:
-    """Run the model on windows, once as it is and once with each replacement."""
-    found = TextMetrics()
+    """Run the model on windows, once unchanged and once with each replacement."""
+    sums = TextMetrics()
     for windows, chosen in batches:
         inputs, kept = windows.batch(chosen)
         ids, mask = torch.from_numpy(inputs).to(device), torch.from_numpy(kept).to(device)
@@ -104,10 +108,10 @@ def text_metrics(
         with torch.inference_mode():
             clean = _log_probabilities(model, ids, real)
             changed = {name: _with_replaced(model, site, ids, real, mask, replace) for name, replace in replacements.items()}
-            found.update(clean, changed, ids[:, 1:][real.to(device)])
-        found.n_positions += int(n_real.sum())
-        found.n_replaced += int(mask.sum())
-    return found
+            sums.update(clean, changed, ids[:, 1:][real.to(device)])
+        sums.n_positions += int(n_real.sum())
+        sums.n_replaced += int(mask.sum())
+    return sums
 
 
 def heldout_text(
@@ -118,27 +122,29 @@ def heldout_text(
     n_windows: int,
     device: str,
 ) -> TextMetrics:
-    """`text_metrics` of `n_windows` held-out windows, spread evenly over the split; the site zeroed (`zero`) and set to
-    its mean over the training rows (`mean`) beside `replacements`."""
+    """`text_metrics` of `n_windows` held-out windows, spread evenly over the split.
+
+    Two replacements are added: `zero` sets the site to zero, `mean` to its mean over the training rows.
+    """
     mean = torch.from_numpy(store.statistics(site.label).mean).float().to(device)
-    both = {**replacements, "zero": torch.zeros_like, "mean": lambda rows: mean.expand_as(rows)}
+    with_ablations = {**replacements, "zero": torch.zeros_like, "mean": lambda rows: mean.expand_as(rows)}
     batch_windows = max(1, min(BATCH_WINDOWS, BATCH_POSITIONS // store.manifest.policy.context))
     batches = window_batches(heldout_windows(store), n_windows, batch_windows)
-    found = TextMetrics()
+    sums = TextMetrics()
     with track("evaluate", len(batches), "batches") as progress:
         for batch in batches:
-            found.merge(text_metrics(model, site, [batch], both, device))
+            sums.merge(text_metrics(model, site, [batch], with_ablations, device))
             progress.advance(1)
-    return found
+    return sums
 
 
 def reconstructing(sae: Sae) -> Replace:
-    """Rows by their reconstructions."""
+    """The replacement of rows by their reconstructions."""
     return lambda rows: sae.reconstruct(sae.codes(rows))
 
 
 def positions_said(policy: WindowPolicy) -> str:
-    """Which positions are rows, and so are replaced, in words."""
+    """The replaced positions, in words: those that are kept as rows."""
     return "all" if policy.keep_special else "all but the first of a window and separators"
 
 
@@ -148,14 +154,14 @@ def heldout_windows(store: ActivationStore) -> list[Windows]:
 
 
 def window_batches(segments: list[Windows], n_windows: int, batch_windows: int = BATCH_WINDOWS) -> list[Batch]:
-    """`n_windows` windows spread evenly over the split (all, if there are fewer), in batches of one segment each."""
+    """`n_windows` windows spread evenly over the split (all if there are fewer), in batches within one segment."""
     bounds = np.cumsum([0, *map(len, segments)])
     chosen = np.linspace(0, bounds[-1] - 1, min(n_windows, int(bounds[-1]))).astype(np.int64)
-    own = [chosen[(chosen >= first) & (chosen < last)] - first for first, last in pairwise(bounds.tolist())]
+    by_segment = [chosen[(chosen >= first) & (chosen < last)] - first for first, last in pairwise(bounds.tolist())]
     return [
-        (windows, mine[start : start + batch_windows])
-        for windows, mine in zip(segments, own, strict=True)
-        for start in range(0, len(mine), batch_windows)
+        (windows, numbers[start : start + batch_windows])
+        for windows, numbers in zip(segments, by_segment, strict=True)
+        for start in range(0, len(numbers), batch_windows)
     ]
 
 
@@ -181,5 +187,5 @@ def _log_probabilities(model: nn.Module, ids: Tensor, real: Tensor) -> Tensor:
 
 
 def _ratio(numerator: float, denominator: float) -> float | None:
-    """None where the ablation changes nothing, and a score has no meaning."""
+    """The ratio; None where the ablation changes nothing and a score has no meaning."""
     return numerator / denominator if denominator else None

@@ -1,6 +1,7 @@
-"""In: token windows and a language model. Out: the activations at named sites, without running what is not needed.
+"""In: token windows and a language model. Out: the activations at named sites.
 
-Blocks after the last wanted site and the LM head are not run. `hooked` reads or edits one site in any forward pass.
+The forward pass ends at the last wanted site: later blocks and the LM head are not run. `hooked` reads or edits one site
+in any forward pass.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from pipelines.models.sites.site import Site
 
 
 class _Captured(Exception):
-    """The last wanted site has been read: the rest of the forward pass is not needed."""
+    """Raised once the last wanted site has been read, to end the forward pass."""
 
 
 def require_collected(model: nn.Module, site: Site) -> Site:
-    """Raises InputError for a site at which no rows are collected, or a layer that the model has not."""
+    """The site. Raises InputError if no rows are collected there, or if the model lacks the layer."""
     if site.name not in collected_names():
         raise InputError(f"site {site.name!r}: known sites are {', '.join(collected_names())}.")
     return _require_layer(model, site)
 
 
 def require_patched(model: nn.Module, site: Site) -> Site:
-    """Raises InputError for a site that is neither attributed nor patched, or a layer that the model has not."""
+    """The site. Raises InputError if it is neither attributed nor patched, or if the model lacks the layer."""
     if site.name in collected_names() and not kind_of(site.name).is_patched:
         raise InputError(
             f"site {site.label}: {kind_of(site.name).values_are} are neither attributed nor patched; `ablate`, `steer` and "
@@ -49,14 +50,14 @@ def _require_layer(model: nn.Module, site: Site) -> Site:
 
 
 def site_module(model: nn.Module, site: Site) -> tuple[nn.Module, bool]:
-    """The module that a site reads, and whether the input is read. Raises InputError for what the model has not."""
+    """The module that a site reads, and whether its input is read. Raises InputError for an unknown site or layer."""
     kind, family = kind_of(site.name), family_of(model)
     block = family.blocks(model)[_require_layer(model, site).layer]
     return kind.module(family, block), kind.reads_input
 
 
 def site_width(model: nn.Module, site: Site) -> int:
-    """How many numbers a row of a site has: d_model, or the MLP's neurons."""
+    """How many numbers a row of the site has."""
     return kind_of(site.name).width(family_of(model), model)
 
 
@@ -64,7 +65,8 @@ def site_width(model: nn.Module, site: Site) -> int:
 def hooked(model: nn.Module, site: Site, edit: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Call `edit` with the site's activation (batch, position, width) in every forward pass of the block.
 
-    What `edit` returns replaces the activation; None leaves it as it is. No hook is left behind, also after an exception.
+    The return value of `edit` replaces the activation; None leaves the activation as it is. The hook is removed at the
+    end, also after an exception.
     """
     module, reads_input = site_module(model, site)
 
@@ -78,7 +80,7 @@ def hooked(model: nn.Module, site: Site, edit: Callable[[Tensor], Tensor | None]
         return None if replaced is None else (args, {**kwargs, "hidden_states": replaced})
 
     def on_output(_: nn.Module, args: Any, output: Any) -> Any:
-        # A transformers block gives a tensor or, in older versions and for attention, a tuple that begins with it.
+        # A transformers block returns a tensor; attention and older blocks return a tuple whose first item is that tensor.
         replaced = edit(output[0] if isinstance(output, tuple) else output)
         if replaced is None:
             return None
@@ -95,10 +97,10 @@ def hooked(model: nn.Module, site: Site, edit: Callable[[Tensor], Tensor | None]
 
 
 def capture(model: nn.Module, sites: list[Site], input_ids: Tensor) -> dict[str, Tensor]:
-    """Activations (batch, position, width) at each site's label, in the model's dtype and on its device.
+    """Activations (batch, position, width) by the site's label, in the model's dtype and on its device.
 
     The forward pass ends as soon as the last site has been read. Raises InputError for a site at which no rows are
-    collected, or a layer that the model has not.
+    collected, or if the model lacks the layer.
     """
     activations: dict[str, Tensor] = {}
 

@@ -1,7 +1,7 @@
-"""The forward pass of a decoder in pieces, so that an intervention runs only what comes after it.
+"""The forward pass of a decoder in pieces: an intervention runs only the blocks after its site.
 
-Each function takes the model as transformers made it. The pieces one after another are the model's own forward pass, bit
-for bit at equal shapes: `logits(model, run_blocks(model, embed(model, ids)))`.
+Each function takes a model of transformers. Run one after another, the pieces equal the model's own forward pass, bit for
+bit at equal shapes: `logits(model, run_blocks(model, embed(model, ids)))`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
 
 
 def embed(model: nn.Module, ids: Tensor) -> Tensor:
-    """(batch, position) token ids -> (batch, position, d_model), what the first block gets."""
+    """(batch, position) token ids -> (batch, position, d_model), the input of the first block."""
     return family_of(model).embed(model, ids)
 
 
 def run_blocks(
     model: nn.Module, hidden: Tensor, first: int = 0, stop: int | None = None, keys: KeyValues | None = None
 ) -> Tensor:
-    """Blocks first, first + 1, … before `stop` (by default all the rest) on `hidden` (batch, position, d_model).
+    """Run the blocks from `first` up to but not including `stop` (default: to the end) on (batch, position, d_model).
 
-    With `keys` given, `hidden` is of the positions after those that the keys are of.
+    With `keys`, `hidden` holds the positions after those of the keys.
     """
     family, n_before = family_of(model), len(keys) if keys is not None else 0
     mask = _mask_after(hidden, n_before) if n_before else family.causal_mask(model, hidden)
@@ -44,11 +44,11 @@ def unembedding(model: nn.Module) -> Tensor:
 
 
 def logits(model: nn.Module, hidden: Tensor) -> Tensor:
-    """(…, d_model) after the last block -> (…, vocabulary). Pass only the positions that are wanted: this is costly."""
+    """(…, d_model) after the last block -> (…, vocabulary). Costly: pass only the positions that are wanted."""
     return family_of(model).logits(model, hidden)
 
 
 def _mask_after(hidden: Tensor, n_before: int) -> Tensor:
-    """(1, 1, position, n_before + position) what is added to attention's scores: -inf for what comes later."""
+    """(1, 1, position, n_before + position) the term added to attention's scores: -inf for later positions."""
     n = hidden.shape[1]
     return hidden.new_full((n, n_before + n), -torch.inf).triu(n_before + 1)[None, None]

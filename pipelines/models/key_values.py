@@ -1,4 +1,4 @@
-"""Attention's keys and values, noted in one run and given to the next, in the place where transformers has a cache."""
+"""Attention's keys and values, noted in one forward pass and given to the next, in place of transformers' cache."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ Pair = tuple[Tensor, Tensor]
 
 
 class KeyValues:
-    """Keys and values by block: with none given, those of a run are noted; else the given ones are put before the run's own.
+    """Keys and values by block.
 
-    One text that is given stands before every text of a run; several stand each before the text of its number.
+    With none given, those of the forward pass are noted. Given ones are put before those of the forward pass: those of one
+    text before every text of the batch, those of several texts each before the text with the same number.
     """
 
     def __init__(self, given: dict[int, Pair] | None = None):
@@ -22,15 +23,15 @@ class KeyValues:
         self.given = given
 
     def __len__(self) -> int:
-        """Positions that come before a run's own."""
+        """Positions that come before those of the forward pass."""
         return next(iter(self.given.values()))[0].shape[2] if self.given else 0
 
     def until(self, position: int | None = None) -> KeyValues:
-        """What was noted, to be given: all positions, or those before one."""
+        """The noted keys and values as given ones: all positions, or those before `position`."""
         return KeyValues({layer: (k[:, :, :position], v[:, :, :position]) for layer, (k, v) in self.noted.items()})
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> Pair:
-        """What attention reads, from its own (text, n_heads, position, d_head); called by the block."""
+        """The keys and values that attention reads, given its own (text, n_heads, position, d_head); called by the block."""
         if self.given is None:
             self.noted[layer] = keys, values
             return keys, values

@@ -1,4 +1,4 @@
-"""In: the name of a model. Out: the model in evaluation mode on its device, or one clear error; and which weights it has."""
+"""In: the name of a model. Out: the model in evaluation mode on its device, or one clear error; its identity."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from pipelines.shared.hub_connection import go_offline_if_unreachable
 def load_model(name: str, device: str, compute_dtype: str) -> nn.Module:
     """A causal language model of a known family: `builtin`, a hub id, or a local folder.
 
-    Its family may change the configuration first (`Family.adjusted`); dense float32 layers on a CPU are computed by oneDNN
-    (`pipelines.compute.cpu_products`). Raises InputError when there is no such model,
-    no network for a hub id, or a weight is missing or of another shape.
+    The family may change the configuration first (`Family.adjusted`). oneDNN computes dense float32 layers on a CPU
+    (`pipelines.compute.cpu_products`). Raises InputError when there is no such model, no network for a hub id, or a weight
+    that is missing or has another shape.
     """
     source = resolve_model(name)
     if not Path(source).exists():
@@ -47,23 +47,23 @@ def load_model(name: str, device: str, compute_dtype: str) -> nn.Module:
         raise InputError(
             f"model {name}: {here}: {first_line(error)}; pass a local folder, `builtin`, or a hub id with the network up."
         ) from error
-    if missing := sorted(loaded["missing_keys"]):  # transformers would go on with random ones
+    if missing := sorted(loaded["missing_keys"]):  # transformers would fill them with random values
         raise InputError(f"model {name}: {len(missing)} weights are missing, such as {missing[0]}; restore its files.")
     speed_up(model)
     return model.to(device=device, dtype=getattr(torch, DTYPES[compute_dtype])).eval()
 
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-"""Compute dtypes by the name the command line and the manifest use."""
+"""Compute dtypes by their names on the command line and in the manifest."""
 
 
 def resolve_model(name: str) -> str:
-    """`builtin` as the folder it is shipped in; anything else as it is."""
+    """The folder of the shipped model for `builtin`; any other name unchanged."""
     return str(model_path()) if name == "builtin" else name
 
 
 def choose_device(device: str) -> str:
-    """`auto` as cuda where there is one, else cpu. Raises InputError for a device that is not there."""
+    """`auto` means cuda where there is one, else cpu. Raises InputError for a device that cannot be used."""
     if device != "auto":
         try:
             torch.empty(1, device=device)
@@ -74,9 +74,9 @@ def choose_device(device: str) -> str:
 
 
 def model_identity(model: nn.Module) -> ModelIdentity:
-    """Which weights these are: sha256 over every tensor's name, shape and fp32 bytes, whatever folder they lie in.
+    """The identity of a model's weights: sha256 over every tensor's name, shape and fp32 bytes; the folder does not matter.
 
-    Takes a model loaded in fp32: the hash of bf16-rounded weights is another one.
+    The model must be loaded in fp32: weights rounded to bf16 have another hash.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

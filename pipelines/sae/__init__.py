@@ -1,1 +1,1 @@
-"""Sparse autoencoders: the architectures, the sparse operators that they share, runs on disk."""
+"""Sparse autoencoders: architectures, the sparse operators that they share, runs on disk."""

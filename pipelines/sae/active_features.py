@@ -1,9 +1,9 @@
 """Which features are active: the k largest pre-activations of each row, the n·k largest of a batch, or all above a floor.
 
-The encoder's product and the search through it are most of a training step. With `fast`, both run on bfloat16
-operands, a block of rows at a time so that what the product writes is still in cache when it is searched, for half as
-many candidates again as are wanted; the candidates are scored again in full precision, and the choice is made among
-those. A feature is missed only where bfloat16's rounding moves it behind k / 2 others.
+The encoder's product and the search through it take most of a training step. With `fast`, both run on bfloat16 operands, a
+block of rows at a time, so that a block's product is still in cache when it is searched. The search finds 1.5 times as many
+candidates as are wanted; these are scored again in full precision, and the largest are chosen. A feature is missed only
+where bfloat16's rounding moves it behind k / 2 others.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from pipelines.compute.cpu_products import product
 from pipelines.sae.sparse_operators import Active, sampled_product
 
 BLOCK_ROWS = 512
-"""Of a bfloat16 product; of float32, half as many, which are as many bytes."""
+"""Rows per block of a bfloat16 product. A float32 product has half as many, which take as many bytes."""
 SPARE = 2
-"""Candidates beyond k, as a share: k / SPARE."""
+"""The fast search finds k / SPARE candidates more than k."""
 ROUNDING = 2.0**-7
-"""How far below a floor a bfloat16 pre-activation may lie and be a candidate, relative to what is added up."""
+"""A bfloat16 pre-activation is a candidate down to ROUNDING · (|floor| + |bias|) below its floor."""
 ROW_SHARE = 4
-"""Candidates of a row, in k, where a batch shares its n·k codes."""
+"""Where a batch shares its n·k codes, each row is first searched for ROW_SHARE · k candidates."""
 GROUP = 8
-"""Features whose maximum stands for all of them in the search."""
+"""Features per group; the search first compares the groups' maxima."""
 
 
 @torch.no_grad()
 def top_k(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, fast: bool) -> tuple[Active, Tensor]:
-    """The k largest of x · weightᵀ + bias of each row: where, and the values (n · k,). x (n, d), weight (F, d)."""
+    """The k largest of x · weightᵀ + bias of each row: their features, and values (n · k,). x (n, d), weight (F, d)."""
     n_features = len(weight)
     if not fast:
         values, indices = row_search(x, weight, bias, k, fast=False)
@@ -41,16 +41,16 @@ def top_k(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, fast: bool) -> tup
     indices = indices.sort(dim=1).values
     candidates = Active.of_k(indices, n_features)
     scores = (sampled_product(x, weight, candidates) + bias[candidates.features]).view(len(x), -1)
-    chosen = torch.topk(scores, k, dim=1, sorted=False).indices.sort(dim=1).values  # candidates rise, and so do these
+    chosen = torch.topk(scores, k, dim=1, sorted=False).indices.sort(dim=1).values  # rising, as the candidates are
     return Active.of_k(indices.gather(1, chosen), n_features), scores.gather(1, chosen).flatten()
 
 
 @torch.no_grad()
 def batch_top_k(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, fast: bool) -> tuple[Active, Tensor]:
-    """The n·k largest of x · weightᵀ + bias over all rows together: where, and the values (n · k,).
+    """The n·k largest of x · weightᵀ + bias over all rows together: their features, and values (n · k,).
 
-    Each row is searched for its ROW_SHARE · k largest. Where all of those are among the batch's largest there may be
-    more, and that row is searched again for twice as many.
+    Each row is searched for its ROW_SHARE · k largest. If all of these are among the batch's largest, the row may have more:
+    it is searched again for twice as many.
     """
     (n, n_features), total = (len(x), len(weight)), len(x) * k
     wanted = min(n * n_features, total + total // SPARE) if fast else total
@@ -64,9 +64,9 @@ def batch_top_k(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, fast: bool) 
         if width == n_features or not bool(full.any()):
             break
         width, again = min(n_features, 2 * width), full.nonzero()[:, 0]
-        kept = ~full[places // n_features]
+        of_other_rows = ~full[places // n_features]
         more = _with_places(*row_search(x[again], weight, bias, width, fast=fast), again, n_features)
-        values, places = torch.cat([values[kept], more[0]]), torch.cat([places[kept], more[1]])
+        values, places = torch.cat([values[of_other_rows], more[0]]), torch.cat([places[of_other_rows], more[1]])
     places, order = places[chosen].sort()
     active = Active.of_places(places, n, n_features)
     if not fast:
@@ -78,7 +78,7 @@ def batch_top_k(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, fast: bool) 
 
 @torch.no_grad()
 def above(x: Tensor, weight: Tensor, bias: Tensor, floor: Tensor, *, fast: bool) -> tuple[Active, Tensor]:
-    """Where x · weightᵀ + bias exceeds `floor`, (F,) or one for all, and the values (nnz,)."""
+    """The features where x · weightᵀ + bias exceeds `floor`, (F,) or a scalar, and the values (nnz,)."""
     lowest = floor - ROUNDING * (floor.abs() + bias.abs()) if fast else floor
     parts, values = [], []
     for block in _preactivations(x, weight, bias, fast=fast):
@@ -95,7 +95,7 @@ def above(x: Tensor, weight: Tensor, bias: Tensor, floor: Tensor, *, fast: bool)
 
 
 def row_search(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, fast: bool) -> tuple[Tensor, Tensor]:
-    """(n, k) the largest x · weightᵀ + bias of each row and their features, in no order; with `fast` in bfloat16."""
+    """(n, k) the k largest of x · weightᵀ + bias of each row and their features, unordered; in bfloat16 with `fast`."""
     values, features = [], []
     for block in _preactivations(x, weight, bias, fast=fast):
         features.append(_strongest(block, k))
@@ -104,12 +104,12 @@ def row_search(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, fast: bool) -
 
 
 def _preactivations(x: Tensor, weight: Tensor, bias: Tensor, *, fast: bool) -> Iterator[Tensor]:
-    """x · weightᵀ + bias, a block of rows at a time; in bfloat16, each in the place of the one before."""
+    """x · weightᵀ + bias, a block of rows at a time; in bfloat16, each block overwrites the one before."""
     if not fast:
         yield from (product(block, weight, bias) for block in x.split(BLOCK_ROWS // 2))
         return
     joined = x.device.type == "cpu"
-    if joined:  # the bias as one more input that is always 1: added on its own, it takes 6 % of the product's time
+    if joined:  # the bias becomes the weight of one more input, always 1; adding it separately takes 6 % of the time
         x, weight = _joined(x, torch.ones(len(x), 1)), _joined(weight, bias[:, None])
     else:
         x, weight, bias = x.bfloat16(), weight.bfloat16(), bias.bfloat16()
@@ -120,7 +120,7 @@ def _preactivations(x: Tensor, weight: Tensor, bias: Tensor, *, fast: bool) -> I
 
 
 def _joined(left: Tensor, right: Tensor) -> Tensor:
-    """Columns side by side, in bfloat16."""
+    """The columns of both, side by side, in bfloat16."""
     both = torch.empty(len(left), left.shape[1] + right.shape[1], dtype=torch.bfloat16)
     both[:, : left.shape[1]] = left
     both[:, left.shape[1] :] = right
@@ -128,22 +128,22 @@ def _joined(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _strongest(block: Tensor, k: int) -> Tensor:
-    """(n, k) the features of the k largest pre-activations (n, F) of each row, in no order."""
-    # Among numbers above zero, the order of bfloat16s is that of their bits as integers, which compare twice as fast.
-    # Those below zero come last, in another order: all of them make a code of zero.
+    """(n, k) the features of the k largest pre-activations (n, F) of each row, unordered."""
+    # Positive bfloat16s are in the order of their bits read as integers, and integers compare twice as fast. Negative
+    # numbers come last, in another order, which does not matter: all of them give a code of zero.
     return _grouped_top(block.view(torch.int16) if block.dtype == torch.bfloat16 else block, k)
 
 
 def _with_places(values: Tensor, features: Tensor, rows: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
-    """Values and features (n, width) of the rows -> both flat, the features as places in the whole (n, F) matrix."""
+    """Values and features (n, width) of `rows` -> both flat, the features as places in the flat (n, F) matrix."""
     return values.flatten(), (features + rows[:, None] * n_features).flatten()
 
 
 def _grouped_top(values: Tensor, k: int) -> Tensor:
-    """(n, k) places of the k largest of each row, in no order: they lie in the k groups with the largest maxima."""
+    """(n, k) places of the k largest of each row, unordered: all lie in the k groups with the largest maxima."""
     n, width = values.shape
     n_groups = width // GROUP
-    if n_groups < 4 * k or width % GROUP or values.device.type != "cpu":  # nothing to be saved
+    if n_groups < 4 * k or width % GROUP or values.device.type != "cpu":  # grouping saves nothing here
         return torch.topk(values, k, dim=1, sorted=False).indices
     groups = _grouped_top(values.view(n, GROUP, n_groups).amax(dim=1), k)
     members = torch.arange(0, width, n_groups, device=values.device)

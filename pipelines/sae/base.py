@@ -1,7 +1,7 @@
-"""What every sparse autoencoder is: two weight matrices, two biases, and rows decoded from the few codes that are active.
+"""The base of every sparse autoencoder: two weight matrices, two biases, and rows decoded from a few active features.
 
-An architecture is one file with a subclass that says which codes are active, in training and afterwards, and what is
-minimised. Everything else (initialisation, unit decoder rows, decoding, scaling) is here.
+An architecture is one file with a subclass, which defines the codes in training and afterwards, and the loss. Everything
+else (initialisation, unit decoder rows, decoding, scaling) is here.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from pipelines.sae.sparse_operators import Active, Decode, Preactivation
 
 EPSILON = 1e-12
 LEVEL_ROWS = 8192
-"""Rows that starting levels are taken from."""
+"""`levels` uses at most this many rows of its sample."""
 CACHED_ROWS = 1024
-"""Of a matrix gone through twice: the second time they are still in the cache (24,576 x 768: 9 ms in place of 12)."""
+"""Matrix rows per block where a matrix is read twice: the second read hits the cache (24,576 x 768: 9 ms, not 12)."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised beside the error, and how it is computed.
+    """The terms of the loss besides the reconstruction error, and the kernel that computes it.
 
-    `l1`: coefficient of the mean absolute code, over all rows and features. `auxk`: weight of what dead features could
-    explain of the error. `kernel`: one of `pipelines.sae.kernels.KERNELS`.
+    `l1`: coefficient of the mean absolute code over all rows and features. `auxk`: weight of `dead_loss`, in which dead
+    features reconstruct the error. `kernel`: one of `pipelines.sae.kernels.KERNELS`.
     """
 
     l1: float = 0.0
@@ -39,20 +39,20 @@ class Objective:
 
 
 class Codes(NamedTuple):
-    """What is active in n rows: values (nnz,) >= 0 of the features in `active`."""
+    """The codes of n rows: values (nnz,) >= 0 of the features in `active`."""
 
     values: Tensor
     active: Active
 
     @property
     def longest(self) -> int:
-        """How many codes the row with the most has."""
+        """The largest number of codes in a row."""
         return int(self.active.counts.max()) if self.active.n_rows else 0
 
     def padded(self, width: int) -> tuple[Tensor, Tensor]:
         """(n, width) values and features, by rising feature.
 
-        Rows with fewer end in zeros of feature 0; rows with more keep their largest.
+        Rows with fewer codes end in zeros of feature 0; rows with more keep their largest.
         """
         active, counts, longest = self.active, self.active.counts, self.longest
         if len(active.features) == width * active.n_rows and longest == width:
@@ -63,13 +63,13 @@ class Codes(NamedTuple):
         features = torch.zeros(shape, dtype=torch.int64, device=counts.device)
         features[active.rows, column] = active.features
         if longest > width:
-            kept = torch.topk(values, width, dim=1, sorted=False).indices.sort(dim=1).values
-            values, features = values.gather(1, kept), features.gather(1, kept)
+            largest = torch.topk(values, width, dim=1, sorted=False).indices.sort(dim=1).values
+            values, features = values.gather(1, largest), features.gather(1, largest)
         return values, features
 
 
 class Losses(NamedTuple):
-    """Of one batch: the loss to differentiate, its terms for the log, and what came out."""
+    """One batch's loss to differentiate, its terms for the log, its reconstruction and its codes."""
 
     total: Tensor
     terms: dict[str, Tensor]
@@ -81,17 +81,17 @@ class Sae(nn.Module, ABC):
     """x ≈ b_dec + Σ value · W_dec[feature] over the active features of x (n, d_model).
 
     Both weights are kept feature-major, (n_features, d_model). Decoder rows are unit vectors; the encoder starts as their
-    copy (tied init). `k` is how many features are active in a row, exactly or on average, as the architecture says.
+    copy (tied init). `k` is the number of active features per row, exactly or on average, as the architecture defines.
     Raises InputError when k is not in 1..n_features.
     """
 
     architecture: ClassVar[str]
     in_units_of_x: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
-    """Parameters and buffers that scale with x: all but weights."""
+    """Parameters and buffers in units of x: all but the weights."""
     feature_biases: ClassVar[tuple[str, ...]] = ("b_enc",)
-    """Parameters (F,) that are added to a feature's product with a row: one number each, where weights have d_model."""
+    """Parameters (F,) added to a feature's product with a row: one number per feature, where weights have d_model."""
     needs_scaled_rows: ClassVar[bool] = False
-    """Whether training needs rows whose variance is 1 on average, and `start`; the textbook recipe has neither."""
+    """Whether training needs `start` and rows whose variance is 1 on average; the textbook recipe has neither."""
 
     W_enc: Tensor
     W_dec: Tensor
@@ -112,20 +112,20 @@ class Sae(nn.Module, ABC):
 
     @abstractmethod
     def codes(self, x: Tensor, kernel: str = "sparse-fp32") -> Codes:
-        """The codes of rows (n, d_model), as they are used once the SAE is trained.
+        """The codes of rows (n, d_model) by the trained SAE.
 
-        Exact, unless another of `KERNELS` is asked for: `sparse` may choose otherwise where two features are as strong.
+        The default kernel is exact. The kernel `sparse` may choose another feature where two are nearly equally strong.
         """
 
     @abstractmethod
     def training_codes(self, x: Tensor, kernel: str) -> Codes:
-        """The codes of a training batch, with gradients, in one of `KERNELS`."""
+        """The codes of a training batch, with gradients; `kernel` is one of `KERNELS`."""
 
     def losses(self, x: Tensor, objective: Objective, dead: Tensor | None = None) -> Losses:
-        """What training minimises for rows (n, d_model); `dead` (F,) marks features that have not fired for long.
+        """The training loss of rows (n, d_model); `dead` (F,) marks features that have not fired for long.
 
-        The mean squared error over all elements, which is 1 − FVE for rows whose variance is 1 on average, and the
-        objective's terms.
+        The loss is the mean squared error over all elements plus the objective's terms. The mean squared error is 1 − FVE
+        for rows whose variance is 1 on average.
         """
         codes = self.training_codes(x, objective.kernel)
         reconstruction = self.reconstruct(codes, objective.kernel)
@@ -140,7 +140,7 @@ class Sae(nn.Module, ABC):
         objective: Objective,
         dead: Tensor | None,
     ) -> Losses:
-        """The losses of a batch: an architecture's own terms and those of the objective."""
+        """The losses of a batch: the terms given, and those of the objective."""
         if objective.l1 and "l1" not in terms:
             terms["l1"] = objective.l1 * codes.values.sum() / (len(x) * self.n_features)
         if objective.auxk and dead is not None and bool(dead.any()):
@@ -150,25 +150,25 @@ class Sae(nn.Module, ABC):
 
     @property
     def default_l1(self) -> float:
-        """The objective's `l1` that brings about k codes a row, where the architecture has no other means to."""
+        """The `l1` that aims at about k codes a row, for architectures that limit the codes by L1 alone; else 0."""
         return 0.0
 
     @torch.no_grad()
     def start(self, sample: Tensor) -> None:
-        """What an architecture sets from rows (n, d_model), scaled as in training, once `b_dec` is set."""
+        """Set the architecture's own parameters from rows (n, d_model), scaled as in training; `b_dec` is set before."""
 
     @property
     def gate_bias(self) -> Tensor:
-        """(F,) what is added to a feature's product with a row before it is decided whether the feature is active."""
+        """(F,) the bias that decides whether a feature is active: it is added to the feature's product with a row."""
         return self.b_enc
 
     @property
     def code_width(self) -> int | None:
-        """How many codes any row has at most, where the architecture fixes that."""
+        """The largest number of codes in any row; None where the architecture sets no limit."""
         return None
 
     def preactivations_above(self, x: Tensor, bias: Tensor, floor: Tensor, kernel: str) -> tuple[Tensor, Active]:
-        """Which of (x − b_dec) · W_enc + bias exceed `floor`, (F,) or one for all, with gradients, and where."""
+        """The values of (x − b_dec) · W_enc + bias above `floor`, (F,) or a scalar, with gradients, and their features."""
         if kernel == "dense":
             dense = torch.addmm(bias, x - self.b_dec, self.W_enc.T)
             active = Active.of_mask(dense.detach() > floor)
@@ -181,7 +181,8 @@ class Sae(nn.Module, ABC):
     def encode(self, x: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
         """(n, d_model) rows -> values (n, width) >= 0 and feature indices (n, width), by rising index.
 
-        Without `width`, as wide as the row with the most codes. With it, rows with more keep their largest.
+        The default `width` is `code_width`, or else the largest number of codes in a row. Rows with more codes than `width`
+        keep their largest.
         """
         codes = self.codes(x)
         if width is None:
@@ -193,7 +194,7 @@ class Sae(nn.Module, ABC):
         return self.reconstruct(Codes(values.flatten(), Active.of_k(indices, self.n_features)))
 
     def reconstruct(self, codes: Codes, kernel: str = "sparse") -> Tensor:
-        """(n, d_model) from codes, with gradients, in one of `KERNELS`."""
+        """(n, d_model) from codes, with gradients; `kernel` is one of `KERNELS`."""
         return decoded(codes, self.W_dec, kernel) + self.b_dec
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,7 +204,7 @@ class Sae(nn.Module, ABC):
 
     @torch.no_grad()
     def project_decoder_gradient(self) -> None:
-        """Take out of each decoder row's gradient what points along the row: the renormalisation would undo it."""
+        """Remove from each decoder row's gradient the component along the row, which renormalisation would undo."""
         if self.W_dec.grad is not None:
             for gradient, row in zip(self.W_dec.grad.split(CACHED_ROWS), self.W_dec.split(CACHED_ROWS), strict=True):
                 along = torch.einsum("fd,fd->f", gradient, row)[:, None]
@@ -216,17 +217,17 @@ class Sae(nn.Module, ABC):
 
     @torch.no_grad()
     def after_step(self, codes: Codes) -> None:
-        """What an architecture keeps track of beside its gradients. Called with the codes of each training batch."""
+        """Update state that has no gradient, such as a running threshold, from the codes of a training batch."""
 
     @torch.no_grad()
     def fold_input_scale(self, scale: float) -> None:
-        """Turn an SAE of `scale` times x into the same SAE of x: encoder and decoder stay, what is in units of x shrinks."""
+        """Turn an SAE of `scale` · x into the same SAE of x: divide `in_units_of_x` by `scale`; weights stay."""
         for name in self.in_units_of_x:
             getattr(self, name).div_(scale)
 
     @torch.no_grad()
     def initialise_as_linear(self, seed: int) -> None:
-        """Weights and encoder bias as torch's Linear layers start, the decoder's directions then made unit vectors."""
+        """Draw weights and encoder bias as torch's Linear layers do, then make the decoder's directions unit vectors."""
         generator = torch.Generator().manual_seed(seed)
         bounds = {"W_enc": self.d_model, "b_enc": self.d_model, "W_dec": self.n_features}
         for name, fan_in in bounds.items():
@@ -236,7 +237,7 @@ class Sae(nn.Module, ABC):
 
 
 def decoded(codes: Codes, w_dec: Tensor, kernel: str) -> Tensor:
-    """(n, d) the sums of value · w_dec_f (F, d), with gradients, in one of `KERNELS`."""
+    """(n, d) the sums of value · w_dec_f, with w_dec (F, d), with gradients; `kernel` is one of `KERNELS`."""
     if kernel != "dense":
         rows: Tensor = Decode.apply(codes.values, w_dec, codes.active)
         return rows
@@ -246,7 +247,7 @@ def decoded(codes: Codes, w_dec: Tensor, kernel: str) -> Tensor:
 
 @torch.no_grad()
 def levels(sae: Sae, sample: Tensor, k: float) -> Tensor:
-    """(F,) what each feature's product with rows exceeds in a share k / F of a sample of them (n, d)."""
+    """(F,) for each feature, the level that its product with a row exceeds in a share k / F of sample rows (n, d)."""
     centred = sample[:LEVEL_ROWS] - sae.b_dec
     rank = min(len(centred), max(1, round(len(centred) * k / sae.n_features)))
     products = (torch.mm(block, centred.T) for block in sae.W_enc.split(LEVEL_ROWS // 8))
@@ -254,9 +255,9 @@ def levels(sae: Sae, sample: Tensor, k: float) -> Tensor:
 
 
 def dead_loss(sae: Sae, centred: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
-    """‖e − ê‖² / ‖e − mean e‖²: what the d/2 strongest dead features leave of the residual e (n, d) of each row.
+    """‖e − ê‖² / ‖e − mean e‖²: the share of the residual e (n, d) that each row's d/2 strongest dead features leave.
 
-    Gao et al. 2024, appendix A.2: without decoder bias; e and the encoder's input are held fixed.
+    Gao et al. 2024, appendix A.2: ê has no decoder bias; e and the encoder's input get no gradient.
     """
     which = dead.nonzero()[:, 0]
     pre = torch.addmm(sae.gate_bias[which], centred.detach(), sae.W_enc[which].T).relu()

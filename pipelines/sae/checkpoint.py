@@ -1,6 +1,6 @@
 """A training run on disk: `sae.safetensors` beside `run.json`, its record (`run_record`).
 
-The weights are in raw units: the trainer's scaling is folded in, and recorded.
+The weights take rows in raw units: the input scale of training is folded into them, and recorded.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["RECORD", "RUN_VERSION", "WEIGHTS", "RunRecord", "load_run", "require
 
 
 def save_run(path: Path, sae: Sae, record: RunRecord) -> RunRecord:
-    """Publish a run: weights first, flushed, then the record, completed with their sha256, which is returned."""
+    """Publish a run: first the weights, flushed to disk, then the record. Returns the record with the weights' sha256."""
     publish_tensors(path / WEIGHTS, {name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()})
     record = replace(record, sae_sha256=object_entry((path / WEIGHTS).read_bytes())["sha256"])
     publish_run_record(path, record)
@@ -37,7 +37,7 @@ def save_run(path: Path, sae: Sae, record: RunRecord) -> RunRecord:
 
 
 def load_run(path: Path) -> tuple[Sae, RunRecord]:
-    """The SAE of a run, in raw units, and its record. Raises NotAStore when `path` holds no finished run."""
+    """The SAE of a run, for rows in raw units, and its record. Raises NotAStore when `path` holds no finished run."""
     record = read_run_record(path)
     sae = make(record.architecture, record.d_model, record.n_features, record.k)
     weights = path / WEIGHTS

@@ -1,4 +1,4 @@
-"""What architectures share whose features are kept few by an L1 term alone."""
+"""The base of architectures that limit the active features by an L1 term alone."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from pipelines.sae.base import Codes, Sae, levels
 
 START = 4.0
-"""How many times k features are active in a row when training begins."""
+"""Training begins with START · k active features in a row."""
 
 
 class PenalisedSae(Sae):
-    """`k` is what the default of the coefficient aims at, no more."""
+    """An SAE with an L1 term. `k` sets only the default coefficient, which aims at about k codes a row."""
 
     l1_share: ClassVar[float]
     """The default coefficient, as a share of F / √(d · k)."""
@@ -26,7 +26,7 @@ class PenalisedSae(Sae):
 
     @torch.no_grad()
     def starting_bias(self, sample: Tensor) -> Tensor:
-        """(F,) with which every feature is active in the same share of rows."""
+        """(F,) the biases with which every feature is active in the same share of the sample, START · k in a row."""
         return -levels(self, sample, START * self.k)
 
     def codes(self, x: Tensor, kernel: str = "sparse-fp32") -> Codes:

@@ -1,7 +1,7 @@
 """In: rows, their reconstructions, the features that fired. Out: how well the rows are explained, and by how many features.
 
-A value with `update`, `merge` and `finalize`: sums over any batches, in float64, added up in any order. Definitions are
-the field's, written out in docs/GLOSSARY.md.
+`RowMetrics` is a value with `update`, `merge` and `finalize`: float64 sums over batches, which may come in any order. The
+definitions are the field's, as in docs/GLOSSARY.md.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from pipelines.sae.base import Sae
 
 PART = "heldout"
 BATCH_ROWS, BATCH_CODES = 8192, 1 << 26
-"""At most, of one batch: 8,192 rows, or as many as have 67 million codes, zeros included (0.27 GB)."""
+"""Limits of one batch: 8,192 rows, and 67 million codes, zeros included (0.27 GB)."""
 DENSE = 0.1
 BINS_PER_DECADE = 2
 EPSILON = 1e-13
-"""Of the mean squared norm; rows that vary less do so by rounding."""
+"""A variance below this share of the mean squared norm is rounding, and counts as 0."""
 
 
 @dataclass
 class RowMetrics:
-    """Sums over n rows x (d,) and reconstructions x̂: what FVE, MSE, cosine, shrinkage, bias, L0 and densities need.
+    """Sums over n rows x (d,) and reconstructions x̂, from which FVE, MSE, cosine, shrinkage, bias, L0 and densities follow.
 
-    `firings` (F,) counts in how many rows each feature fired; F is 0 where there are no features.
+    `firings` (F,) counts the rows in which each feature fired; F is 0 where there are no features.
 
     >>> metrics = RowMetrics.empty(2, 3)
     >>> rows, reconstructions = torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([[1.0, 0.0], [2.0, 0.0]])
@@ -46,7 +46,7 @@ class RowMetrics:
     n_rows: int
     n_codes: int
     n_directed: int
-    """Rows that are not zero: only these have a direction and a norm to compare with."""
+    """Rows that are not zero. Only these have a direction, and a norm to divide by."""
     squared_error: float
     squared_norm: float
     squared_norm_out: float
@@ -63,8 +63,8 @@ class RowMetrics:
     def update(self, x: Tensor, reconstruction: Tensor, fired: Tensor | None = None, *, n_codes: int = 0) -> None:
         """Add rows (n, d) and their reconstructions.
 
-        `fired` (nnz,) names the feature of every code above zero, in any order; without features, `n_codes` says how many
-        numbers the rows were reconstructed from.
+        `fired` (nnz,) holds the feature of every code above zero, in any order. Without features, `n_codes` is the number of
+        values from which the rows were reconstructed.
         """
         exact, guess = x.double(), reconstruction.double()
         norm, norm_out = exact.norm(dim=1), guess.norm(dim=1)
@@ -84,7 +84,7 @@ class RowMetrics:
             self.firings += torch.bincount(fired, minlength=len(self.firings)).cpu().numpy()
 
     def merge(self, other: RowMetrics) -> None:
-        """Add what another part of the rows gave."""
+        """Add the sums over other rows."""
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
@@ -98,7 +98,7 @@ class RowMetrics:
         return variance if variance > EPSILON * norm else 0.0
 
     def finalize(self) -> dict[str, Any]:
-        """The figures by name, `density_histogram` as plain lists. Raises InputError for rows that do not vary."""
+        """The figures by name; `density_histogram` is plain lists. Raises InputError for rows that do not vary."""
         if not self.variance:
             raise InputError(f"{self.n_rows} rows that do not vary: no share of their variance can be explained.")
         n, directed = self.n_rows, max(self.n_directed, 1)
@@ -123,10 +123,10 @@ class RowMetrics:
 
 
 def density_histogram(firings: NDArray[np.int64], n_rows: int) -> dict[str, Any]:
-    """How many features have which log10 of density, in half decades from the least that `n_rows` rows can show.
+    """Features by log10 of their density, in half decades from the lowest density that `n_rows` rows can show.
 
-    Bin i holds log10_edges[i] <= log10 density < log10_edges[i + 1], the last one also its upper edge; features that never
-    fired are in none, and counted as `dead`: counts and dead sum to F.
+    Bin i counts features with log10_edges[i] <= log10 density < log10_edges[i + 1]; the last bin includes its upper edge.
+    Features that never fired are in no bin but counted as `dead`: counts and dead sum to F.
 
     >>> density_histogram(np.array([0, 1, 50, 100]), 100)
     {'log10_edges': [-2.0, -1.5, -1.0, -0.5, 0.0], 'counts': [1, 0, 0, 2], 'dead': 1}
@@ -140,20 +140,20 @@ def density_histogram(firings: NDArray[np.int64], n_rows: int) -> dict[str, Any]
 def heldout_rows(
     store: ActivationStore, site: str, batch_rows: int = BATCH_ROWS, max_rows: int | None = None
 ) -> Iterator[NDArray[np.float32]]:
-    """The held-out rows of a site in batches (n, d_model); of at most about `max_rows`, the same share of every shard."""
+    """The held-out rows of a site in batches (n, d_model). About `max_rows` at most: the same share of every shard."""
     shards, n_rows = store.shards(PART), store.n_rows(PART)
     share = 1.0 if max_rows is None else min(1.0, max_rows / max(n_rows, 1))
     for shard in shards:
-        # The first rows of a shard are a uniform sample of it: rows are permuted inside shards.
+        # Rows are permuted inside shards, so the first rows of a shard are a uniform sample of all its rows.
         stop = max(1, round(share * shard.n_rows))
         for start in range(0, stop, batch_rows):
             yield store.read(shard, paths.acts(site), start, min(start + batch_rows, stop))
 
 
 def heldout_metrics(sae: Sae, store: ActivationStore, site: str, max_rows: int | None = None) -> dict[str, Any]:
-    """The figures of an SAE over the held-out rows, and how many they were.
+    """The figures of an SAE over the held-out rows, and the number of these rows.
 
-    Raises InputError when there are none, or when they do not vary.
+    Raises InputError when there are no held-out rows, or when they do not vary.
     """
     metrics = RowMetrics.empty(sae.d_model, sae.n_features)
     for x in heldout_rows(store, site, batch_rows(sae.n_features), max_rows):
@@ -167,7 +167,7 @@ def heldout_metrics(sae: Sae, store: ActivationStore, site: str, max_rows: int |
 
 
 def batch_rows(n_features: int) -> int:
-    """Rows in a batch, so that all their codes, were none of them zero, fit in bounded memory.
+    """Rows per batch, chosen so that a dense matrix of all their codes fits in bounded memory.
 
     >>> batch_rows(4096), batch_rows(24_576), batch_rows(1 << 20)
     (8192, 2730, 256)

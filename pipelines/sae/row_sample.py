@@ -1,4 +1,4 @@
-"""A sample of a store's training rows, and what an SAE's codes are like on one."""
+"""A sample of a store's training rows, and figures of an SAE's codes on a sample."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PART_ROWS = 4096
 
 
 def sample_rows(store: ActivationStore, site: str, n_rows: int, seed: int) -> NDArray[np.float32]:
-    """About `n_rows` training rows (n, d_model) from whole chunks all over the store; all of them if there are fewer."""
+    """`n_rows` training rows (n, d_model), from whole chunks drawn over the whole store; all rows if there are fewer."""
     chunks = [(shard, chunk) for shard in store.shards() for chunk in range(shard.n_chunks)]
     read: list[NDArray[np.float32]] = []
     for index in permutation(len(chunks), seed, SAMPLE):
@@ -32,15 +32,15 @@ def sample_rows(store: ActivationStore, site: str, n_rows: int, seed: int) -> ND
 
 @torch.no_grad()
 def usual_code_width(sae: Sae, rows: Tensor) -> int:
-    """How many codes of a row are kept where the architecture leaves that open: a quarter more than all but one row in
-    a thousand of a sample (n, d_model) have."""
+    """How many codes per row to keep where the architecture sets no limit: 1.25 times the 99.9 % quantile over sample rows
+    (n, d_model)."""
     counts = torch.cat([sae.codes(part).active.counts for part in rows.split(PART_ROWS)])
     return min(sae.n_features, max(1, math.ceil(1.25 * float(torch.quantile(counts.double(), 0.999)))))
 
 
 @torch.no_grad()
 def n_silent(sae: Sae, rows: Tensor) -> int:
-    """How many features fire in none of the rows (n, d_model)."""
+    """How many features fire in no row of (n, d_model)."""
     fired = torch.zeros(sae.n_features, dtype=torch.bool, device=rows.device)
     for part in rows.split(PART_ROWS):
         codes = sae.codes(part)

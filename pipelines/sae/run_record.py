@@ -1,4 +1,4 @@
-"""`run.json`, the record that makes a training run exist: what an SAE is and where it came from. Loads no torch."""
+"""`run.json`, the record that makes a run exist: what the SAE is and where it came from. Loads no torch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ RECORD, WEIGHTS = "run.json", "sae.safetensors"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Where an SAE came from and what it is. `weights_sha256` is the language model's, `sae_sha256`
-    that of the SAE's file; `bos` says whether its windows began with a start-of-text token; `code_width` codes of a row
-    are kept; `history` holds [rows seen, ranks] at the start, and wherever the number of ranks changed."""
+    """What an SAE is and where it came from.
+
+    `weights_sha256` belongs to the language model, `sae_sha256` to the SAE's file. `bos` says whether the windows began with
+    a start-of-text token. At most `code_width` codes of a row are kept. `history` holds [rows seen, ranks] at the start and
+    wherever the number of ranks changed.
+    """
 
     architecture: str
     d_model: int
@@ -52,8 +55,10 @@ def publish_run_record(path: Path, record: RunRecord) -> None:
 
 
 def read_run_record(path: Path) -> RunRecord:
-    """The record of a run, without its weights. Raises NotAStore when `path` holds no finished run of this version, or
-    a record that was changed."""
+    """The record of a run, without the weights.
+
+    Raises NotAStore when `path` holds no finished run of this version, or a record that was changed.
+    """
     if not (path / RECORD).exists():
         raise NotAStore(f"{path}: not a finished run (no {RECORD}); pass a folder that `train` wrote.")
     value = read_json(path / RECORD)
@@ -65,7 +70,7 @@ def read_run_record(path: Path) -> RunRecord:
 
 
 def require_match(path: Path, record: RunRecord, store: ActivationStore) -> None:
-    """Raises InputError, WidthMismatch or IdentityMismatch unless a run's SAE reads rows such as the store's."""
+    """Raises InputError, WidthMismatch or IdentityMismatch unless the run's SAE fits the store's rows."""
     if record.site not in store.sites:
         raise InputError(
             f"{path}: the SAE reads {record.site}, {store.url} holds {', '.join(store.sites)}; "

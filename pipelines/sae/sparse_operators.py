@@ -1,8 +1,8 @@
 """The sparse half of a training step, exact, in PyTorch's own operators.
 
-Few of the F codes of a row are non-zero, so everything but the encoder's forward product can be sparse: a decoded row
-is an `embedding_bag` of decoder rows, the gradient of the codes a sampled product, and a weight gradient an
-`embedding_bag` of the batch's rows, one bag a feature. Gradients equal autograd's of the dense form to fp32 rounding.
+Few of a row's F codes are non-zero, so everything but the encoder's forward product can be sparse. A decoded row is an
+`embedding_bag` of decoder rows; the gradient of the codes is a sampled product; a weight gradient is an `embedding_bag` of
+the batch's rows, one bag per feature. Gradients equal autograd's of the dense form up to fp32 rounding.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch.nn.functional import embedding_bag
 
 @dataclass(frozen=True)
 class Active:
-    """Which features each of n rows has: `features[starts[i] : starts[i + 1]]`, rising, are those of row i.
+    """The active features of n rows: those of row i are `features[starts[i] : starts[i + 1]]`, rising.
 
-    features (nnz,), starts (n + 1,), both int64; `n_features` is F.
+    features (nnz,) and starts (n + 1,) are int64; `n_features` is F.
     """
 
     features: Tensor
@@ -37,18 +37,18 @@ class Active:
 
     @classmethod
     def of_mask(cls, mask: Tensor) -> Active:
-        """Where (n, F) is true."""
+        """The places where a mask (n, F) is true."""
         return cls(mask.nonzero()[:, 1], _starts(mask.sum(dim=1)), mask.shape[1])
 
     @classmethod
     def of_places(cls, places: Tensor, n_rows: int, n_features: int) -> Active:
-        """From rising places (nnz,) in an (n_rows, n_features) matrix read row by row."""
+        """From rising flat indices (nnz,) into an (n_rows, n_features) matrix."""
         rows = torch.div(places, n_features, rounding_mode="floor")
         return cls(places - rows * n_features, _starts(torch.bincount(rows, minlength=n_rows)), n_features)
 
     @classmethod
     def of_blocks(cls, blocks: list[Active]) -> Active:
-        """The rows of several, one after the other."""
+        """The rows of all blocks, one block after the other."""
         counts = torch.cat([block.counts for block in blocks])
         return cls(torch.cat([block.features for block in blocks]), _starts(counts), blocks[0].n_features)
 
@@ -58,7 +58,7 @@ class Active:
 
     @cached_property
     def counts(self) -> Tensor:
-        """(n,) how many features each row has."""
+        """(n,) the number of active features of each row."""
         return self.starts.diff()
 
     @cached_property
@@ -74,7 +74,7 @@ class Active:
         return order, self.rows[order], starts
 
     def keep(self, chosen: Tensor) -> Active:
-        """Only the entries where (nnz,) `chosen` is true."""
+        """Only the entries where `chosen` (nnz,) is true."""
         running = torch.zeros(len(chosen) + 1, dtype=torch.int64, device=chosen.device)
         torch.cumsum(chosen, 0, out=running[1:])
         return Active(self.features[chosen], running[self.starts], self.n_features)
@@ -83,8 +83,8 @@ class Active:
 def sampled_product(x: Tensor, weight: Tensor, active: Active) -> Tensor:
     """(nnz,) the products x_i · weight_f of the active pairs; x (n, d), weight (F, d).
 
-    The larger of the two is read in order, the smaller one where it is needed: at F = 24,576 and n = 4,096 in half the time
-    that the other order takes.
+    The larger matrix is read in order, the smaller one at random: at F = 24,576 and n = 4,096, this takes half the time of
+    the other order.
     """
     if len(weight) <= len(x):
         return _sampled(active.starts, active.features, x, weight)
@@ -102,20 +102,20 @@ def _sampled(starts: Tensor, columns: Tensor, left: Tensor, right: Tensor) -> Te
 
 
 def decode_rows(values: Tensor, active: Active, weight: Tensor) -> Tensor:
-    """(n, d): of each row, the sum of value · weight_f over its features; values (nnz,), weight (F, d)."""
+    """(n, d) for each row, the sum of value · weight_f over its features; values (nnz,), weight (F, d)."""
     return _bags(active.features, weight, active.starts, values)
 
 
 def feature_sums(values: Tensor, active: Active, rows: Tensor) -> Tensor:
-    """(F, d): of each feature, the sum of value · row over the rows that have it; values (nnz,), rows (n, d)."""
+    """(F, d) for each feature, the sum of value · row over the rows where it is active; values (nnz,), rows (n, d)."""
     order, row_of, starts = active.by_feature
     return _bags(row_of, rows, starts, values[order])
 
 
 class Preactivation(Function):
-    """Pre-activations (nnz,) at the active places, with a gradient that touches only those.
+    """Pre-activations (nnz,) of the active features, with a gradient through these only.
 
-    `pre` (nnz,) holds (x − b_dec) · W_enc_f + b_enc_f, whichever way it was computed; `centred` is x − b_dec (n, d).
+    `pre` (nnz,) holds (x − b_dec) · W_enc_f + b_enc_f, computed in any way; `centred` (n, d) is x − b_dec.
     """
 
     @staticmethod
@@ -135,7 +135,7 @@ class Preactivation(Function):
 
 
 class Decode(Function):
-    """`decode_rows`, with the gradients of values and weight."""
+    """`decode_rows`, with gradients for values and weight."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, w_dec: Tensor, active: Active) -> Tensor:

@@ -1,4 +1,4 @@
-"""Named tensors as one safetensors file, that is whole or not there."""
+"""Named tensors as one safetensors file, which is published whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from actstore.files import fsync_path
 
 
 def making(path: Path) -> Path:
-    """The folder in which a file at `path` is written; there only while it is, or after a kill."""
+    """The folder in which a file at `path` is written. It exists only meanwhile, or after an interruption."""
     return path.with_name(f".{path.name}.making")
 
 
 def publish_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors to `path`, in place of what was there, and onto the disk.
+    """Write tensors to `path`, replace the former file, and flush to disk.
 
-    In a folder of their own first: safetensors writes to a random name, which a kill would leave lying.
+    The file is first written in a folder of its own, `making(path)`: safetensors writes under a random name, and an
+    interruption would leave that file behind.
     """
     folder = making(path)
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,7 @@
 """The sparse autoencoder as textbooks write it: two Linear layers and dense codes. The same function as `TopKSae`.
 
-It is for reading, and for loops of one's own. Training, storing and analysing go through `to_sae`, whose weights are the
-same numbers, feature-major, and whose codes are sparse.
+This form is for reading, and for training loops of one's own. The project trains, stores and analyses the form that `to_sae`
+gives: the same weights, feature-major, and sparse codes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pipelines.sae.base import Sae
 class SparseAutoencoder(nn.Module):
     """x ≈ b_pre + decoder(features), where features are the k largest of encoder(x − b_pre), those below zero set to zero.
 
-    `encoder` is a Linear of d_model to n_features with bias, `decoder` one back without, whose columns are unit vectors
-    (`normalize_decoder`); `b_pre` (d_model,) starts at zero. Both start as Linear layers do, from `seed`.
-    Raises InputError when k is not in 1..n_features.
+    `encoder` is a Linear layer of d_model to n_features with bias, `decoder` one of n_features to d_model without bias. Both
+    start as Linear layers do, from `seed`; the decoder's columns are then made unit vectors (`normalize_decoder`). `b_pre`
+    (d_model,) starts at zero. Raises InputError when k is not in 1..n_features.
 
     >>> sae = SparseAutoencoder(8, 32, k=4)
     >>> reconstruction, features, indices = sae(torch.ones(2, 5, 8))
@@ -41,7 +41,7 @@ class SparseAutoencoder(nn.Module):
         self.decoder: nn.Linear = skip_init(nn.Linear, n_features, d_model, bias=False)
         self.b_pre = nn.Parameter(torch.zeros(d_model))
         self.trained: dict[str, float] = {}
-        """How `train_sae` made it, by the names of `TrainConfig`; empty before."""
+        """The options with which `train_sae` trained this SAE, by their names in `TrainConfig`; empty before."""
         start = TopKSae(d_model, n_features, k)
         start.initialise_as_linear(seed)
         self._take(start)
@@ -49,7 +49,7 @@ class SparseAutoencoder(nn.Module):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(…, d_model) rows -> features (…, n_features), at most k of a row above zero, and indices (…, k), largest first.
 
-        An index whose pre-activation is below zero is among the k, and its feature is 0.
+        The k indices may include some whose pre-activation is below zero; the features there are 0.
         """
         pre = self.encoder(x - self.b_pre)
         top = torch.topk(pre, self.k, dim=-1)
@@ -67,7 +67,7 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
-        """Make every decoder column a unit vector again, as after a step of an optimiser."""
+        """Make every decoder column a unit vector again; call this after each step of an optimiser."""
         self.decoder.weight.div_(self.decoder.weight.norm(dim=0, keepdim=True).clamp_min(1e-12))
 
     def to_sae(self) -> TopKSae:
@@ -80,12 +80,12 @@ class SparseAutoencoder(nn.Module):
 
     @classmethod
     def from_sae(cls, sae: Sae) -> Self:
-        """One with a copy of the weights of a `TopKSae`. Raises InputError for another architecture."""
+        """The textbook form with a copy of a `TopKSae`'s weights. Raises InputError for another architecture."""
         if not isinstance(sae, TopKSae):
             raise InputError(f"architecture {sae.architecture}: the textbook's is topk; use the SAE as it is.")
-        own = cls(sae.d_model, sae.n_features, sae.k).to(sae.b_dec)
-        own._take(sae)
-        return own
+        textbook = cls(sae.d_model, sae.n_features, sae.k).to(sae.b_dec)
+        textbook._take(sae)
+        return textbook
 
     @torch.no_grad()
     def _take(self, sae: TopKSae) -> None:
@@ -93,7 +93,7 @@ class SparseAutoencoder(nn.Module):
             here.copy_(there)
 
     def _pairs(self, sae: TopKSae) -> list[tuple[Tensor, Tensor]]:
-        """Every parameter here, and where a TopKSae has the same numbers."""
+        """Every parameter here, paired with the tensor of a `TopKSae` that holds the same numbers."""
         return [
             (self.encoder.weight, sae.W_enc),
             (self.encoder.bias, sae.b_enc),
@@ -103,7 +103,7 @@ class SparseAutoencoder(nn.Module):
 
 
 class SaeLoss(NamedTuple):
-    """`total` to differentiate, and its two parts; `sparsity` is the mean absolute code, without its coefficient."""
+    """`total`, to differentiate, and its two parts; `sparsity` is the mean absolute code without its coefficient."""
 
     total: Tensor
     reconstruction: Tensor
@@ -113,8 +113,8 @@ class SaeLoss(NamedTuple):
 def sae_loss(x: Tensor, x_reconstructed: Tensor, features: Tensor, sparsity_coeff: float = 1e-3) -> SaeLoss:
     """Mean squared error over all elements + `sparsity_coeff` · mean absolute code, over all rows and features.
 
-    x and x_reconstructed (…, d_model), features (…, n_features). This is the textbook's measure: its scale is that of the
-    rows, and the share of features that are zero in any case dilutes the second part.
+    x and x_reconstructed (…, d_model), features (…, n_features). This is the textbook's loss. The first part scales with the
+    square of the rows; the second is small because most features are zero in most rows.
 
     >>> loss = sae_loss(torch.tensor([1.0, 3.0]), torch.zeros(2), torch.tensor([2.0, 0.0]), sparsity_coeff=0.5)
     >>> [part.item() for part in loss]

@@ -1,1 +1,1 @@
-"""What several rooms use and none owns: clusters, progress, the hub, text for a terminal, Parquet, registries."""
+"""Helpers that several rooms use: clusters, progress, the hub, text for a terminal, Parquet, registries."""

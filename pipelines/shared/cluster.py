@@ -1,4 +1,4 @@
-"""Where Dask tasks run: local worker processes, or a scheduler that is already there; and the two ways to use them."""
+"""Dask clusters: local workers or a running scheduler, and two ways to use them (`run_tasks` and `reduce_tasks`)."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ CONNECT_TIMEOUT_S = 10
 WORKERS_TIMEOUT_S = 30
 NO_WORKERS_S = 60
 QUIET = {
-    "distributed.worker.profile.enabled": False,  # that of every second a worker has run stays in its memory
+    "distributed.worker.profile.enabled": False,  # a worker keeps the profile of every second it has run in memory
     "distributed.admin.tick.interval": "500ms",
     "distributed.admin.system-monitor.interval": "2s",
     "distributed.worker.memory.monitor-interval": "500ms",
 }
-"""Of local clusters. By default Dask looks after itself so often that two idle workers take 4.1 % of two cores; so, 0.8."""
+"""Settings of local clusters. Two idle workers take 0.8 % of two cores; with Dask's default intervals, 4.1 %."""
 KEPT_BYTES = 32 << 20
-"""Of memory that tasks free, what a worker keeps for the next ones."""
+"""Freed memory that a worker keeps for its next tasks."""
 
 
 @contextmanager
 def connect(scheduler: str | None, workers: int, *, threads: bool = False) -> Iterator[Any]:
     """A Dask client of the scheduler at an address such as tcp://host:8786, or of `workers` local processes (or threads).
 
-    The address of its dashboard, where one is served, is said on stderr.
+    The dashboard's address is printed to stderr where a dashboard is served. A scheduler without workers, because they are
+    starting or restarting, has half a minute to get one.
 
-    A scheduler whose workers are just starting, or starting again after they died, is given half a minute to have one.
-
-    Raises InputError when the scheduler does not answer within ten seconds, or has no worker by then, when workers keep
-    dying over one task, or when a minute long none of the local ones is left: Dask gives up one that dies while it starts.
+    Raises InputError in four cases: the scheduler does not answer within ten seconds; it has no worker after half a minute;
+    workers keep dying over one task; no local worker is left for a minute (Dask does not restart one that dies while it
+    starts).
     """
     from distributed import KilledWorker
     from distributed.scheduler import NoWorkerError
@@ -46,7 +46,7 @@ def connect(scheduler: str | None, workers: int, *, threads: bool = False) -> It
         raise InputError(f"workers {workers}: need at least 1.")
     try:
         with _client(scheduler, workers, threads) as client:
-            _register(client, _keeping_memory())
+            _register(client, _memory_plugin())
             if client.dashboard_link and client.scheduler_info(n_workers=0)["services"]:
                 print(f"dashboard: {client.dashboard_link}", file=sys.stderr)
             yield client
@@ -63,7 +63,7 @@ def connect(scheduler: str | None, workers: int, *, threads: bool = False) -> It
 
 
 def _register(client: Any, plugin: Any) -> None:
-    """With every worker. One that dies just then is not asked again: it is gone, or another has come in its place."""
+    """Register a plugin with every worker. If one dies meanwhile, ask again those that are left, at most twice."""
     for tries_left in (2, 1, 0):
         try:
             client.register_plugin(plugin)
@@ -73,10 +73,12 @@ def _register(client: Any, plugin: Any) -> None:
                 raise
 
 
-def _keeping_memory() -> Any:
-    """For every worker, also those that come later: freed memory is kept for the next block and the next task, whose new
-    pages would take a fault each (two workers that count pairs are a sixth faster so). A task that leaves more than that
-    has all of it given back; else what a worker holds would grow with the number of its tasks."""
+def _memory_plugin() -> Any:
+    """A plugin, also for workers that join later, by which a worker keeps up to `KEPT_BYTES` of freed memory.
+
+    Reused pages cost no page fault: two workers that count pairs are a sixth faster. After a task that leaves more freed
+    memory, all of it is returned; otherwise a worker's memory would grow with the number of its tasks.
+    """
     from distributed import WorkerPlugin
 
     class KeepsMemory(WorkerPlugin):
@@ -126,10 +128,11 @@ def _client(scheduler: str | None, workers: int, threads: bool) -> Iterator[Any]
 
 @contextmanager
 def _spared_interrupts() -> Iterator[None]:
-    """Processes started here do not hear of Ctrl-C: the process that started them does, and closes them in order.
+    """Processes started in the block do not receive Ctrl-C; the process that started them does, and closes them in order.
 
-    A terminal sends it to all of them, and each worker would answer with a traceback. A blocked signal stays blocked
-    in child processes and threads, but the resource tracker's first start unblocks it: so that comes first.
+    A terminal sends Ctrl-C to every process, and each worker would print a traceback. A blocked signal stays blocked in
+    child processes and threads, but the resource tracker unblocks SIGINT when it first starts: the tracker is started
+    before the signal is blocked.
     """
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -140,7 +143,7 @@ def _spared_interrupts() -> Iterator[None]:
 
 
 def own_device(device: str) -> str:
-    """For a task on a worker of a machine with several GPUs, each worker's own; else what was asked for."""
+    """The device of a task: where a machine has several GPUs, each worker's own; else `device`."""
     import torch
     from distributed import get_worker
 
@@ -151,10 +154,10 @@ def own_device(device: str) -> str:
 
 
 def share(client: Any, value: Any) -> Any:
-    """A value that is sent once, to be given to many tasks in its place.
+    """A future of a value, which is sent once; pass the future to many tasks in place of the value.
 
-    As the result of a task, which the scheduler keeps: when every worker that had the value dies, another one gets it.
-    (Dask's `scatter` leaves it with the workers alone, and ends with "lost dependencies".)
+    The future is a task's result, and the scheduler keeps the task: if every worker that holds the value dies, another
+    worker computes it again. Dask's `scatter` keeps a value on workers only, and then fails with "lost dependencies".
     """
     import dask
 
@@ -163,7 +166,7 @@ def share(client: Any, value: Any) -> Any:
 
 
 class _Carried:
-    """A value for Dask to carry without looking into it."""
+    """A value that Dask carries without inspecting its content."""
 
     def __init__(self, value: Any) -> None:
         self._value = value
@@ -173,7 +176,7 @@ class _Carried:
 
 
 def run_tasks(client: Any, label: str, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """`function(*task)` for every task, results in the order of the tasks; a failed task's error is raised here."""
+    """`function(*task)` for every task; results in the order of the tasks. A failed task's error is raised here."""
     from distributed import as_completed
 
     futures = [client.submit(function, *task, pure=False) for task in tasks]
@@ -189,10 +192,10 @@ def run_tasks(client: Any, label: str, function: Callable[..., Any], tasks: Sequ
 def reduce_tasks(
     client: Any, label: str, function: Callable[..., Any], merge: Callable[[Any, Any], Any], tasks: Sequence[tuple[Any, ...]]
 ) -> Any:
-    """Merge `function(*task)` of every task in one fixed binary tree, whatever worker ran what; gives the root.
+    """Merge `function(*task)` of every task in one fixed binary tree, and return its root.
 
-    The tree depends on the number of tasks alone, so that floating-point sums do not depend on the cluster either. It
-    is submitted depth first: a merge goes before the tasks after it, and few results wait in memory for another.
+    The tree depends only on the number of tasks, so floating-point sums do not depend on the cluster. The tree is submitted
+    depth first: a merge runs before the tasks that follow, and few results wait in memory.
     """
     (root,) = reduce_groups(client, label, function, merge, None, [tasks], [()])
     return root
@@ -207,7 +210,7 @@ def reduce_groups(
     groups: Sequence[Sequence[tuple[Any, ...]]],
     last: Sequence[tuple[Any, ...]],
 ) -> list[Any]:
-    """`reduce_tasks` of several groups at once; `finish(*last[i], root)`, if given, makes the root of group i its result."""
+    """`reduce_tasks` of several groups at once. With `finish`, the result of group i is `finish(*last[i], root)`."""
     from distributed import as_completed
 
     futures = []
@@ -229,7 +232,7 @@ def reduce_groups(
     del root
     with track(label, len(futures), "tasks") as progress:
         finished = as_completed(futures)
-        futures.clear()  # a result that has been merged may go
+        futures.clear()  # lets Dask free a result that has been merged
         for future in finished:
             if future.status != "finished":
                 future.result()

@@ -1,4 +1,4 @@
-"""The environment variables that libraries read once when they are loaded."""
+"""Environment variables that libraries read once, when they are loaded."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "1000",
 }
-"""Unless the user's environment says otherwise, what libraries print stays off the terminal, and idle threads sleep, those
-of GNU's OpenMP after some microseconds. Rows/s of a training alone, F = 2,048, on two cores (and of each of two at once):
-asleep at once 40,000 (27,500), so 49,000 (24,000), after ten times as long 51,000 (11,000), by default down to 1,500."""
+"""Defaults, unless the user's environment says otherwise: libraries print nothing to the terminal, and idle threads sleep.
+
+Idle threads of GNU's OpenMP spin for some microseconds (`GOMP_SPINCOUNT`) before they sleep. Measured rows/s of a training
+with F = 2,048 on two cores, alone (and of each of two at once): with no spinning 40,000 (27,500), with 1,000 spins 49,000
+(24,000), with ten times as many 51,000 (11,000), with OpenMP's default down to 1,500.
+"""
 
 
 def set_environment() -> None:
-    """Set `ENVIRONMENT` where it is not set; before torch and the others are loaded, which read it once."""
+    """Set each variable of `ENVIRONMENT` that is unset. Call this before torch and the other libraries are loaded."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

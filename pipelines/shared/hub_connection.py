@@ -1,4 +1,4 @@
-"""Whether the model hub can be reached, asked once and briefly: offline, its client would retry for over a minute."""
+"""A short check whether the model hub can be reached. Without a network, the hub's client would retry for over a minute."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
 
 def go_offline_if_unreachable() -> None:
-    """Put the hub's client into its offline mode, in which it uses its cache alone, when its host does not answer.
+    """Switch the hub's client to offline mode, which uses only its cache, when the hub's host does not answer.
 
-    Behind a proxy, or when the mode was chosen already, nothing is asked or changed.
+    Behind a proxy, or when the user has chosen the mode, nothing is checked or changed.
     """
     if os.environ.get("HF_HUB_OFFLINE") or any(os.environ.get(name) for name in PROXIES):
         return

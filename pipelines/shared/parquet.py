@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def parquet_bytes(table: list[dict[str, Any]] | dict[str, NDArray] | pa.Table) -> bytes:
-    """A Parquet file of records (a row each, a column a key), columns or a table; pandas, polars and DuckDB open it."""
+    """A Parquet file, for pandas, polars or DuckDB, of records (a row each, a column per key), columns or a table."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""Progress of long work: a rich bar on a terminal, one plain line every few seconds in a log; always on stderr."""
+"""Progress of long work on stderr: a rich bar on a terminal, one plain line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOG_INTERVAL_S = 10.0
 
 
 class Tracker:
-    """What a stage tells of itself: how much is done, and a short note such as `FVE 0.91`."""
+    """A stage's progress: the units done, and a short note such as `FVE 0.91`."""
 
     def __init__(self, label: str, total: int, unit: str, bar: Progress | None, *, shown: bool = True):
         self.label, self.total, self.unit, self.done, self._before = label, total, unit, 0, 0
@@ -25,15 +25,15 @@ class Tracker:
 
     @property
     def rate(self) -> float:
-        """Units a second since the start."""
+        """Units per second since this process began."""
         return (self.done - self._before) / max(time.monotonic() - self._started, 1e-9)
 
     def resume(self, n: int) -> None:
-        """So many units were done before this process began."""
+        """Note that `n` units were done before this process began."""
         self.done = self._before = n
 
     def expect(self, n: int) -> None:
-        """There are `n` more units to do than was known."""
+        """Add `n` units to the total."""
         self.total += n
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, total=self.total)
@@ -52,7 +52,7 @@ class Tracker:
 
 @contextmanager
 def track(label: str, total: int, unit: str = "rows", *, shown: bool = True) -> Iterator[Tracker]:
-    """Show a stage's progress while the block runs; `shown` is false in all but one of several processes of one work."""
+    """Show a stage's progress while the block runs. Where several processes share the work, only one has `shown` true."""
     console = Console(stderr=True, quiet=not shown)
     if not console.is_terminal:
         yield Tracker(label, total, unit, None, shown=shown)
@@ -69,7 +69,7 @@ def track(label: str, total: int, unit: str = "rows", *, shown: bool = True) -> 
 
 
 def rate_text(rate: float) -> str:
-    """A number with two digits at least.
+    """A number with at least two digits.
 
     >>> rate_text(2226.4), rate_text(9.8), rate_text(0.0432)
     ('2,226', '9.8', '0.043')
@@ -78,7 +78,7 @@ def rate_text(rate: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In words, for a person who waits.
+    """A duration in the unit that suits its size.
 
     >>> duration(42), duration(600), duration(9000)
     ('42 s', '10 min', '2.5 h')

@@ -1,9 +1,9 @@
 """The standard library's own sources, as a text corpus that needs no download.
 
-`stdlib_files()` lists the hand-written `.py` files of the running Python, sorted by module name, so that
-the same Python always gives the same list.  Left out are: tests, third-party and bundled packages, build
-configuration, and tables that a machine wrote (they are data in the shape of source, and would teach a
-language model nothing but digits).  Only the standard library is imported here.
+`stdlib_files()` lists the hand-written `.py` files of the running Python, sorted by module name: the same Python always
+gives the same list. Tests, third-party and bundled packages, build configuration and machine-written tables are left out;
+the tables are data in the form of source, and would teach a language model nothing but digits. This module imports only the
+standard library.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CHARMAP_MARKS = (b"charmap_build(", b"decoding_map = ", b"gencodec.py")
 
 @dataclass(frozen=True)
 class StdlibFile:
-    """One source file: dotted module name, its top-level package or module, and where it lies."""
+    """One source file: its dotted module name, its top-level package or module, and its path."""
 
     name: str
     package: str
@@ -28,7 +28,7 @@ class StdlibFile:
 
 
 def is_test_module(relative: Path) -> bool:
-    """Whether a path (relative to the library) is a test: in a test folder, or named like a test."""
+    """Whether a path relative to the library is a test: it lies in a test folder or is named like a test."""
     if not TEST_DIRECTORIES.isdisjoint(relative.parts[:-1]):
         return True
     return any(
@@ -40,8 +40,8 @@ def is_test_module(relative: Path) -> bool:
 def is_machine_made(name: str, path: Path) -> bool:
     """Whether a module is a table written by a program.
 
-    True for the listed table modules, for `_sysconfigdata*` (the recorded build variables), and for every
-    module of `encodings` that holds a character map (all of them come from `gencodec.py` or follow it).
+    True for `TABLE_MODULES`, for `_sysconfigdata*` (the recorded build variables), and for every module of `encodings` that
+    holds a character map (`gencodec.py` wrote these, or was their model).
     """
     if name in TABLE_MODULES or name.startswith("_sysconfigdata"):
         return True
@@ -52,7 +52,7 @@ def is_machine_made(name: str, path: Path) -> bool:
 
 
 def module_name(relative: Path) -> str:
-    """The dotted name of a source file given relative to the library, e.g. `json/__init__.py` -> `json`."""
+    """The dotted name of a source file, given its path relative to the library: `json/__init__.py` -> `json`."""
     parts = list(relative.with_suffix("").parts)
     if parts[-1] == "__init__" and len(parts) > 1:
         parts.pop()
@@ -62,7 +62,7 @@ def module_name(relative: Path) -> str:
 def stdlib_files(root: Path | None = None) -> list[StdlibFile]:
     """The hand-written modules of the standard library under `root`, sorted by name.
 
-    `root` is the library's folder; by default that of the running Python.
+    `root` is the library's folder; the default is that of the running Python.
     """
     library = Path(sysconfig.get_path("stdlib")) if root is None else root
     if not library.is_dir():

@@ -1,4 +1,4 @@
-"""Text for a terminal: white space made visible, and bars of eight heights."""
+"""Text for a terminal: visible white space, and bars of eight heights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ BAR = " ▁▂▃▄▅▆▇█"
 
 
 def visible(text: str) -> str:
-    """A token or context with its white space made visible.
+    """A token or context with visible white space.
 
     >>> visible("def f():\\n\\treturn")
     'def f():⏎⇥return'

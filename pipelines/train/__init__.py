@@ -1,1 +1,1 @@
-"""From a store to one run or many."""
+"""Training: from a store to one run or many."""

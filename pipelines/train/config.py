@@ -1,4 +1,4 @@
-"""What a training is asked for, and the options that identify a run."""
+"""The options of a training, and which of them identify a run."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pipelines.sae.kernels import KERNELS
 from pipelines.train.trainee import AUXK, RECIPES
 
 NOT_RECORDED = ("out", "resume", "checkpoint_minutes", "tensorboard", "wandb")
-"""Options that change nothing in what is trained."""
+"""Options that do not change the trained SAE."""
 OWN = ("layer", "site", "architecture", "features", "k", "lr", "l1", "seed", "out")
 """Options in which the SAEs of one pass may differ."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What one SAE is asked for; the names are the command's options.
+    """The options of one SAE's training, named as on the command line.
 
-    `tokens` (rows to train on) wins over `epochs`; `lr` 0 takes `default_learning_rate`, `l1` 0 the architecture's
-    default. `seed` is that of the initial weights, `order_seed` that of the batches.
+    `tokens` (rows to train on) takes precedence over `epochs`. `lr` 0 means `default_learning_rate`, `l1` 0 the
+    architecture's default. `seed` draws the initial weights, `order_seed` the order of the batches.
     """
 
     store: str | Path
@@ -77,10 +77,14 @@ def recorded(config: TrainConfig) -> dict[str, Any]:
 
 
 def require_same(out: Path, config: TrainConfig, saved: list[dict[str, Any]], index: int, n: int) -> None:
-    """Raises IdentityMismatch, naming the options that differ, when a saved training is not the one asked for, its
-    defaults settled."""
+    """Raises IdentityMismatch, naming the options that differ, unless the saved training is the one that `config` asks for.
+
+    `config` has its defaults replaced by their values.
+    """
     if len(saved) != n:
-        raise IdentityMismatch(f"{out}: is a training of {len(saved)} SAEs, asked were {n}; give the options it began with.")
+        raise IdentityMismatch(
+            f"{out}: is a training of {len(saved)} SAEs, {n} were asked for; give the options it began with."
+        )
     asked = recorded(config)
     differing = [
         f"{name} (there {theirs}, asked {asked[name]})"

@@ -1,4 +1,4 @@
-"""Where a training's metrics go: always to `metrics.jsonl`, and to TensorBoard or Weights & Biases where asked."""
+"""A training's metrics: always written to `metrics.jsonl`, and to TensorBoard or Weights & Biases where asked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
-    """One JSON object a line. `n_bytes` of it are kept when a training is continued; what came after is written anew."""
+    """One JSON object per line. A resumed training keeps the first `n_bytes` of the file and writes later lines anew."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class MetricsLog:
 
     @property
     def n_bytes(self) -> int:
-        """How long the file is, on the disk."""
+        """The file's length, after flushing it to disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()
@@ -75,7 +75,7 @@ def _wandb(folder: Path, config: dict[str, Any]) -> Any:
         import wandb
     except ImportError as error:
         raise InputError(f"wandb: cannot be loaded ({error}); pip install 'actstore[wandb]', or leave it out.") from error
-    own = content_hash([str(folder.absolute()), config])[:16]  # the same again when the training is resumed
+    run_id = content_hash([str(folder.absolute()), config])[:16]  # equal when the training is resumed
     return wandb.init(
-        project="actstore", id=own, name=folder.name, dir=str(folder), config=config, resume="allow", reinit="create_new"
+        project="actstore", id=run_id, name=folder.name, dir=str(folder), config=config, resume="allow", reinit="create_new"
     )

@@ -1,6 +1,6 @@
-"""The processes that train one SAE together, as `torchrun` starts them; a single process is one rank of one.
+"""The processes that train one SAE together, started by `torchrun`; a single process is one rank of one.
 
-Each rank reads its own rows; gradients are averaged, so that a step is one on the rows of all of them.
+Each rank reads its own rows. Gradients are averaged, so that a step uses the rows of all ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def is_first_process() -> bool:
 
 
 def device_of_rank(device: str) -> str:
-    """The device of its own that this process uses, where several on a machine train on CUDA."""
+    """The device of this process: where several processes of a machine train on CUDA, each has its own."""
     if device != "cuda" or "LOCAL_RANK" not in os.environ:
         return device
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -30,7 +30,7 @@ def device_of_rank(device: str) -> str:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together."""
+    """This process's number among the processes that train together."""
 
     rank: int = 0
     n_ranks: int = 1
@@ -41,17 +41,17 @@ class Ranks:
         return self.rank == 0
 
     def average(self, tensors: list[Tensor]) -> None:
-        """Make each tensor the mean of all ranks'."""
+        """Replace each tensor by its mean over all ranks."""
         for tensor in tensors:
             dist.all_reduce(tensor)
             tensor /= self.n_ranks
 
     def any_of(self, mask: Tensor) -> None:
-        """Make a uint8 mask 1 where any rank's is."""
+        """Set a uint8 mask to 1 wherever any rank's mask is 1."""
         dist.all_reduce(mask, op=dist.ReduceOp.MAX)
 
     def agree(self, value: bool, device: str) -> bool:
-        """Whether it is true on any rank."""
+        """Whether `value` is true on any rank."""
         if self.n_ranks == 1:
             return value
         mask = torch.tensor([value], dtype=torch.uint8, device=device)
@@ -59,12 +59,12 @@ class Ranks:
         return bool(mask)
 
     def mean(self, figures: dict[str, float], device: str) -> dict[str, float]:
-        """Each figure averaged over the ranks; those that are equal on all stay as they are."""
+        """Each figure averaged over the ranks, in its own type; figures that are equal on all ranks do not change."""
         if self.n_ranks == 1:
             return figures
         values = torch.tensor(list(figures.values()), dtype=torch.float64, device=device)
         self.average([values])
-        return {name: type(own)(value) for (name, own), value in zip(figures.items(), values.tolist(), strict=True)}
+        return {name: type(figure)(value) for (name, figure), value in zip(figures.items(), values.tolist(), strict=True)}
 
 
 @contextmanager

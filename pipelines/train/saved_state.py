@@ -1,6 +1,7 @@
-"""A training under way, on disk: one file, `training.safetensors`, replaced as a whole, so that a kill leaves the last one.
+"""The saved state of an unfinished training: one file, `training.safetensors`.
 
-Tensors of each SAE lie under its number; everything else is JSON in the file's header, with the sha256 of the tensors.
+The file is replaced as a whole, so an interruption leaves the last saved state. Each SAE's tensors are named by its number;
+everything else is JSON in the file's header, with the sha256 of the tensors.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ STATE = "training.safetensors"
 STATE_VERSION = 3
 """The version of file and recipe; other versions are refused."""
 Saved = tuple[list[dict[str, Tensor]], dict[str, Any]]
-"""The tensors of every SAE, and what else the training needs."""
+"""The tensors of every SAE, and the facts that the training needs besides."""
 
 
 def save_state(folder: Path, trainees: list[dict[str, Tensor]], facts: dict[str, Any]) -> None:
-    """Publish the tensors of every SAE, and what else the training needs, in place of what was there."""
-    tensors = {f"{index}/{name}": tensor for index, own in enumerate(trainees) for name, tensor in own.items()}
+    """Publish the tensors of every SAE and the other facts of the training, in place of the former state."""
+    tensors = {f"{index}/{name}": tensor for index, of_one in enumerate(trainees) for name, tensor in of_one.items()}
     header = {**facts, "version": STATE_VERSION, "sha256": _digest(tensors)}
     publish_tensors(folder / STATE, tensors, {"actstore": json.dumps(header)})
 
 
 def load_state(folder: Path) -> Saved | None:
-    """What `save_state` was given; None when there is none. Raises DamagedStore when it is not what was saved."""
+    """The state that `save_state` saved; None when there is none. Raises DamagedStore when the file was changed."""
     path = folder / STATE
     if not path.exists():
         return None
@@ -46,18 +47,18 @@ def load_state(folder: Path) -> Saved | None:
     if version != STATE_VERSION:
         raise _damaged(path, f"version {version}, this actstore trains by version {STATE_VERSION}")
     if facts.pop("sha256", None) != _digest(tensors):
-        raise _damaged(path, "it is not what was saved")
+        raise _damaged(path, "its tensors are not those that were saved")
     trainees: list[dict[str, Tensor]] = []
     for name, tensor in tensors.items():
-        index, _, own = name.partition("/")
+        index, _, short_name = name.partition("/")
         while len(trainees) <= int(index):
             trainees.append({})
-        trainees[int(index)][own] = tensor
+        trainees[int(index)][short_name] = tensor
     return trainees, facts
 
 
 def discard_state(folder: Path) -> None:
-    """The training is finished: its runs are published."""
+    """Remove the state of a finished training, whose runs are published."""
     (folder / STATE).unlink(missing_ok=True)
     shutil.rmtree(making(folder / STATE), ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""One pass over a store that trains any number of SAEs: batches in, steps, saved states, runs out."""
+"""One pass over a store that trains any number of SAEs: batches, steps, saved states, finished runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LOG_EVERY_STEPS = 25
 
 @dataclass
 class Session:
-    """A pass over the store: what is trained, from which streams, and how far it is."""
+    """A pass over the store: the SAEs in training, their streams, and the progress of the pass."""
 
     configs: list[TrainConfig]
     out: Path
@@ -47,11 +47,11 @@ class Session:
     device: str
     ranks: Ranks
     history: list[list[int]]
-    """[rows seen, ranks] at the start, and wherever the number of ranks changed."""
+    """[rows seen, number of ranks] at the start, and wherever the number of ranks changed."""
     log_bytes: list[int]
     metrics: list[dict[str, float]] = field(default_factory=list)
     diverged: dict[int, int] = field(default_factory=dict)
-    """Which SAEs left, each within how many rows; the others go on without them."""
+    """The SAEs that diverged, by number, and the rows each had seen; the others continue."""
     waited_s: float = 0.0
 
     @classmethod
@@ -63,7 +63,7 @@ class Session:
         ranks: Ranks,
         saved: Saved | None,
     ) -> Session:
-        """From the start, or from where a state was saved."""
+        """A session at its start, or at its saved state."""
         first = configs[0]
         if first.batch % ranks.n_ranks or first.batch < 2 * ranks.n_ranks:
             raise InputError(
@@ -95,7 +95,7 @@ class Session:
                 require_same(out, settled[-1], saved[1]["configs"], index, len(configs))
                 trainee.load(saved[0][index], saved[1]["counts"][index])
             trainees.append(trainee)
-        own = cls(
+        session = cls(
             settled,
             out,
             store,
@@ -111,13 +111,13 @@ class Session:
             {int(index): rows for index, rows in saved[1]["diverged"].items()} if saved else {},
         )
         for stream in streams.values():
-            own._place(stream)
-        rows_seen = own.lead.rows_seen
+            session._seek(stream)
+        rows_seen = session.lead.rows_seen
         if ranks.mean({"rows_seen": rows_seen}, device)["rows_seen"] != rows_seen:
             raise IdentityMismatch(
                 f"{out}: this rank is at {rows_seen:,} rows, others are not; show all ranks the same disk."
             )
-        return own
+        return session
 
     @property
     def alive(self) -> list[int]:
@@ -126,15 +126,15 @@ class Session:
 
     @property
     def lead(self) -> Trainee:
-        """One of those: all are at the same step."""
+        """The first SAE that is still trained. All of these are at the same step."""
         return self.trainees[self.alive[0]]
 
-    def _place(self, stream: BatchStream) -> None:
-        """Where a training with so many rows behind it goes on. With as many ranks as before, that is exact."""
+    def _seek(self, stream: BatchStream) -> None:
+        """Move a stream to where the training resumes. Resuming is exact when the number of ranks is as before."""
         stream.load_state_dict({**stream.state_dict(), "row": self.lead.rows_seen // self.ranks.n_ranks})
 
     def run(self, stop: Stop) -> list[dict[str, Any]]:
-        """All steps that are left, then the runs; of an SAE that diverged, no more than within how many rows."""
+        """Take all remaining steps, then publish the runs. An SAE that diverged gives its path and its rows, no run."""
         logs = self._logs() if self.ranks.is_first else []
         started, rows_before = time.monotonic(), self.lead.rows_seen
         try:
@@ -196,7 +196,7 @@ class Session:
                     self._save(logs)
                     saved_at = time.monotonic()
                 if stopping and not is_last:
-                    self.ranks.agree(True, self.device)  # the first rank has saved
+                    self.ranks.agree(True, self.device)  # wait until the first rank has saved
                     _stop(stop)
         finally:
             for iterator in batches.values():
@@ -209,7 +209,7 @@ class Session:
         return rows
 
     def _leave_out(self, index: int) -> None:
-        """Go on without an SAE that diverged. Raises InputError when none is left."""
+        """Leave out an SAE that diverged. Raises InputError when none is left."""
         config, rows = self.configs[index], self.trainees[index].rows_seen
         said = f"{config.out}: training diverged within {rows:,} rows; choose an --lr below {config.lr:g}"
         if self.alive == [index]:
@@ -219,7 +219,7 @@ class Session:
             print(f"{said}; the other SAEs go on.", file=sys.stderr)
 
     def _leave_out_broken(self) -> None:
-        """Before anything is kept: the last step may have broken what its own loss does not show yet."""
+        """Leave out SAEs with non-finite parameters: the last step may have broken them after its loss was computed."""
         for index in self.alive:
             if not all(bool(parameter.isfinite().all()) for parameter in self.trainees[index].sae.parameters()):
                 self._leave_out(index)
@@ -245,7 +245,7 @@ class Session:
         save_state(self.out, [trainee.tensors() for trainee in self.trainees], facts)
 
     def _publish(self, index: int) -> dict[str, Any]:
-        """One finished run, in raw units; by the first rank."""
+        """Publish one finished run, whose weights take rows in raw units. Only the first rank writes."""
         config, trainee, site = self.configs[index], self.trainees[index], self.sites[index]
         sae, manifest = trainee.sae, self.store.manifest
         sae.fold_input_scale(trainee.scale)
@@ -276,17 +276,18 @@ class Session:
         return {"run": str(config.out), "run_id": record.run_id, **asdict(record)}
 
     def _usual_width(self, sae: Sae, site: str, seed: int) -> int:
-        """The width of codes that a sample of the site's rows needs."""
+        """`usual_code_width` on a sample of the site's rows."""
         rows = torch.from_numpy(sample_rows(self.store, site, SAMPLE_ROWS, seed))
         return usual_code_width(sae, rows.to(self.device))
 
 
 def _with_start(history: list[list[int]], rows_seen: int, n_ranks: int) -> list[list[int]]:
+    """The history, with a new entry if the number of ranks has changed."""
     return history if history and history[-1][1] == n_ranks else [*history, [rows_seen, n_ranks]]
 
 
 def _settled(config: TrainConfig, trainee: Trainee) -> TrainConfig:
-    """With the values that defaults stand for."""
+    """The configuration with defaults replaced by their values."""
     objective = trainee.recipe.objective
     return replace(config, lr=trainee.recipe.lr, l1=objective.l1, kernel=objective.kernel)
 
@@ -294,7 +295,7 @@ def _settled(config: TrainConfig, trainee: Trainee) -> TrainConfig:
 def _note(metrics: list[dict[str, float]]) -> str:
     if len(metrics) == 1:
         return "FVE {fve:.3f}  L0 {l0:.1f}  dead {dead:.1%}  loss {loss:.4f}".format(**metrics[0])
-    scores = [own["fve"] for own in metrics]
+    scores = [figures["fve"] for figures in metrics]
     return f"{len(metrics)} SAEs  FVE {min(scores):.3f} to {max(scores):.3f}"
 
 

@@ -1,7 +1,7 @@
-"""In: a store. Out: runs, sparse autoencoders trained on shuffled batches streamed from it, any number in one pass.
+"""In: a store. Out: runs, that is SAEs trained on shuffled batches streamed from the store, any number in one pass.
 
-Every SAE sees the same batches as if it were trained alone, and ends with the same bits. A training that is killed or
-stopped is continued from its last saved state, to the same end.
+Every SAE sees the same batches as if it were trained alone, and ends with the same bits. An interrupted training resumes
+from its last saved state and ends with the same bits, too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pipelines.train.stopping import stop_when_asked
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Train one SAE on one site of a store and publish the run; returns its record as plain values.
+    """Train one SAE on one site of a store and publish the run. Returns its record as plain values.
 
     Raises what `train_together` raises.
     """
@@ -35,14 +35,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 
 def train_together(configs: Sequence[TrainConfig], out: Path) -> list[dict[str, Any]]:
-    """Train SAEs that differ in their own options only, in one pass over the store; publish each at its own `out`.
+    """Train SAEs in one pass over the store; publish each at its own `out`. Their configurations may differ in `OWN` only.
 
-    One that diverges (its loss is no finite number any more) is left out, with a line on stderr, and the others go on: its
-    result is `diverged_within`, a number of rows, instead of a run's record.
-    `out` is where the state of the training under way is kept: the folder of the run, or one above the runs. The state
-    stays there until `finish`: until then the same training can be resumed, to publish the same bits again. Raises
-    InputError (also when every SAE diverged), NotAStore, IncompleteStore, DamagedStore, NoSpace, OutputExists, and
-    IdentityMismatch when what lies at `out` is another training.
+    An SAE that diverges (its loss is not finite) is left out, with a line on stderr, and the others continue. Its result is
+    `diverged_within`, a number of rows, instead of a run's record.
+
+    The folder `out` holds the state of the training: the folder of the run, or one above the runs. The state stays until
+    `finish`; until then the same training can be resumed, and publishes the same bits again.
+
+    Raises InputError (also when every SAE diverged), NotAStore, IncompleteStore, DamagedStore, NoSpace, OutputExists, and
+    IdentityMismatch when `out` holds another training.
     """
     first = configs[0]
     shared = {replace(config, **{name: getattr(first, name) for name in OWN}) for config in configs}
@@ -63,13 +65,13 @@ def train_together(configs: Sequence[TrainConfig], out: Path) -> list[dict[str, 
 
 
 def finish(out: Path) -> None:
-    """All that the training at `out` was for is published: its state is needed no more."""
+    """Remove the training's state at `out`, once everything that the training was for is published."""
     if is_first_process():
         discard_state(out)
 
 
 def _require_free_place(configs: Sequence[TrainConfig], out: Path) -> None:
-    """Raises OutputExists when anything but what an interrupted training leaves is in the way."""
+    """Raises OutputExists when an output folder holds anything but the leftovers of an interrupted training."""
     leftovers = {METRICS, WEIGHTS, STATE, f".{RECORD}.tmp", "tensorboard", "wandb"}
     leftovers |= {making(Path(name)).name for name in (WEIGHTS, STATE)}
     leftovers |= {config.out.name for config in configs if config.out.parent == out}

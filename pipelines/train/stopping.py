@@ -1,4 +1,4 @@
-"""Being asked to stop: by Ctrl-C, or by a scheduler's SIGTERM before it kills."""
+"""Requests to stop: Ctrl-C, or the SIGTERM that a scheduler sends before it kills."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class Stop:
-    """Which signal asked for it, if one did. A second one is not waited for."""
+    """The signal that asked to stop, if any. A second signal interrupts at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -26,7 +26,7 @@ class Stop:
 
 @contextmanager
 def stop_when_asked() -> Iterator[Stop]:
-    """While the block runs, SIGINT and SIGTERM are noted instead of breaking in. Outside the main thread they are not."""
+    """While the block runs, SIGINT and SIGTERM are noted instead of interrupting. In the main thread only."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -1,8 +1,8 @@
-"""In: a store and values for some of `train`'s options. Out: a run for each combination, and how they compare.
+"""In: a store and values for some of `train`'s options. Out: a run for each combination of values, and their comparison.
 
-All are trained in one pass over the store. The runs lie below one folder, named by what they differ in, beside
-`sweep.json` (the comparison) and `frontier.svg` (variance explained over active features). They are compared on
-held-out rows, or, where the store has none, by the last training batch.
+All SAEs are trained in one pass over the store. One folder holds the runs, each named by the options in which they differ,
+with `sweep.json` (the comparison) and `frontier.svg` (FVE over L0). The runs are compared on held-out rows, or on the last
+training batch where the store has no held-out rows.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ from pipelines.train.sweep_record import HELDOUT, SUMMARY, comparison_table
 FRONTIER = "frontier.svg"
 SWEPT = tuple(name for name in OWN if name != "out")
 COMPARED_ROWS = 200_000
-"""At most, of the held-out rows: the standard error of an FVE is then far below what tells two SAEs apart."""
+"""At most this many held-out rows: the standard error of an FVE is then far below the difference between SAEs."""
 COMPARED = ("fve", "l0", "dead", "loss")
 HELDOUT_FIGURES = {"fve": "fve", "l0": "l0", "dead": "dead_share", "heldout_rows": "heldout_rows"}
 BATCH = "the last training batch"
 
 
 def sweep(options: dict[str, Any]) -> dict[str, Any]:
-    """`train` with a tuple of values for any of `SWEPT`; one combination is trained as `train` does.
+    """`train` with a tuple of values for any of `SWEPT`. A single combination is trained by `train`.
 
-    Raises InputError for a value that is given twice, OutputExists for a finished sweep, and what training raises.
+    Raises InputError for a value that is given twice, OutputExists for a finished sweep, and all that `train_together`
+    raises.
     """
     configs = grid(options)
     if len(configs) == 1:
@@ -51,10 +52,12 @@ def sweep(options: dict[str, Any]) -> dict[str, Any]:
     pairs = list(zip(configs, results, strict=True))
     finished = [(config, result) for config, result in pairs if "diverged_within" not in result]
     diverged = [
-        _named(config) | {"diverged_within": own["diverged_within"]} for config, own in pairs if "diverged_within" in own
+        _named(config) | {"diverged_within": result["diverged_within"]}
+        for config, result in pairs
+        if "diverged_within" in result
     ]
     measured_on, figures = compared_figures(*map(list, zip(*finished, strict=True)))
-    rows = [_named(config) | own for (config, _), own in zip(finished, figures, strict=True)]
+    rows = [_named(config) | of_run for (config, _), of_run in zip(finished, figures, strict=True)]
     rows.sort(key=lambda row: -row["fve"])
     draw_frontier(rows, out / FRONTIER, measured_on)
     summary = {
@@ -70,7 +73,7 @@ def sweep(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def grid(options: dict[str, Any]) -> list[TrainConfig]:
-    """One configuration for each combination of the values; its `out` names what it differs in.
+    """One configuration per combination of values; its `out` is named by the options that vary.
 
     >>> [config.out.as_posix() for config in grid({"store": "s", "out": "o", "k": (8, 16), "features": (64,)})]
     ['o/k8', 'o/k16']
@@ -80,9 +83,9 @@ def grid(options: dict[str, Any]) -> list[TrainConfig]:
     rest = {name: value for name, value in options.items() if name not in values}
     configs = []
     for chosen in product(*values.values()):
-        own = dict(zip(values, chosen, strict=True))
-        name = "-".join(own[key] if isinstance(own[key], str) else f"{key}{own[key]}" for key in varied)
-        configs.append(TrainConfig(**{**rest, **own, "out": Path(options["out"]) / name}))
+        value = dict(zip(values, chosen, strict=True))
+        name = "-".join(value[key] if isinstance(value[key], str) else f"{key}{value[key]}" for key in varied)
+        configs.append(TrainConfig(**{**rest, **value, "out": Path(options["out"]) / name}))
     return configs
 
 
@@ -91,28 +94,29 @@ def _named(config: TrainConfig) -> dict[str, Any]:
 
 
 def compared_figures(configs: list[TrainConfig], results: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
-    """What the runs are compared on, and each one's FVE, L0 and share of dead features there.
+    """The data on which the runs are compared, and each run's FVE, L0 and share of dead features there.
 
-    On held-out rows, dead is to fire in none of them; in training, not to have fired for long. All runs are compared on
-    the same: by the batch if the held-out rows of any site are none, or do not vary. The figures of training are there in
-    any case, under names of their own.
+    On held-out rows, a dead feature fires in no row; in training, it has not fired for long. All runs are compared on the
+    same data: on the last training batch if any site's held-out rows are missing or do not vary. The figures of training are
+    always included, as `training_…`.
     """
     training = [{f"training_{name}": result["metrics"][name] for name in COMPARED} for result in results]
     store = ActivationStore(configs[0].store, snapshot=results[0]["snapshot"])
     with suppress(InputError):
         figures = []
-        for config, own in zip(configs, training, strict=True):
+        for config, of_training in zip(configs, training, strict=True):
             sae, record = load_run(config.out)
             heldout = heldout_metrics(sae.to(choose_device(config.device)), store, record.site, COMPARED_ROWS)
-            figures.append({name: heldout[key] for name, key in HELDOUT_FIGURES.items()} | own)
+            figures.append({name: heldout[key] for name, key in HELDOUT_FIGURES.items()} | of_training)
         return HELDOUT, figures
     return BATCH, [
-        {name: own[f"training_{name}"] for name in HELDOUT_FIGURES if name != "heldout_rows"} | own for own in training
+        {name: of_training[f"training_{name}"] for name in HELDOUT_FIGURES if name != "heldout_rows"} | of_training
+        for of_training in training
     ]
 
 
 def draw_frontier(rows: list[dict[str, Any]], path: Path, measured_on: str) -> None:
-    """Variance explained over active features, a line for each architecture, site and width."""
+    """Draw FVE over L0, with one line for each architecture, site and number of features."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -132,7 +136,7 @@ def draw_frontier(rows: list[dict[str, Any]], path: Path, measured_on: str) -> N
 
 
 def comparison_lines(summary: dict[str, Any]) -> list[str]:
-    """The comparison as a table, best first."""
+    """The comparison as a table, highest FVE first."""
     *lines, measured = comparison_table(summary)
     speed = f"{summary['rows_per_s']:,} rows/s of {len(summary['runs'])} SAEs each"
     return [*lines, f"{measured}; {speed}; plot: {summary['frontier']}"]

@@ -1,4 +1,4 @@
-"""`sweep.json`, the record of a sweep: the runs of one pass and how they compare. Loads no torch."""
+"""`sweep.json`, the record of a sweep: the runs of one pass and their comparison. Loads no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HELDOUT = "held-out rows"
 
 
 def read_sweep(path: Path) -> dict[str, Any]:
-    """What a finished sweep recorded of itself. Raises NotAStore when `path` holds none, or its record is unreadable."""
+    """The record of a finished sweep. Raises NotAStore when `path` holds none, or an unreadable one."""
     try:
         summary: dict[str, Any] = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
         comparison_table(summary)
@@ -23,11 +23,11 @@ def read_sweep(path: Path) -> dict[str, Any]:
 
 
 def comparison_table(summary: dict[str, Any]) -> list[str]:
-    """The runs as a table, best first, and what they were measured on."""
+    """The runs as a table, highest FVE first, and the data on which they were measured."""
     rows = summary["runs"]
     width = max(len(row["run"]) for row in rows + summary["diverged"])
     lines = [f"{'run':<{width}}{'FVE':>9}{'L0':>9}{'dead':>9}"]
     lines += [f"{row['run']:<{width}}{row['fve']:>9.4f}{row['l0']:>9.1f}{row['dead']:>9.1%}" for row in rows]
-    lines += [f"{own['run']:<{width}}  diverged within {own['diverged_within']:,} rows" for own in summary["diverged"]]
+    lines += [f"{row['run']:<{width}}  diverged within {row['diverged_within']:,} rows" for row in summary["diverged"]]
     dead = "that fire in none" if summary["measured_on"] == HELDOUT else "silent for long in training"
     return [*lines, f"FVE and L0 of {summary['measured_on']}, dead {dead}"]

@@ -1,6 +1,6 @@
-"""One SAE in training: its optimiser, its schedule, what it counts, and all of that as plain tensors and numbers.
+"""One SAE in training: its optimiser, schedule and counts, and its state as plain tensors and numbers.
 
-A step depends on nothing but this state and the batch: no global generator, no other SAE trained beside it.
+A step depends only on this state and the batch, not on a global generator or on other SAEs in training.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FIRINGS_EXPECTED = 50
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an SAE is trained, apart from its shape and its data. `clip` 0: gradients are not clipped."""
+    """How an SAE is trained, apart from its shape and its data. `clip` 0 means no gradient clipping."""
 
     lr: float
     n_steps: int
@@ -41,13 +41,14 @@ class Recipe:
 
     @classmethod
     def standard(cls, lr: float, n_steps: int, batch_rows: int, firing_rate: float, objective: Objective) -> Recipe:
-        """The recipe of Gao et al. 2024, its times cut for short runs.
+        """The recipe of Gao et al. 2024, with shorter times in short runs.
 
-        Warm-up over 1,000 steps, at most 5 % of the run; linear decay to zero over the last fifth. A feature that has
-        not fired in 10 million rows is dead. In shorter runs that is a tenth of them, and the loss that revives
-        features begins after a hundredth; but no less than hold fifty firings of a feature of average rate `firing_rate`.
+        Warm-up takes 1,000 steps, at most 5 % of the run; the rate decays linearly to zero over the last fifth. A feature is
+        dead after 10 million rows without firing, or a tenth of a shorter run's rows; its revival starts after 10 million
+        rows, or a hundredth. Both times last at least as many rows as hold fifty firings of a feature that fires at
+        `firing_rate`, the average rate.
         """
-        turn = math.ceil(FIRINGS_EXPECTED / firing_rate)
+        least_rows = math.ceil(FIRINGS_EXPECTED / firing_rate)
         n_rows = n_steps * batch_rows
         return cls(
             lr,
@@ -55,13 +56,13 @@ class Recipe:
             objective,
             warm_up=min(1000, max(1, n_steps // 20)),
             decay=max(1, n_steps // 5),
-            dead_after_rows=max(min(DEAD_AFTER_ROWS, n_rows // REPORTED_SHARE), turn),
-            revive_after_rows=max(min(DEAD_AFTER_ROWS, n_rows // REVIVED_SHARE), turn),
+            dead_after_rows=max(min(DEAD_AFTER_ROWS, n_rows // REPORTED_SHARE), least_rows),
+            revive_after_rows=max(min(DEAD_AFTER_ROWS, n_rows // REVIVED_SHARE), least_rows),
         )
 
     @classmethod
     def textbook(cls, lr: float, n_steps: int, objective: Objective) -> Recipe:
-        """Constant rate, gradient norm clipped at 1, no help for dead features, one pace, decoder gradient as it is."""
+        """Constant rate, gradient norm clipped at 1, no auxk, the same rate for biases, decoder gradient not projected."""
         objective = replace(objective, auxk=0.0)
         return cls(lr, n_steps, objective, clip=1.0, fast_biases=False, project=False, pooled_fve=True)
 
@@ -76,10 +77,10 @@ class Recipe:
 
 
 def _paced(sae: Sae, fast_biases: bool) -> list[dict[str, Any]]:
-    """Parameters by how far a step of Adam takes them, in learning rates.
+    """Parameter groups by pace: the step of Adam, in learning rates.
 
-    A step of one learning rate in each of d_model weights moves a pre-activation by about √d_model of them for a row
-    whose channels have variance 1; a bias that is to keep up is moved as far.
+    One step of Adam moves each of a feature's d_model weights by about one learning rate. A pre-activation then moves by
+    about √d_model learning rates, for a row whose channels have variance 1. A fast bias moves as far.
     """
     fast = set(sae.feature_biases) if fast_biases else set()
     groups: list[dict[str, Any]] = [
@@ -90,10 +91,10 @@ def _paced(sae: Sae, fast_biases: bool) -> list[dict[str, Any]]:
 
 
 class Trainee:
-    """An SAE of `scale` times the rows it is given, and its Adam.
+    """An SAE that is trained on `scale` times the given rows, and its Adam.
 
-    `average` is given the gradients after each backward pass, and `any_of` the (F,) mask of features that fired: where
-    several processes train one SAE, they make them those of all ranks.
+    Where several processes train one SAE, `average` replaces the gradients after each backward pass by their mean over all
+    ranks, and `any_of` combines the ranks' (F,) masks of features that fired.
     """
 
     def __init__(
@@ -113,12 +114,12 @@ class Trainee:
         self.last_fired = torch.zeros(sae.n_features, dtype=torch.int64, device=sae.W_dec.device)
 
     def step(self, rows: Tensor, global_rows: int | None = None) -> tuple[Tensor, Losses]:
-        """One step on raw rows (n, d_model); gives the scaled rows and what came of them.
+        """One step on raw rows (n, d_model). Returns the scaled rows and their losses.
 
-        `global_rows`: how many rows the step sees over all ranks.
+        `global_rows` is the number of rows that the step sees over all ranks.
         """
         sae, recipe = self.sae, self.recipe
-        self.optimiser.zero_grad(set_to_none=True)  # first: what is computed lies where they were
+        self.optimiser.zero_grad(set_to_none=True)  # first, so that the step reuses the memory of the gradients
         x = rows * self.scale if self.scale != 1 else rows
         dead = self.silent(recipe.revive_after_rows) if recipe.objective.auxk else None
         losses = sae.losses(x, recipe.objective, dead)
@@ -151,17 +152,17 @@ class Trainee:
         self.last_fired[mask.bool()] = self.rows_seen
 
     def silent(self, n_rows: int) -> Tensor:
-        """(F,) features that have not fired in the last `n_rows` rows; none before there have been so many."""
+        """(F,) mask of the features that have not fired in the last `n_rows` rows; none before `n_rows` rows were seen."""
         return self.last_fired <= self.rows_seen - n_rows
 
     @property
     def dead(self) -> Tensor:
-        """(F,) features that have not fired in the last `dead_after_rows` rows, or in none where there were fewer."""
+        """(F,) mask of the features that have not fired in the last `dead_after_rows` rows, or in all rows if fewer."""
         return self.silent(min(self.rows_seen, self.recipe.dead_after_rows))
 
     @torch.no_grad()
     def metrics(self, x: Tensor, losses: Losses) -> dict[str, float]:
-        """One line of the log, of the step just made; FVE is of its batch, 1 − E‖x−x̂‖² / E‖x−mean x‖²."""
+        """The log line of the last step. Its FVE is 1 − E‖x − x̂‖² / E‖x − mean x‖² over the step's batch."""
         error = losses.reconstruction - x
         figures = {
             "rows": self.rows_seen,
@@ -177,7 +178,7 @@ class Trainee:
         return figures
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a continued training needs, as named tensors; `load` takes them back."""
+        """All tensors that a resumed training needs, by name; `load` reads them."""
         tensors = {f"sae/{name}": tensor for name, tensor in self.sae.state_dict().items()}
         for name, parameter in self.sae.named_parameters():
             for key, value in self.optimiser.state[parameter].items():
@@ -189,7 +190,7 @@ class Trainee:
         return {"n_steps": self.n_steps, "rows_seen": self.rows_seen}
 
     def load(self, tensors: dict[str, Tensor], counts: dict[str, Any]) -> None:
-        """Continue exactly where `tensors` and `counts` were taken."""
+        """Restore the state that `tensors` and `counts` gave; training resumes exactly."""
         device = self.sae.W_dec.device
         self.sae.load_state_dict({name.removeprefix("sae/"): t for name, t in tensors.items() if name.startswith("sae/")})
         for name, parameter in self.sae.named_parameters():

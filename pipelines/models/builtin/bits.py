@@ -1,9 +1,8 @@
-"""Bits per byte of the built-in model on test modules it has not seen, beside n-gram models.
+"""Bits per byte of the built-in model and of n-gram models, on test modules that none of them has seen.
 
-`python -m pipelines.models.builtin.bits` prints one table.  Unigram, bigram and trigram are interpolated
-Kneser–Ney models, trained on exactly the training tokens of the model; all four share the tokenizer, the
-documents and the rule that a document begins with a given `<|endoftext|>`.  Bits per byte is the sum of
-all bits over the UTF-8 bytes of the documents.
+`python -m pipelines.models.builtin.bits` prints one table. Unigram, bigram and trigram are interpolated Kneser–Ney models,
+trained on exactly the model's training tokens. All four models share the tokenizer, the documents and the rule that a
+document begins with a given `<|endoftext|>`. Bits per byte is the sum of all bits, divided by the documents' UTF-8 bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ MODEL_NAME = "built-in model"
 
 @dataclass(frozen=True)
 class BitsReport:
-    """Bits per byte by model name, on how much text, and how the files differ from the pinned ones."""
+    """Bits per byte by model name, the amount of text, and how the files differ from the pinned ones."""
 
     bits_per_byte: dict[str, float]
     ratio_to_trigram: float
@@ -38,7 +37,7 @@ class BitsReport:
     difference: str | None
 
     def table(self) -> str:
-        """The report as text, one row a model."""
+        """The report as text, one line per model."""
         lines = [
             f"{self.n_documents} test modules, {self.n_bytes} bytes, {self.n_tokens} tokens; "
             f"n-grams trained on {self.n_train_tokens} tokens",
@@ -51,7 +50,7 @@ class BitsReport:
 
 
 def model_document_bits_per_byte(folder: Path, pinned: PinnedDocuments, split: str) -> float:
-    """Bits per byte of the model in `folder`, computed in fp32, on the documents of a split."""
+    """Bits per byte of the model in `folder` on the documents of a split, computed in fp32."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")

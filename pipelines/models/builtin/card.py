@@ -1,6 +1,6 @@
-"""Writes the model card: what the built-in model is, what it has read, how good it is, how to make it.
+"""Writes the model card of the built-in model: its shape, training data, quality, and how to make it.
 
-`python -m pipelines.models.builtin.card OUT` writes it anew from a finished training folder.
+`python -m pipelines.models.builtin.card OUT` rewrites the card from a finished training folder.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ and the code that made them are under the MIT licence, as this project.
 
 
 def command_line(config: dict) -> str:
-    """The training command with every setting that the command line takes."""
+    """The training command with every option of its command line."""
     integers = ["steps", "seed", "batch_windows", "threads", "warmup_steps"]
     names = [*integers, "muon_lr", "adam_lr", "weight_decay", "dropout"]
     options = " ".join(f"--{name.replace('_', '-')} {config[name]}" for name in names)
@@ -77,7 +77,7 @@ def command_line(config: dict) -> str:
 
 
 def schedule_text(segments: list[list[int]]) -> str:
-    """A sentence on a run that was resumed with another number of steps; empty for one that was not.
+    """A sentence about a training that was resumed with another number of steps; else empty.
 
     `segments` lists `[first step, steps of the schedule]`.
     """

@@ -1,8 +1,8 @@
-"""Which modules of the standard library the built-in model learns from, and the tokens they become.
+"""The modules of the standard library that the built-in model learns from, and their tokens.
 
-The split is by top-level package or module, so that no held-out file has a sibling in the training set.
-`data.json` in the model's folder pins every module name with the SHA-256 of its bytes: it says exactly
-what was seen, and `read_pinned` tells when the running Python's files are others.
+The split is by top-level package or module, so that no held-out file has a sibling in the training set. `data.json` in the
+model's folder pins every module name with the SHA-256 of its bytes. This records exactly what the model saw, and
+`read_pinned` reports where the running Python's files differ.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Document:
-    """One module: its name, its split, its text, the bytes' SHA-256 and the text's length in UTF-8 bytes."""
+    """One module: its name, split and text, the SHA-256 of its bytes and its length in UTF-8 bytes."""
 
     name: str
     split: str
@@ -46,7 +46,7 @@ def split_of(package: str) -> str:
 
 
 def read_document(file: StdlibFile, split: str | None = None) -> Document:
-    """The module as a document; every source file of the standard library is UTF-8."""
+    """The module as a document. Every source file of the standard library is UTF-8."""
     content = file.path.read_bytes()
     text = content.decode("utf-8")
     digest = hashlib.sha256(content).hexdigest()
@@ -64,7 +64,7 @@ def read_documents(splits: Iterable[str] = SPLITS) -> dict[str, list[Document]]:
 
 
 def data_record(documents: dict[str, list[Document]]) -> dict:
-    """What `data.json` holds: the Python version and, for each split, module name -> SHA-256 of its bytes."""
+    """The content of `data.json`: the Python version and, for each split, module name -> SHA-256 of its bytes."""
     record: dict = {"python_version": platform.python_version()}
     for split, members in documents.items():
         record[split] = {document.name: document.sha256 for document in members}
@@ -73,10 +73,10 @@ def data_record(documents: dict[str, list[Document]]) -> dict:
 
 @dataclass(frozen=True)
 class PinnedDocuments:
-    """The pinned modules as found here, and how the files here differ from the pinned ones.
+    """The pinned modules in the running Python, and how its files differ from the pinned ones.
 
-    `documents` holds every pinned module that is present, in the pinned order.  `changed` names those with
-    other bytes, `missing` those that are absent, each as `split/module`.
+    `documents` holds every pinned module that is present, in the pinned order. `changed` names the modules with other
+    bytes, `missing` the absent ones, each as `split/module`.
     """
 
     python_version: str
@@ -85,7 +85,7 @@ class PinnedDocuments:
     missing: tuple[str, ...]
 
     def difference(self) -> str | None:
-        """A sentence that says how the running Python differs from the pinned one, or None if it does not."""
+        """A sentence on how the running Python differs from the pinned one, or None if the files are equal."""
         if not self.changed and not self.missing:
             return None
         n_pinned = sum(len(members) for members in self.documents.values()) + len(self.missing)
@@ -98,7 +98,7 @@ class PinnedDocuments:
 
 
 def read_pinned(data_json: Path) -> PinnedDocuments:
-    """Find the modules that `data.json` names in the running Python, and compare their bytes."""
+    """Find the modules of `data.json` in the running Python, and compare their bytes."""
     if not data_json.is_file():
         raise FileNotFoundError(f"{data_json} does not exist; python -m pipelines.models.builtin.train makes it")
     record = json.loads(data_json.read_text(encoding="utf-8"))
@@ -118,7 +118,7 @@ def read_pinned(data_json: Path) -> PinnedDocuments:
 
 
 def encode_documents(tokenizer: Tokenizer, documents: list[Document]) -> list[np.ndarray]:
-    """Token ids of each document, int64 `[n_tokens]`, each beginning with `<|endoftext|>`."""
+    """Token ids of each document, int64 (n_tokens,), beginning with `<|endoftext|>`."""
     end_of_text = tokenizer.token_to_id(END_OF_TEXT)
     encodings = tokenizer.encode_batch([document.text for document in documents], add_special_tokens=False)
     return [np.array([end_of_text, *encoding.ids], dtype=np.int64) for encoding in encodings]

@@ -1,12 +1,11 @@
 """Interpolated modified Kneser–Ney models over token ids: unigram, bigram, trigram, any order.
 
-The highest order discounts raw counts; every lower order discounts the number of distinct tokens seen to
-the left (Chen and Goodman 1998, section 3, with three discounts per order estimated from counts of
-counts); the unigram falls back to the uniform distribution, so every token of every context has a
-probability above zero and each context's probabilities sum to one.
+The highest order discounts raw counts. Every lower order discounts the number of distinct tokens seen to the left (Chen and
+Goodman 1998, section 3, with three discounts per order estimated from counts of counts). The unigram falls back to the
+uniform distribution: every token has a probability above zero in every context, and each context's probabilities sum to 1.
 
-An n-gram is one int64 key, its tokens as digits in base `n_vocab`; counting is sorting, looking up is a
-binary search, and a whole corpus is scored at once.
+An n-gram is one int64 key, its tokens as digits in base `n_vocab`. Counting sorts the keys, a lookup is a binary search, and
+a whole corpus is scored at once.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ MAX_KEY_BITS = 62
 
 @dataclass(frozen=True)
 class Level:
-    """One order of the model: discounted probabilities of its n-grams and the mass left for the order below.
+    """One order of the model: discounted probabilities of its n-grams, and the mass left for the order below.
 
-    `keys` `[n_ngrams]` and `contexts` `[n_contexts]` are sorted; `direct` `[n_ngrams]` is the discounted
-    count over the context's total; `left_over` `[n_contexts]` is what the discounts took, of that total.
+    `keys` (n_ngrams,) and `contexts` (n_contexts,) are sorted. `direct` (n_ngrams,) is the discounted count divided by the
+    context's total. `left_over` (n_contexts,) is the share of the total that the discounts took away.
     """
 
     keys: np.ndarray
@@ -37,8 +36,8 @@ class Level:
 def estimate_discounts(counts: np.ndarray) -> tuple[float, float, float]:
     """Discounts of n-grams with count 1, 2 and 3 or more, from the counts of counts.
 
-    Chen and Goodman's closed form; where a corpus is too small for it (a count of 1, 2, 3 or 4 that no
-    n-gram has, or a discount outside 0 to its count), the fixed discounts 0.5, 1 and 1.5.
+    Chen and Goodman's closed form. A corpus can be too small for this form (no n-gram has a count of 1, 2, 3 or 4, or a
+    discount lies outside 0 to its count); then the discounts are 0.5, 1 and 1.5.
     """
     n = [int(np.count_nonzero(counts == count)) for count in (1, 2, 3, 4)]
     if min(n) == 0:
@@ -51,7 +50,7 @@ def estimate_discounts(counts: np.ndarray) -> tuple[float, float, float]:
 
 
 def build_level(keys: np.ndarray, counts: np.ndarray, n_vocab: int) -> Level:
-    """The level of sorted distinct n-gram `keys` with their `counts` (both `[n_ngrams]`)."""
+    """The level of sorted distinct n-gram `keys` with their `counts`, both (n_ngrams,)."""
     discount = np.array((0.0, *estimate_discounts(counts)))[np.minimum(counts, 3)]
     contexts, first = np.unique(keys // n_vocab, return_index=True)
     totals = np.add.reduceat(counts, first)
@@ -61,7 +60,7 @@ def build_level(keys: np.ndarray, counts: np.ndarray, n_vocab: int) -> Level:
 
 
 def find(sorted_values: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of `wanted` in `sorted_values`, and whether each is there."""
+    """The position of each of `wanted` in `sorted_values`, and whether the value is present."""
     position = np.minimum(np.searchsorted(sorted_values, wanted), len(sorted_values) - 1)
     return position, sorted_values[position] == wanted
 
@@ -69,8 +68,8 @@ def find(sorted_values: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.
 class KneserNey:
     """An interpolated modified Kneser–Ney model of a given order.
 
-    `documents` are token ids, int64 `[n_tokens]`; the first token of each (begin of text) is given, never
-    predicted, and stands for all that is left of it.
+    `documents` are token ids, int64 (n_tokens,). The first token of each (start of text) is given, never predicted, and is
+    repeated where an n-gram reaches beyond the document's start.
     """
 
     def __init__(self, documents: Sequence[np.ndarray], order: int, n_vocab: int) -> None:
@@ -91,7 +90,7 @@ class KneserNey:
         self.levels = levels[::-1]
 
     def ngram_keys(self, ids: np.ndarray) -> np.ndarray:
-        """The key of the n-gram that ends at each token after the first, int64 `[n_tokens - 1]`."""
+        """The key of the n-gram that ends at each token after the first, int64 (n_tokens − 1,)."""
         padded = np.concatenate([np.repeat(ids[:1], self.order - 1), ids[1:]])
         keys = np.zeros(max(0, len(ids) - 1), dtype=np.int64)
         for position in range(self.order):
@@ -99,7 +98,7 @@ class KneserNey:
         return keys
 
     def key_probabilities(self, keys: np.ndarray) -> np.ndarray:
-        """Probability of the last token of each n-gram given the others, float64, of the keys' shape."""
+        """Probability of each n-gram's last token given the others, float64, in the keys' shape."""
         p = np.full(keys.shape, 1 / self.n_vocab)
         for n_tokens, level in enumerate(self.levels, start=1):
             suffix = keys % self.n_vocab**n_tokens
@@ -110,10 +109,10 @@ class KneserNey:
         return p
 
     def prob(self, context: Sequence[int]) -> np.ndarray:
-        """The distribution of the next token after `context`, float64 `[n_vocab]`, summing to one.
+        """The distribution of the next token after `context`, float64 (n_vocab,), with sum 1.
 
-        `context` holds one token or more; only the last `order - 1` count, and a shorter one is taken as
-        the beginning of a document.
+        `context` holds one token or more. Only the last `order - 1` count; a shorter context is read as the beginning of a
+        document.
         """
         if len(context) == 0:
             raise ValueError("the context has 0 tokens; give 1 or more, such as the begin-of-text token")
@@ -124,5 +123,5 @@ class KneserNey:
         return self.key_probabilities(key * self.n_vocab + np.arange(self.n_vocab, dtype=np.int64))
 
     def document_bits(self, documents: Sequence[np.ndarray]) -> np.ndarray:
-        """Bits of each document, float64 `[n_documents]`, its first token given."""
+        """Bits of each document without its first token, which is given; float64 (n_documents,)."""
         return np.array([-np.log2(self.key_probabilities(self.ngram_keys(ids))).sum() for ids in documents])

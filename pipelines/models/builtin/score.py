@@ -1,8 +1,8 @@
-"""How many bits a causal language model needs for documents, by a sliding window.
+"""How many bits a causal language model needs for documents, measured with a sliding window.
 
-Each document stands alone and begins with `<|endoftext|>`, which is given and not scored.  Every other
-token is scored exactly once; where the document has them, its left context is `context - stride + 1`
-tokens or more (129 for a context of 256 and a stride of 128), else the whole document so far.
+Each document is scored on its own and begins with `<|endoftext|>`, which is given and not scored. Every other token is
+scored exactly once. The left context of a token is at least `context - stride + 1` tokens (129 for a context of 256 and a
+stride of 128), or all tokens before it where the document has fewer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STRIDE_TOKENS = 128
 
 @dataclass(frozen=True)
 class Window:
-    """Inputs `[start, stop)` of a document, of which the targets `[first_target, stop]` are scored."""
+    """Inputs [start, stop) of a document; the targets [first_target, stop] are scored."""
 
     document: int
     start: int
@@ -34,8 +34,8 @@ def sliding_windows(
 ) -> list[Window]:
     """The windows that score targets `1 .. n_tokens - 1` of a document exactly once each.
 
-    Inputs of a window predict the tokens one further on, so a document of `n_tokens` has
-    `n_tokens - 1` targets; the last window ends at the last target.
+    Each input predicts the token after it, so a document of `n_tokens` has `n_tokens - 1` targets. The last window ends at
+    the last target.
     """
     windows = []
     first_target, start = 1, 0
@@ -54,10 +54,10 @@ def document_bits(
     context: int = CONTEXT_TOKENS,
     stride: int = STRIDE_TOKENS,
 ) -> np.ndarray:
-    """Bits of each document under `model`, float64 `[n_documents]`.
+    """Bits of each document under `model`, float64 (n_documents,).
 
-    `documents` are token ids, int64 `[n_tokens]`, first the begin-of-text token.  Windows are padded to
-    the longest of their batch on the right, which a causal model does not see.
+    `documents` are token ids, int64 (n_tokens,), beginning with the start-of-text token. Windows are padded on the right to
+    the longest of their batch; a causal model's scored positions do not see the padding.
     """
     windows = [w for i, ids in enumerate(documents) for w in sliding_windows(len(ids), i, context, stride)]
     windows.sort(key=lambda window: window.stop - window.start)

@@ -1,9 +1,9 @@
 """Trains the built-in model from nothing but the running Python's standard library.
 
-`python -m pipelines.models.builtin.train --out DIR` makes the tokenizer and the GPT-2 on the training modules,
-prints one line every few seconds, keeps a loadable early model at `DIR/partial` and the state to continue
-from at `DIR/state.pt` (`--resume`), and at the end writes the fp16 model, its pinned data lists and its
-card to `DIR/model`.  The same seed, Python and thread count give the same windows and the same masks.
+`python -m pipelines.models.builtin.train --out DIR` trains the tokenizer and the GPT-2 on the training modules and prints a
+line every few seconds. A loadable early model is kept at `DIR/partial`, the state for `--resume` at `DIR/state.pt`. The
+finished fp16 model, its pinned data lists and its card are written to `DIR/model`. The same seed, Python and thread count
+give the same windows and the same masks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipelines.models.builtin.score import document_bits
 
 @dataclass(frozen=True)
 class BuiltinTraining:
-    """Everything the result depends on besides the data; `seed` draws weights, windows and masks."""
+    """Everything besides the data on which the result depends. `seed` draws weights, windows and masks."""
 
     steps: int = 7000
     seed: int = 20240
@@ -49,7 +49,7 @@ class BuiltinTraining:
 
 @dataclass(frozen=True)
 class Schedule:
-    """When to report, measure dev and save, in seconds of wall time."""
+    """Intervals of reports, dev measurements and saved states, in seconds of wall time."""
 
     report_seconds: float = 15.0
     dev_seconds: float = 150.0
@@ -72,7 +72,7 @@ def train_tokenizer(texts: list[str], n_vocab: int) -> Tokenizer:
 
 
 def build_model(config: BuiltinTraining, end_of_text: int | None) -> GPT2LMHeadModel:
-    """A fresh GPT-2, its dropouts replaced by `CheapDropout` and its attention by `CausalAttention`."""
+    """A new GPT-2 with `CheapDropout` and `CausalAttention` in place of its dropouts and attention."""
     AttentionInterface.register(ATTENTION_NAME, attention_forward)
     torch.manual_seed(config.seed)
     model = GPT2LMHeadModel(
@@ -99,7 +99,7 @@ def build_model(config: BuiltinTraining, end_of_text: int | None) -> GPT2LMHeadM
 
 
 def build_optimizers(model: GPT2LMHeadModel, config: BuiltinTraining) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices; AdamW for embeddings, and for norms and biases (those not decayed)."""
+    """Muon for the blocks' matrices; AdamW for embeddings, norms and biases. Norms and biases have no weight decay."""
     named = dict(model.named_parameters())
     matrices = [p for name, p in named.items() if ".h." in name and p.ndim == 2]
     embeddings = [p for name, p in named.items() if ".h." not in name and p.ndim == 2]
@@ -131,10 +131,10 @@ def lr_factor(step: int, config: BuiltinTraining) -> float:
 
 
 def pass_windows(documents: list[np.ndarray], config: BuiltinTraining, n_pass: int) -> np.ndarray:
-    """First token of each window of one pass over the joined documents, shuffled, int64 `[n_windows]`.
+    """The first token of each window of one pass over the joined documents, shuffled, int64 (n_windows,).
 
-    The pass cuts the joined text into windows from a random offset on, and adds one window at the start
-    of every document, because scoring always begins there.
+    The pass cuts the joined text into windows from a random offset on. It adds one window at the start of every document,
+    because scoring always begins there.
     """
     generator = np.random.default_rng([config.seed, 1, n_pass])
     lengths = np.array([len(ids) for ids in documents])
@@ -146,7 +146,7 @@ def pass_windows(documents: list[np.ndarray], config: BuiltinTraining, n_pass: i
 
 
 class WindowStream:
-    """Batches of windows, pass after pass, addressed by step so that a resumed run goes on exactly."""
+    """Batches of windows, pass after pass, addressed by step: a resumed run continues exactly."""
 
     def __init__(self, documents: list[np.ndarray], config: BuiltinTraining) -> None:
         self.documents = documents
@@ -164,7 +164,7 @@ class WindowStream:
         return int(self.windows[index - self.ends[self.n_pass]])
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of a step, int64 `[batch_windows, window_tokens]`; steps must not go back."""
+        """Inputs and targets of a step, int64 (batch_windows, window_tokens). Steps must not decrease."""
         n_windows, n_tokens = self.config.batch_windows, self.config.window_tokens
         starts = [self._window(step * n_windows + row) for row in range(n_windows)]
         rows = torch.stack([self.tokens[start : start + n_tokens + 1] for start in starts])
@@ -172,7 +172,7 @@ class WindowStream:
 
 
 def save_model(model: GPT2LMHeadModel, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a folder that `AutoTokenizer` and `AutoModelForCausalLM` load; the weights in fp16."""
+    """Write a folder that `AutoTokenizer` and `AutoModelForCausalLM` load, with fp16 weights."""
     plain = GPT2LMHeadModel(GPT2Config(**model.config.to_dict()))
     plain.load_state_dict(model.state_dict())
     plain.half().save_pretrained(folder)
@@ -186,7 +186,7 @@ def save_model(model: GPT2LMHeadModel, tokenizer: Tokenizer, folder: Path) -> No
 
 
 def publish_partial(model: GPT2LMHeadModel, tokenizer: Tokenizer, record: dict, out: Path, step: int) -> None:
-    """Make `out/partial` point at a new complete folder in one step, then remove the former one."""
+    """Point `out/partial` atomically at a new complete folder, then remove the former one."""
     folder = out / f"partial-{step:06d}"
     save_model(model, tokenizer, folder)
     write_json(folder / "data.json", record)
@@ -213,10 +213,10 @@ def save_state(
     model: GPT2LMHeadModel,
     optimizers: list[torch.optim.Optimizer],
 ) -> None:
-    """Write all that `--resume` needs to `out/state.pt`, replacing the former file in one step.
+    """Write all that `--resume` needs to `out/state.pt`, replacing the former file atomically.
 
-    `segments` lists `[first step, steps of the schedule]`: one pair, or more where a run was resumed with
-    another number of steps.
+    `segments` lists `[first step, steps of the schedule]`: one pair, and one more for each time that the training was
+    resumed with another number of steps.
     """
     state = {
         "step": step,
@@ -238,7 +238,7 @@ def train_step(
     inputs: torch.Tensor,
     targets: torch.Tensor,
 ) -> float:
-    """One update; returns the mean training loss of the batch in nats per token."""
+    """One update. Returns the batch's mean training loss in nats per token."""
     masks = np.random.default_rng([config.seed, 2, step])
     for module in model.modules():
         if isinstance(module, CheapDropout):
@@ -261,7 +261,7 @@ def train_step(
 def train(
     out: Path, config: BuiltinTraining, schedule: Schedule, resume: bool = False, stop_step: int | None = None
 ) -> None:
-    """Train to `config.steps`, then write `out/model` with its card; a trial may end at `stop_step`."""
+    """Train to `config.steps`, then write `out/model` with its card. A trial may end at `stop_step`, without a model."""
     torch.set_num_threads(config.threads)
     out.mkdir(parents=True, exist_ok=True)
     documents = read_documents()
@@ -348,7 +348,7 @@ def main() -> None:
     defaults = BuiltinTraining()
     parser = argparse.ArgumentParser(prog="python -m pipelines.models.builtin.train", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("builtin_out"), help="folder for all results")
-    parser.add_argument("--resume", action="store_true", help="go on from OUT/state.pt")
+    parser.add_argument("--resume", action="store_true", help="resume from OUT/state.pt")
     parser.add_argument("--stop-step", type=int, help="end a trial early, without a final model")
     for name in ("steps", "seed", "batch_windows", "threads", "warmup_steps"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))

@@ -1,8 +1,8 @@
-"""What the project has to know of a decoder family: where its parts are, and how they make the forward pass.
+"""What the project must know about a decoder family: where its parts are, and how they make the forward pass.
 
-A family is one file of this folder: a concrete subclass of `Family`. Its methods take the model as transformers made it, or
-one of its blocks. What is written here holds for a sequential decoder with a LayerNorm at the end; a family that differs
-(parallel attention and MLP, rotary positions, another norm, norms behind attention and MLP) overrides those methods.
+A family is one file of this folder: a concrete subclass of `Family`. Its methods take a model of transformers, or one of
+its blocks. The defaults hold for a sequential decoder with a LayerNorm at the end. A family that differs (parallel
+attention and MLP, rotary positions, another norm, norms behind attention and MLP) overrides the methods concerned.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Family(ABC):
     # The model as a whole
 
     def adjusted(self, config: Any) -> Any:
-        """The configuration by which a model is loaded, given the one beside its weights; by default the same."""
+        """The configuration to load a model with, given the one beside its weights; by default the same."""
         return config
 
     def n_positions(self, model: nn.Module) -> int:
@@ -55,11 +55,11 @@ class Family(ABC):
 
     @abstractmethod
     def token_and_position(self, model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What token ids (batch, position) put into the stream: (batch, position, d_model) for the tokens, and
+        """The vectors that token ids (batch, position) put into the stream: (batch, position, d_model) for the tokens and
         (1, position, d_model) for the positions, None where positions are not added to the stream."""
 
     def embed(self, model: nn.Module, ids: Tensor) -> Tensor:
-        """(batch, position) token ids -> (batch, position, d_model), what the first block gets."""
+        """(batch, position) token ids -> (batch, position, d_model), the input of the first block."""
         tokens, positions = self.token_and_position(model, ids)
         return tokens if positions is None else tokens + positions
 
@@ -67,11 +67,11 @@ class Family(ABC):
 
     @abstractmethod
     def attention(self, block: nn.Module) -> nn.Module:
-        """The module whose output is what attention adds to the stream."""
+        """The module whose output is attention's contribution to the stream."""
 
     @abstractmethod
     def heads_together(self, block: nn.Module) -> nn.Module:
-        """The module whose input are the heads' outputs side by side (…, n_heads · d_head)."""
+        """The module whose input is the heads' outputs side by side (…, n_heads · d_head)."""
 
     @abstractmethod
     def head_weights(self, model: nn.Module, layer: int) -> tuple[Tensor, Tensor | None]:
@@ -79,7 +79,7 @@ class Family(ABC):
 
     @abstractmethod
     def mlp(self, block: nn.Module) -> nn.Module:
-        """The module whose output is what the MLP adds to the stream."""
+        """The module whose output is the MLP's contribution to the stream."""
 
     @abstractmethod
     def mlp_norm(self, block: nn.Module) -> nn.Module:
@@ -87,22 +87,22 @@ class Family(ABC):
 
     @abstractmethod
     def neurons_together(self, block: nn.Module) -> nn.Module:
-        """The module whose input are the MLP's neurons after their non-linearity (…, n_neurons)."""
+        """The module whose input is the MLP's neurons after their non-linearity (…, n_neurons)."""
 
     def attn_from_heads(self, block: nn.Module, heads: Tensor) -> Tensor:
-        """What attention adds to the stream (…, d_model), given its heads' outputs (…, n_heads · d_head)."""
+        """The vectors (…, d_model) that attention adds to the stream, given its heads' outputs (…, n_heads · d_head)."""
         written: Tensor = self.heads_together(block)(heads)
         return written
 
     def mlp_from_neurons(self, block: nn.Module, neurons: Tensor) -> Tensor:
-        """What the MLP adds to the stream (…, d_model), given its neurons (…, n_neurons)."""
+        """The vectors (…, d_model) that the MLP adds to the stream, given its neurons (…, n_neurons)."""
         written: Tensor = self.neurons_together(block)(neurons)
         return written
 
     def after_block(self, block: nn.Module, before: Tensor, attn_out: Tensor, mlp_out: Tensor | None = None) -> Tensor:
-        """The stream (…, d_model) that leaves a block, given the one that entered and what attention and MLP added.
+        """The stream (…, d_model) that leaves a block, given the stream that entered and the outputs of attention and MLP.
 
-        Without `mlp_out` the MLP is run. Sequential: the MLP reads the stream with attention's output in it.
+        Without `mlp_out`, the MLP is run. Sequential: the MLP reads the stream with attention's output already added.
         """
         middle = attn_out + before
         return middle + (self.mlp(block)(self.mlp_norm(block)(middle)) if mlp_out is None else mlp_out)
@@ -118,8 +118,8 @@ class Family(ABC):
     ) -> Tensor:
         """The stream (batch, position, d_model) that leaves a block, given the one that enters.
 
-        `mask` is added to attention's scores, None is the kernel's own causal one; `place` (batch or 1, position) says
-        where in the text the positions stand; `keys` notes attention's keys and values, or gives those of earlier ones.
+        `mask` is added to attention's scores; None means the kernel's own causal mask. `place` (batch or 1, position) holds
+        each position's number in its text. `keys` notes attention's keys and values, or gives those of earlier positions.
         """
         out: Any = self.blocks(model)[layer](
             hidden, attention_mask=mask, use_cache=False, position_ids=place, past_key_values=keys
@@ -127,7 +127,7 @@ class Family(ABC):
         return out[0] if isinstance(out, tuple) else out
 
     def causal_mask(self, model: nn.Module, hidden: Tensor) -> Tensor | None:
-        """What `run_block` gets as its mask for a text from its first position on."""
+        """The mask for `run_block` where the text begins at its first position."""
         from transformers.masking_utils import create_causal_mask
 
         place = torch.arange(hidden.shape[1], device=hidden.device)[None]
@@ -147,19 +147,19 @@ class Family(ABC):
         """The norm before the unembedding."""
 
     def final_scale(self, model: nn.Module, stream: Tensor) -> Tensor:
-        """(…) float64 what the final norm divides a stream (…, d_model) by: √(variance + ε) of a LayerNorm."""
+        """(…) float64 divisor of the final norm for a stream (…, d_model): √(variance + ε) for a LayerNorm."""
         norm: Any = self.final_norm(model)
         return (stream.double().var(dim=-1, correction=0) + norm.eps).sqrt()
 
     def final_linear(self, model: nn.Module, vectors: Tensor) -> Tensor:
-        """(…, d_model) float64 what the final norm makes of vectors at a scale of 1, its bias left out: γ ⊙ (v − mean v)."""
+        """(…, d_model) float64 output of the final norm at a scale of 1, without its bias: γ ⊙ (v − mean v)."""
         norm: Any = self.final_norm(model)
         vectors = vectors.double()
         scaled: Tensor = norm.weight.double() * (vectors - vectors.mean(dim=-1, keepdim=True))
         return scaled
 
     def final_bias(self, model: nn.Module) -> Tensor | None:
-        """(d_model,) what the final norm adds to every vector; None where it adds nothing."""
+        """(d_model,) bias of the final norm; None where it has none."""
         bias: Tensor | None = self.final_norm(model).bias  # type: ignore[assignment]
         return bias
 
@@ -168,11 +168,11 @@ class Family(ABC):
         """(vocabulary, d_model) W_U: logits are the final norm's output times its transpose, plus the head's bias."""
 
     def head_bias(self, model: nn.Module) -> Tensor | None:
-        """(vocabulary,) what the head adds to the logits; None where it adds nothing."""
+        """(vocabulary,) bias of the head; None where it has none."""
         return None
 
     def logits(self, model: nn.Module, hidden: Tensor) -> Tensor:
         """(…, d_model) after the last block -> (…, vocabulary)."""
-        found = product(self.final_norm(model)(hidden), self.unembedding(model))
+        without_bias = product(self.final_norm(model)(hidden), self.unembedding(model))
         bias = self.head_bias(model)
-        return found if bias is None else found + bias
+        return without_bias if bias is None else without_bias + bias

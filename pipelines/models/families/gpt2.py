@@ -1,4 +1,4 @@
-"""GPT-2: sequential blocks, learnt positions, LayerNorms, weights of Conv1D (in, out), no bias in the head."""
+"""GPT-2: sequential blocks, learnt positions, LayerNorms, Conv1D weights (in, out), no bias in the head."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Gpt2(Family):
     model_type = "gpt2"
 
     def adjusted(self, config: Any) -> Any:
-        """PyTorch's own tanh-GELU in place of the composed one: relative difference 4e-7, 1.3x the speed."""
+        """PyTorch's own tanh-GELU replaces the composed one: relative difference 4e-7, 1.3x the speed."""
         if config.activation_function == "gelu_new":
             config.activation_function = "gelu_pytorch_tanh"
         return config

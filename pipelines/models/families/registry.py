@@ -1,4 +1,4 @@
-"""The decoder families by name. A new one is one file of this package: a concrete subclass of `Family`."""
+"""The decoder families by name. A new family is one file of this package: a concrete subclass of `Family`."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def families() -> dict[str, Family]:
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of a loaded model. Raises InputError, with the known ones, where the folder has none for the model."""
+    """The family of a loaded model. Raises InputError, with the known families, for a model of another family."""
     config: Any = getattr(model, "config", None)
-    kind = getattr(config, "model_type", type(model).__name__)
-    if kind not in families():
-        raise InputError(f"model: is a {kind}; known are {', '.join(families())} of transformers.")
-    return families()[kind]
+    model_type = getattr(config, "model_type", type(model).__name__)
+    if model_type not in families():
+        raise InputError(f"model: is a {model_type}; known are {', '.join(families())} of transformers.")
+    return families()[model_type]
 
 
 @cache
 def _families(_: tuple[str, ...]) -> dict[str, Family]:
-    """By the package's path: where a folder is appended to the path, families are listed anew."""
-    found = [kind() for kind in classes_in(package, Family)]  # type: ignore[type-abstract]
-    return {family.model_type: family for family in sorted(found, key=lambda family: family.model_type)}
+    """Cached by the package's path: after a folder is appended to the path, families are listed anew."""
+    known = [kind() for kind in classes_in(package, Family)]  # type: ignore[type-abstract]
+    return {family.model_type: family for family in sorted(known, key=lambda family: family.model_type)}

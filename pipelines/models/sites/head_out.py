@@ -1,4 +1,4 @@
-"""The heads of a block's attention before W_O, one beside the other: z, n_heads · d_head values."""
+"""The outputs z of a block's attention heads, before W_O, side by side: n_heads · d_head values."""
 
 from __future__ import annotations
 

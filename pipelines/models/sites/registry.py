@@ -1,4 +1,4 @@
-"""The kinds of site by name. A new one is one file of this package: a concrete subclass of `SiteKind`."""
+"""The kinds of site by name. A new kind is one file of this package: a concrete subclass of `SiteKind`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipelines.models.sites.site import SiteKind
 
 
 def site_kinds() -> dict[str, SiteKind]:
-    """Every kind of site by its name, in the order in which lists name them.
+    """Every kind of site by its name, in the order of lists.
 
     >>> list(site_kinds())[:2]
     ['resid_pre', 'resid_post']
@@ -20,7 +20,7 @@ def site_kinds() -> dict[str, SiteKind]:
 
 
 def kind_of(name: str) -> SiteKind:
-    """The kind of that name. Raises InputError, with the known names, where there is none."""
+    """The kind called `name`. Raises InputError, with the known names, where there is none."""
     if name not in site_kinds():
         raise InputError(f"site {name!r}: known sites are {', '.join(site_kinds())}.")
     return site_kinds()[name]
@@ -46,6 +46,6 @@ def patched_names() -> tuple[str, ...]:
 
 @cache
 def _kinds(_: tuple[str, ...]) -> dict[str, SiteKind]:
-    """By the package's path: where a folder is appended to the path, kinds are listed anew."""
-    found = [kind() for kind in classes_in(package, SiteKind)]  # type: ignore[type-abstract]
-    return {kind.name: kind for kind in sorted(found, key=lambda kind: (kind.rank, kind.name))}
+    """Cached by the package's path: after a folder is appended to the path, kinds are listed anew."""
+    kinds = [kind() for kind in classes_in(package, SiteKind)]  # type: ignore[type-abstract]
+    return {kind.name: kind for kind in sorted(kinds, key=lambda kind: (kind.rank, kind.name))}

@@ -1,4 +1,4 @@
-"""A site: which place of a block is read (a kind), and of which block. What is known of a kind is said by its own file."""
+"""A site: a kind (which place of a block is read) and the block's number. Each kind has a file of its own."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ class Site:
 
 
 class SiteKind(ABC):
-    """A place of every block: which module is read, and what follows where other values stand there.
+    """A place in every block: which module is read, and how edited values reach the stream.
 
-    A kind is one file of this folder: a concrete subclass. The values below hold where a kind does not say otherwise.
+    A kind is one file of this folder: a concrete subclass. The values below are defaults.
     """
 
     name: ClassVar[str]
     values_are: ClassVar[str]
-    """What the site's values are, in a few words, in the plural."""
+    """A few words for the site's values, in the plural."""
     reads_input: ClassVar[bool] = False
-    """Whether the module's input is read, and not its output."""
+    """Whether the module's input is read rather than its output."""
     is_collected: ClassVar[bool] = True
     """Whether rows are collected here."""
     is_patched: ClassVar[bool] = True
@@ -55,13 +55,13 @@ class SiteKind(ABC):
     is_stream: ClassVar[bool] = False
     """Whether the site is the residual stream between two blocks."""
     in_stream_basis: ClassVar[bool] = True
-    """Whether the values are directions of the residual stream, and not neurons or heads."""
+    """Whether a row is a vector in the residual stream's basis, rather than neurons or heads."""
     has_heads: ClassVar[bool] = False
-    """Whether a row is cut into the attention's heads, side by side, each patched on its own."""
+    """Whether a row holds the attention's heads side by side, each of which is patched on its own."""
     is_signed: ClassVar[bool] = True
-    """Whether a value counts in both signs."""
+    """Whether a coordinate counts as two units, one for each sign."""
     rank: ClassVar[int] = 100
-    """Where the name stands in lists: smaller ones first, equal ones by name."""
+    """Position in lists: smaller ranks first, equal ranks by name."""
 
     @abstractmethod
     def module(self, family: Family, block: nn.Module) -> nn.Module:
@@ -72,7 +72,7 @@ class SiteKind(ABC):
         return family.d_model(model)
 
     def first_after(self, layer: int) -> int:
-        """The first block that a stream enters with an edit of the site of block `layer` in it: no block runs twice."""
+        """The first block to run after an edit of this site in block `layer`; earlier blocks need not run again."""
         return layer + 1
 
     @abstractmethod
@@ -81,13 +81,13 @@ class SiteKind(ABC):
     ) -> Tensor:
         """The stream (…, d_model) that enters block `first_after` once the site holds `edited` (…, width).
 
-        `before` (…, d_model) is what entered the site's block, `attn_out` (…, d_model) what its attention wrote; both may
-        have fewer leading dimensions than `edited`, and are None where the site is the stream.
+        `before` (…, d_model) entered the site's block; `attn_out` (…, d_model) is what its attention wrote. Both may have
+        fewer leading dimensions than `edited`, and are None where the site is the stream.
         """
 
     def holds(self, writer: str, layer: int, own: int) -> bool:
-        """Whether what a writer of block `layer` wrote to the stream is part of what the site of block `own` holds.
+        """Whether the site of block `own` contains what a writer of block `layer` added to the stream.
 
-        Writers are `embedding` (its layer is -1), `attention` and `mlp`. Neurons and heads hold nothing that was written.
+        Writers are `embedding` (layer -1), `attention` and `mlp`. Neurons and heads contain nothing of the stream.
         """
         return False

@@ -1,1 +1,1 @@
-"""One architecture a file."""
+"""The SAE architectures, one per file."""

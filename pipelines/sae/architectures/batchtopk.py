@@ -11,14 +11,15 @@ from pipelines.sae.base import Codes
 from pipelines.sae.sparse_operators import Active
 
 MEMORY = 0.95
-"""What of the threshold a batch leaves: it is an average over about the last twenty."""
+"""The share of the old threshold that each batch keeps: the threshold averages about the last twenty batches."""
 
 
 class BatchTopKSae(TopKSae):
     """In training the n·k largest pre-activations of a batch of n rows are active; afterwards, all above a threshold.
 
-    The threshold is the mean over the last batches of their smallest active value, an exponential one without the bias
-    of its start: after t batches the newest counts (1 − m) / (1 − mᵗ). A row's codes so depend on no other row.
+    The threshold is a moving average of each batch's smallest active value. The average is exponential and corrected for its
+    start: after t batches the newest has the weight (1 − m) / (1 − mᵗ), with m = MEMORY. After training, a row's codes
+    depend on no other row.
     """
 
     architecture = "batchtopk"
@@ -49,7 +50,7 @@ class BatchTopKSae(TopKSae):
     @torch.no_grad()
     def after_step(self, codes: Codes) -> None:
         smallest = torch.where(codes.values > 0, codes.values, torch.inf).min().double()
-        if bool(smallest.isfinite()):  # a batch without a code says nothing
+        if bool(smallest.isfinite()):  # a batch without codes does not change the threshold
             self.n_batches += 1
             newest = (1 - MEMORY) / (1 - MEMORY ** self.n_batches.double())
             self.threshold.copy_(torch.lerp(self.threshold.double(), smallest, newest))

@@ -1,5 +1,5 @@
-"""Gated: which features are active and how strongly are two paths (Rajamanoharan et al. 2024, "Improving Dictionary Learning
-with Gated Sparse Autoencoders")."""
+"""Gated: one path decides which features are active, another how strongly (Rajamanoharan et al. 2024, "Improving Dictionary
+Learning with Gated Sparse Autoencoders")."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class GatedSae(PenalisedSae):
     """A feature is active where the gate (x − b_dec) · W_enc + b_gate is positive; its code is then
     relu((x − b_dec) · W_enc · exp(r_mag) + b_enc).
 
-    The L1 term, `Objective.l1` times the mean over all elements, is of the gate's relu, and so shrinks no code. What the
-    gate's relu reconstructs by itself, with the decoder held fixed, is the auxiliary term that trains the gate.
+    The L1 term is `Objective.l1` times the mean of the gate's relu over all elements; it does not shrink the codes. An
+    auxiliary term trains the gate: the squared error of the rows that the gate's relu reconstructs, the decoder held fixed.
     """
 
     architecture = "gated"

@@ -1,4 +1,4 @@
-"""JumpReLU: a feature is active above a threshold of its own, which is learnt (Rajamanoharan et al. 2024, "Jumping Ahead:
+"""JumpReLU: each feature is active above a learnt threshold of its own (Rajamanoharan et al. 2024, "Jumping Ahead:
 Improving Reconstruction Fidelity with JumpReLU Sparse Autoencoders")."""
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ from torch.autograd import Function
 from pipelines.sae.base import Codes, Losses, Objective, Sae, levels
 
 BANDWIDTH = 1.0
-"""Width of the window around a threshold in which rows move it, for rows whose variance is 1 on average."""
+"""A threshold is moved by pre-activations within BANDWIDTH / 2 of it, for rows whose variance is 1 on average."""
 COEFFICIENT = 3.0
-"""Of the L0 term. Measured (d = 192, F = 1024): L0 8.1 for k = 8 in 400 steps, 32.7 for 32 in 800."""
+"""Coefficient of the L0 term. Measured (d = 192, F = 1024): L0 8.1 for k = 8 in 400 steps, 32.7 for k = 32 in 800."""
 
 
 class JumpReluSae(Sae):
     """The codes are the pre-activations z = (x − b_dec) · W_enc + b_enc above the feature's threshold exp(log_threshold).
 
-    The loss is the mean squared error over all elements plus COEFFICIENT · (L0 / k − 1)², L0 the mean number of codes of
-    a batch's rows: `k` is what it is led to. A threshold's gradient is estimated from the z within BANDWIDTH / 2 of it.
+    The loss is the mean squared error over all elements plus COEFFICIENT · (L0 / k − 1)², where L0 is the mean number of
+    codes of a batch's rows; this term leads L0 to `k`. A threshold's gradient is estimated from the z within BANDWIDTH / 2
+    of the threshold.
     """
 
     architecture = "jumprelu"
     feature_biases = ()
-    """The threshold does a bias's work. Measured (d = 192, F = 2048, k = 32): FVE 0.912, with a fast `b_enc` 0.908."""
+    """Empty: the threshold acts as a bias. Measured (d = 192, F = 2048, k = 32): FVE 0.912, with a fast `b_enc` 0.908."""
     needs_scaled_rows = True
 
     def __init__(self, d_model: int, n_features: int, k: int, *, seed: int = 0):
@@ -36,7 +37,7 @@ class JumpReluSae(Sae):
 
     @torch.no_grad()
     def start(self, sample: Tensor) -> None:
-        """Thresholds above which every feature is active in the same share of rows, k of them in a row."""
+        """Set thresholds at which every feature is active in the same share of rows, k features in a row."""
         self.log_threshold.copy_(levels(self, sample, self.k).clamp_min(BANDWIDTH).log())
 
     @torch.no_grad()
@@ -52,7 +53,10 @@ class JumpReluSae(Sae):
         return self.jumps(x, kernel)[0]
 
     def jumps(self, x: Tensor, kernel: str) -> tuple[Codes, Tensor]:
-        """Codes, zeros among them where a pre-activation is less than half the window too low, and which are not zero."""
+        """Codes and firings (1 or 0) at every z above its threshold − BANDWIDTH / 2.
+
+        Both are 0 where z does not exceed the threshold itself.
+        """
         lowest = (self.log_threshold.detach().exp() - BANDWIDTH / 2).clamp_min(0)
         pre, active = self.preactivations_above(x, self.b_enc, lowest, kernel)
         values, fires = Jump.apply(pre, self.log_threshold.index_select(0, active.features).exp(), BANDWIDTH)
@@ -69,10 +73,10 @@ class JumpReluSae(Sae):
 
 
 class Jump(Function):
-    """z (nnz,) where it exceeds its threshold (nnz,), else 0; and 1 or 0 for the same.
+    """z (nnz,) where z exceeds its threshold (nnz,), else 0; and 1 or 0 by the same test.
 
-    Neither has a gradient by the threshold. The paper's estimates, equations 11 and 12: −threshold / width and −1 / width
-    for z within width / 2 of it, which are right in the mean over rows.
+    Neither output has a gradient with respect to the threshold. The paper's equations 11 and 12 estimate the gradients as
+    −threshold / width and −1 / width for z within width / 2 of the threshold; the estimates are right on average over rows.
     """
 
     @staticmethod

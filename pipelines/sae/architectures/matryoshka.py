@@ -16,7 +16,7 @@ from pipelines.sae.sparse_operators import Active
 class MatryoshkaSae(BatchTopKSae):
     """BatchTopK whose first features must explain rows by themselves, so that general features come first.
 
-    The loss is the mean over the prefixes of the mean squared error of a reconstruction from the prefix's codes only.
+    The loss is the mean over the prefixes of a mean squared error: that of the reconstruction from the prefix's codes only.
     """
 
     architecture = "matryoshka"
@@ -38,7 +38,7 @@ class MatryoshkaSae(BatchTopKSae):
         starts = [0, *ends[:-1]]
         reconstruction = self.b_dec
         errors = []
-        # One split: its gradient is written once, that of slices would be a whole (F, d) matrix each.
+        # One split writes one (F, d) gradient; separate slices would write an (F, d) gradient each.
         parts = self.W_dec.split([end - start for start, end in zip(starts, ends, strict=True)])
         for start, part in zip(starts, parts, strict=True):
             reconstruction = reconstruction + decoded(between(codes, start, start + len(part)), part, objective.kernel)
@@ -47,7 +47,7 @@ class MatryoshkaSae(BatchTopKSae):
 
 
 def between(codes: Codes, start: int, end: int) -> Codes:
-    """The codes of features start to end, numbered from 0."""
+    """The codes of the features from `start` up to but not including `end`, renumbered from 0."""
     chosen = (codes.active.features >= start) & (codes.active.features < end)
-    kept = codes.active.keep(chosen)
-    return Codes(codes.values[chosen], Active(kept.features - start, kept.starts, end - start))
+    part = codes.active.keep(chosen)
+    return Codes(codes.values[chosen], Active(part.features - start, part.starts, end - start))

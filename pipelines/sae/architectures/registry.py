@@ -1,4 +1,4 @@
-"""The architectures by name. A new one is one file of this package: a concrete subclass of Sae that has a name."""
+"""The architectures by name. A new one is one file of this package: a concrete subclass of `Sae` with a name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def architectures() -> dict[str, type[Sae]]:
 
 
 def make(name: str, d_model: int, n_features: int, k: int, *, seed: int = 0) -> Sae:
-    """A new SAE of the architecture `name`. Raises InputError when there is none, or when k does not fit.
+    """A new SAE of the architecture `name`. Raises InputError for an unknown name or a k outside 1..n_features.
 
     >>> make("topk", 4, 8, 2).architecture
     'topk'

@@ -1,4 +1,4 @@
-"""ReLU: every positive pre-activation is a code, an L1 term keeps them few (Bricken et al. 2023; Cunningham et al. 2023)."""
+"""ReLU: every positive pre-activation is a code; an L1 term keeps them few (Bricken et al. 2023; Cunningham et al. 2023)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pipelines.sae.l1_penalised import PenalisedSae
 
 
 class ReluSae(PenalisedSae):
-    """The codes are relu((x − b_dec) · W_enc + b_enc). The loss is the mean squared error over all elements plus
-    `Objective.l1` times the mean code over all elements; decoder rows are unit vectors, or the codes could shrink for
-    nothing.
+    """The codes are relu((x − b_dec) · W_enc + b_enc).
+
+    The loss is the mean squared error over all elements plus `Objective.l1` times the mean code over all elements. Decoder
+    rows are unit vectors; longer rows would allow smaller codes, and so a smaller L1 term, for the same reconstruction.
     """
 
     architecture = "relu"

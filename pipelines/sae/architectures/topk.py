@@ -11,7 +11,7 @@ from pipelines.sae.sparse_operators import Active, Preactivation
 
 
 class TopKSae(Sae):
-    """The codes of a row are its k largest pre-activations (x − b_dec) · W_enc + b_enc, those below zero set to zero."""
+    """A row's codes are its k largest pre-activations (x − b_dec) · W_enc + b_enc; those below zero are set to zero."""
 
     architecture = "topk"
 
@@ -23,11 +23,11 @@ class TopKSae(Sae):
         return self.training_codes(x, kernel)
 
     def search(self, centred: Tensor, *, fast: bool) -> tuple[Active, Tensor]:
-        """Which features are active in rows x − b_dec (n, d), and their pre-activations (nnz,), without gradients."""
+        """The active features of rows x − b_dec (n, d), and their pre-activations (nnz,), without gradients."""
         return active_features.top_k(centred, self.W_enc, self.b_enc, self.k, fast=fast)
 
     def largest(self, pre: Tensor) -> Active:
-        """Which of all pre-activations (n, F) are active."""
+        """The active features, given all pre-activations (n, F)."""
         return Active.of_k(torch.topk(pre, self.k, dim=1, sorted=False).indices.sort(dim=1).values, self.n_features)
 
     def training_codes(self, x: Tensor, kernel: str) -> Codes:
