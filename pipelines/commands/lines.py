@@ -96,10 +96,21 @@ def train_lines(result: dict[str, Any]) -> list[str]:
 def _run_fields(run: dict[str, Any]) -> Fields:
     """What a run is, from its record with `path` and `run_id`."""
     config, metrics = run.get("config", run), run["metrics"]
-    l1 = f", l1 {number(config['l1'])}" if config["l1"] else ""
-    return [
+    identity: Fields = [
         ("run", f"{run['path']} (id {run['run_id']})"),
         ("SAE", f"{run['architecture']}, {run['n_features']:,} features, k {run['k']}, d_model {run['d_model']:,}"),
+    ]
+    if "origin" in config:
+        origin = config["origin"]
+        return [
+            *identity,
+            ("imported", f"run {origin['run_id'] or 'not named'} of {origin['model'] or 'a model that is not named'}"),
+            ("reads", f"{run['site']} of {config['store']} (id {run['store_id']})"),
+            ("silent", f"{metrics['dead_features']:,} features in {metrics['dead_window_rows']:,} rows of the store"),
+        ]
+    l1 = f", l1 {number(config['l1'])}" if config["l1"] else ""
+    return [
+        *identity,
         ("trained on", f"{run['site']} of {config['store']} (id {run['store_id']}), {run['rows_seen']:,} rows"),
         ("rate", f"lr {number(config['lr'])}{l1}"),
         ("FVE", number(metrics["fve"])),

@@ -66,8 +66,13 @@ def store_facts(path: str | Path) -> dict[str, Any]:
     return values
 
 
+TRAINED_WITH = ("lr", "l1", "kernel", "seed")
+"""What the configuration of a trained run states, and that of an imported one does not."""
+
+
 def run_facts(path: Path) -> dict[str, Any]:
-    """What a run's record says; `metrics` are those of its last training step."""
+    """What a run's record states: `metrics` are those of its last training step. An imported run has an `origin`, the facts
+    that its file stated, and none of TRAINED_WITH."""
     record = run_record.read_run_record(path)
     return {
         "path": str(path),
@@ -75,10 +80,7 @@ def run_facts(path: Path) -> dict[str, Any]:
         "kind": "run",
         **{name: value for name, value in vars(record).items() if name not in ("history", "config")},
         "store": record.config["store"],
-        "lr": record.config["lr"],
-        "l1": record.config["l1"],
-        "kernel": record.config["kernel"],
-        "seed": record.config["seed"],
+        **{name: record.config[name] for name in (*TRAINED_WITH, "origin") if name in record.config},
         "disk_bytes": sum(file.stat().st_size for file in path.iterdir() if file.is_file()),
     }
 

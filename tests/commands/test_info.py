@@ -145,3 +145,19 @@ def test_train_prints_few_lines_with_what_its_defaults_became(store: Path, tmp_p
     assert f"on cpu (kernel {record.config['kernel']})" in words
     assert lines[-1].endswith(f"{out}/run.json, or --json")
     assert record.weights_sha256 not in result.stdout
+
+
+def test_info_of_an_imported_run(run: Path, store: Path, tmp_path: Path) -> None:
+    for arguments in (
+        ("export", run, "--out", tmp_path / "params.npz"),
+        ("import", tmp_path / "params.npz", "--store", store, "--out", tmp_path / "imported"),
+    ):
+        result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+        assert result.exit_code == 0, result.output
+    facts, printed = info(tmp_path / "imported")
+    _, record = load_run(run)
+    assert (facts["kind"], facts["origin"]["run_id"], facts["store"]) == ("run", record.run_id, str(store))
+    assert "lr" not in facts
+    words = " ".join(printed.split())
+    assert f"imported run {record.run_id} of {record.model}" in words
+    assert f"reads resid_post.2 of {store}" in words
