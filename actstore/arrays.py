@@ -51,7 +51,7 @@ def segment_objects(manifest: Manifest, segment: SegmentRecord, tables: dict[str
 def group_objects(
     group: str, tables: dict[str, NDArray[Any]], row_arrays: list[tuple[str, RowArray, Layout, int]]
 ) -> dict[str, bytes]:
-    """Of a group inside `data.zarr`: its tables whole, and the metadata of row arrays, each (name, array, layout, rows)."""
+    """The objects of a group in `data.zarr`: whole tables, and the metadata of row arrays (name, array, layout, rows)."""
     memory: dict[str, Buffer] = {}
     for name, values in tables.items():
         table = zarr.create_array(

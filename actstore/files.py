@@ -51,7 +51,7 @@ def fsync_path(path: Path) -> None:
 def write_beside(path: Path, data: bytes, mark: str = "") -> Path:
     """The data, flushed to the disk, as the file `.<name><mark>.tmp` beside `path`, ready to be renamed.
 
-    Raises OSError, naming `path`, and leaves nothing behind, when the disk does not take it.
+    Raises OSError, naming `path`, and leaves nothing behind, when the disk refuses the bytes.
     """
     made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -102,7 +102,7 @@ class Folder(Place):
 
 
 def _own_mark() -> str:
-    """Of the temporary files of one publication: several workers may publish the same object at the same time."""
+    """A mark for the temporary files of one publication, since several workers may publish the same object at once."""
     return f".{uuid.uuid4().hex[:8]}"
 
 

@@ -28,7 +28,7 @@ from actstore.schema import Manifest, SegmentRecord
 
 LEVELS = ("meta", "crc", "full")
 UNREADABLE = (DamagedStore, NotAStore, OSError, KeyError, TypeError)
-"""What reading a record raises when it is not one, or the disk does not give it."""
+"""The errors of reading a record: its bytes are no record, or the disk does not return them."""
 PIECE_BYTES = 4 << 20
 SHARD_OBJECT = re.compile(r"/(rows|values)/c/\d+$")
 """An object of the feature index that has chunks, each with its crc32c."""
@@ -60,7 +60,7 @@ class _Check:
     entry: Entry
     shard: ShardKey | None = None
     layout: Layout | None = None
-    """Of the shard's part; None for objects that are no shard."""
+    """How the shard's part is cut into shards and chunks; None for an object that is no shard."""
 
 
 class Inspection:
@@ -111,7 +111,7 @@ class Inspection:
                 self._fault(name, _without(str(error), name))
 
     def _read_manifest(self) -> Manifest | None:
-        """The manifest, or the copy that a seal has of it."""
+        """The manifest; where the manifest is damaged, the copy in a seal."""
         manifest, copy = None, next((seal.manifest.encode() for seal in self.seals.values()), None)
         try:
             data = self.place.read(paths.MANIFEST)

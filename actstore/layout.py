@@ -61,7 +61,7 @@ def choose_layout(
     shard_bytes: int = SHARD_BUDGET_BYTES,
     min_shards: int = MIN_SHARDS,
 ) -> Layout:
-    """The layout a new part gets, from what a row takes on disk over all sites and what a stream holds of it.
+    """The layout a new part gets, from a row's bytes on disk over all sites, and its bytes in a stream.
 
     Near-equal shards, so that rounds mix evenly: as many as `shard_bytes` over all sites asks for, of at least
     8,192 rows (smaller ones mix worse, docs/SHUFFLE.md); at least `min_shards`, so that work can be shared out, but

@@ -55,7 +55,7 @@ def held_lock(path: Path) -> Iterator[bool]:
 
 @contextmanager
 def held_lease(place: Place) -> Iterator[None]:
-    """Hold the lease of a place and renew it until the block ends. Raises LockedStore while another holds it."""
+    """Hold and renew the lease of a place until the block ends. Raises LockedStore while another process holds the lease."""
     holder = uuid.uuid4().hex
     name = _taken(place, holder)
     ended = threading.Event()

@@ -14,7 +14,7 @@ class Place(ABC):
     """The objects below one folder or prefix."""
 
     url: str
-    """How a user names it, and how another process opens it."""
+    """The name by which a user and another process open the place."""
     readers: int
     """How many reads at a time are worth it: cores for a disk, more for a server that is far away."""
 

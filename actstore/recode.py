@@ -29,7 +29,7 @@ def recode_store(
     advance: Callable[[int], object] = lambda n: None,
     expect: Callable[[int], object] = lambda n: None,
 ) -> dict[str, Any]:
-    """Write every row of a store into another one, or what is missing of it; goes on where it was interrupted.
+    """Write every row of a store into another store. An interrupted copy is continued.
 
     Statistics stay those of the rows as the model gave them. From fp32 the result is what collecting in the other
     encoding would have given, and is a store of the same identity; else its identity names the store it was made from.

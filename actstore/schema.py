@@ -180,7 +180,7 @@ class Manifest:
         return sum(array.row_bytes for array in self.arrays)
 
     def to_bytes(self) -> bytes:
-        """The record that a store keeps of it."""
+        """The values as the store's record states them."""
         head = {"format": "actstore", "version": FORMAT_VERSION, "store_id": self.store_id}
         return record_bytes({**head, "identity": self.identity(), "provenance": self.provenance})
 

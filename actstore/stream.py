@@ -62,7 +62,7 @@ class BatchStream:
     A round pools the next G chunks, as many as `budget_bytes` holds as float32 but no more than there are shards, and
     gives their rows out in a random order; the next round is read while this one is consumed. Batches run on over
     round and epoch ends: no row is skipped or repeated, and none is short but, with `epochs`, the last. A batch is a
-    copy, in memory that is used again once nobody looks at it: it stays as it is for as long as the caller keeps it.
+    copy, in memory that is reused only after the caller has dropped the batch: a batch that is kept never changes.
     Memory: `memory_bytes`, and the batches that the caller keeps.
 
     `as_kept` gives rows as they lie on disk: float16, float32, or uint16 with the bits of a bfloat16. `rank` of

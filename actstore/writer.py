@@ -1,9 +1,9 @@
 """Create, append, commit: the only code that adds to a store.
 
-The protocol: the manifest makes a store, a segment record makes a segment, a commit record makes a shard. Objects
-are published first, whole and flushed; the record that names their length and sha256 comes last, and only one who
-finds no other record there may put it. What has no record does not exist, so a kill at any moment leaves a store
-that reads true and can be continued. A shard is written whole, by anyone who computed it: its bytes are the same.
+The protocol: the manifest makes a store, a segment record makes a segment, a commit record makes a shard. Objects are
+published first, whole and flushed. The record that states their length and sha256 comes last; it is put only where no
+other record lies. An object without a record does not exist: a kill at any moment leaves a store that reads true and can
+be continued. A shard is written whole, by any process that computed it: its bytes are the same.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from pipelines.shared.cluster import connect, share  # noqa: E402
 from pipelines.text.tokens import store_tokenizer  # noqa: E402
 
 NEURON_TOKENS = 300_000
-"""Of the demo's text: neurons take four times the room of the residual stream."""
+"""Tokens of the demo's text; neurons take four times the space of the residual stream."""
 
 
 def raw_dimension_findings(store_path: Path, client: Any) -> list[Finding]:

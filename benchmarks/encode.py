@@ -41,7 +41,7 @@ LEAST_SHARE = 0.7
 
 @dataclass(frozen=True)
 class Time:
-    """Of one pass, by the clock and by the processor."""
+    """Seconds of one pass, by the clock and by the processor."""
 
     wall_s: float
     processor_s: float
@@ -103,7 +103,7 @@ def differing_rows(one: CodeStore, other: CodeStore) -> int:
 
 
 def measure(n_rows: int, threads: int, repetitions: int) -> dict[str, dict[str, float]]:
-    """Of each kernel: rows a second, and what share of the bound's they are."""
+    """For each kernel: rows a second, and their share of the bound."""
     torch.set_num_threads(threads)
     with (
         tempfile.TemporaryDirectory() as name,

@@ -49,7 +49,7 @@ LEAST_WIDE_ROWS = 4_000_000
 LEAST_ROWS = 50_000
 N_RANKS = 4
 BUFFER_ROWS = 32_768
-"""Of the mixing buffer; 50 MB of rows of 768 fp16 values."""
+"""Rows in the mixing buffer: 50 MB for rows of 768 fp16 values."""
 TEXT_CHUNK_ROWS = 1024
 ROWS_A_SIZE = 16_000_000
 """Repeats of a size: as many as make about this many rows, from 4 to 64."""
@@ -119,7 +119,7 @@ class Plan:
 
     @classmethod
     def default(cls, n_rows: int, width: int, n_sites: int = 1) -> Plan:
-        """Of a store of so many fp16 sites, streamed with the default budget: a chunk of each shard, or what it holds."""
+        """The plan of a store of `n_sites` fp16 sites, streamed with the default budget: a chunk of each shard a round."""
         pooled_row_bytes = 4 * width
         layout = choose_layout(n_rows, n_sites * 2 * width + PLACE_BYTES, pooled_row_bytes)
         held = ROUND_BUDGET_BYTES // (layout.chunk_rows * pooled_row_bytes)

@@ -88,7 +88,7 @@ def measure(peers: Peers, options: argparse.Namespace) -> tuple[Runs, dict[str, 
 
 
 def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Of one width: medians, and ours over each variant, taken within a repetition."""
+    """Medians for one width, and the ratio of ours to each variant within a repetition."""
     ours = next((name for name in RATIO_OF if name in runs), None)
     found = {}
     for name, each in runs.items():

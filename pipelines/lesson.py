@@ -253,9 +253,9 @@ def analyze_feature_statistics(sae: SparseAutoencoder | Sae, activations: Tensor
     """How often features fire on rows (tokens, d_model), and which fire together; printed and given.
 
     A feature fires where its code is above 0. Bands are shares of rows: always > 90 %, common (10, 90], rare (1, 10],
-    very rare (0, 1], dead 0; the textbook counts the dead as very rare, and both figures are printed. Of the `top_n` most
-    frequent, the joint firing frequencies are given as a matrix, and ten pairs of it, the most frequent, printed. That
-    says little of two features that are frequent alone: `analyze` compares pairs with chance.
+    very rare (0, 1], dead 0; the textbook counts the dead as very rare, and both figures are printed. The joint firing
+    frequencies of the `top_n` most frequent features are returned as a matrix, and its ten most frequent pairs are printed.
+    Two features that are each frequent also fire together often: `analyze` compares pairs with chance.
     """
     if top_n < 1:
         raise InputError(f"top_n {top_n}: need at least 1.")

@@ -26,11 +26,16 @@ from pipelines.commands.output import announced, show
 @click.option("--against", help="A second token: the difference of the two logits is attributed.")
 @click.option("--position", default=-1, show_default=True, help="Where the next token is predicted; -1: after the last one.")
 @click.option("--by", default="head", show_default=True, help="head: each attention head; layer: each attention whole.")
-@click.option("--top", default=12, show_default=True, help="How many parts to list.")
-@click.option("--movers", default=0, show_default=True, help="Tokens that each part raises and lowers most.")
-@click.option("--raw", is_flag=True, help="The logit as it is, and not less the vocabulary's mean.")
+@click.option("--top", default=12, show_default=True, help="Parts listed, by size.")
 @click.option(
-    "--final-norm/--no-final-norm", default=True, show_default=True, help="Without it, as teaching code does: not exact."
+    "--movers", default=0, show_default=True, help="Tokens listed for each part: those that it raises and lowers most."
+)
+@click.option("--raw", is_flag=True, help="Attribute the logit itself, without subtracting the vocabulary's mean.")
+@click.option(
+    "--final-norm/--no-final-norm",
+    default=True,
+    show_default=True,
+    help="Through the final LayerNorm; without it, as teaching code does, the sum is not exact.",
 )
 @DEVICE_OPTION
 @JSON_OPTION
@@ -70,9 +75,9 @@ def attribute(as_json: bool, **options: Any) -> None:
 @click.option("--target", help="The clean text's next token. Default: the most likely one.")
 @click.option("--against", help="The corrupt text's next token. Default: the most likely one.")
 @click.option("--position", default=-1, show_default=True, help="Where the next token is predicted; -1: after the last one.")
-@click.option("--top", default=12, show_default=True, help="How many features to patch: those of largest estimated effect.")
+@click.option("--top", default=12, show_default=True, help="Features patched: those with the largest estimated effect.")
 @click.option(
-    "--steps", default=0, show_default=True, help="Of integrated gradients; 0: one gradient. For --method attribution."
+    "--steps", default=0, show_default=True, help="Steps of integrated gradients; 0: one gradient. For --method attribution."
 )
 @click.option(
     "--check", default=0, show_default=True, help="Cells to compare with exact patching. For --method attribution."
@@ -110,18 +115,23 @@ def patch(as_json: bool, **options: Any) -> None:
     show_default=True,
     help="zero; mean over rows, of --analysis or else of the text; firing or row: a value drawn from --codes.",
 )
-@click.option("--at", default="fired", show_default=True, help="Where it is set: where it fired, at all rows, or the last.")
+@click.option(
+    "--at",
+    default="fired",
+    show_default=True,
+    help="Where the feature is set: where it fired, at all rows, or at the last row.",
+)
 @click.option("--each", is_flag=True, help="Ablate at each of these positions alone.")
 @click.option(
     "--error",
     default="keep",
     show_default=True,
-    help="keep: only the feature changes; drop: in the SAE's reconstruction, whose own effect is shown beside.",
+    help="keep: only the feature changes; drop: the reconstruction replaces the rows, and its effect is shown too.",
 )
 @click.option("--top", default=5, show_default=True, help="Next tokens shown.")
-@click.option("--features", default=10, show_default=True, help="Without --feature: how many to list, by effect.")
-@click.option("--analysis", help="Of this run; for --set-to mean.")
-@click.option("--codes", help="Of this run; for --set-to firing or row.")
+@click.option("--features", default=10, show_default=True, help="Without --feature: features listed, by effect.")
+@click.option("--analysis", help="An analysis of this run; for --set-to mean.")
+@click.option("--codes", help="A code store of this run; for --set-to firing or row.")
 @SEED_OPTION
 @SUBJECT_STORE_OPTION
 @MOVED_MODEL_OPTION
@@ -150,7 +160,7 @@ def ablate(as_json: bool, **options: Any) -> None:
     type=float,
     default=[0.0, 0.5, 1.0],
     show_default=True,
-    help="Repeatable: the texts come side by side.",
+    help="Strength of the change; repeatable, the texts are shown side by side.",
 )
 @click.option(
     "--mode",
@@ -162,14 +172,19 @@ def ablate(as_json: bool, **options: Any) -> None:
     "--unit",
     default="norm",
     show_default=True,
-    help="Of a strength: norm, the mean norm of the store's rows; peak, the feature's in --analysis; or raw.",
+    help="Unit of a strength: norm, the mean norm of the store's rows; peak, the feature's peak in --analysis; or raw.",
 )
-@click.option("--at", default="all", show_default=True, help="all rows, those of the prompt, its last, or generated ones.")
+@click.option(
+    "--at",
+    default="all",
+    show_default=True,
+    help="Where the feature is changed: all rows, the prompt's, the prompt's last, or the generated ones.",
+)
 @click.option("--tokens", default=40, show_default=True, help="Tokens to generate.")
-@click.option("--temperature", default=0.0, show_default=True, help="0: always the most probable token.")
+@click.option("--temperature", default=0.0, show_default=True, help="Sampling temperature; 0 takes the most probable token.")
 @SEED_OPTION
 @click.option("--cache/--no-cache", default=True, show_default=True, help="Keep keys and values from step to step.")
-@click.option("--analysis", help="Of this run; for --unit peak.")
+@click.option("--analysis", help="An analysis of this run; for --unit peak.")
 @SUBJECT_STORE_OPTION
 @MOVED_MODEL_OPTION
 @DEVICE_OPTION
@@ -193,13 +208,13 @@ def steer(as_json: bool, **options: Any) -> None:
 @click.argument("codes")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A folder; continued if it holds these effects.")
 @click.option("--features", multiple=True, type=int, help="Feature to measure; repeatable. Default: all that fire.")
-@click.option("--top", default=0, show_default=True, help="Instead: so many of the most frequent.")
-@click.option("--firings", default=64, show_default=True, help="Of each feature at most, each in another window.")
+@click.option("--top", default=0, show_default=True, help="Instead: the N most frequent features; 0: all.")
+@click.option("--firings", default=64, show_default=True, help="Most firings of each feature, each in another window.")
 @click.option(
     "--measure", default="firing", show_default=True, help="Predictions at the firing position, or the mean of it and later."
 )
-@click.option("--resamples", default=1000, show_default=True, help="Of documents, for the intervals.")
-@click.option("--analysis", help="Of this run; adds densities and tokens.")
+@click.option("--resamples", default=1000, show_default=True, help="Resamples of documents, for the intervals.")
+@click.option("--analysis", help="An analysis of this run; adds densities and tokens.")
 @SEED_OPTION
 @SUBJECT_STORE_OPTION
 @MOVED_MODEL_OPTION
@@ -223,10 +238,10 @@ def effects(as_json: bool, **options: Any) -> None:
 @click.command()
 @RUN_ARGUMENT
 @click.argument("feature", type=int, required=False)
-@click.option("--top", default=10, show_default=True, help="Tokens of a feature, or features of the table.")
-@click.option("--sort", default="kurtosis", show_default=True, help="Of the table: kurtosis, skew, peak or id.")
+@click.option("--top", default=10, show_default=True, help="Tokens listed for a feature, or features listed in the table.")
+@click.option("--sort", default="kurtosis", show_default=True, help="Order of the table: kurtosis, skew, peak or id.")
 @click.option(
-    "--windows", default=64, show_default=True, help="Windows that the final LayerNorm's mean scale is taken over."
+    "--windows", default=64, show_default=True, help="Windows over which the final LayerNorm's mean scale is taken."
 )
 @SUBJECT_STORE_OPTION
 @MOVED_MODEL_OPTION

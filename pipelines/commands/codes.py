@@ -53,15 +53,23 @@ def encode(as_json: bool, **options: Any) -> None:
 @click.option("--examples", default=8, show_default=True, help="Strongest firings kept for each feature.")
 @click.option("--random-examples", default=5, show_default=True, help="Random firings kept for each feature.")
 @click.option(
-    "--strata", default=5, show_default=True, help="Parts of a feature's firings by strength; one example of each."
+    "--strata",
+    default=5,
+    show_default=True,
+    help="Equal parts of a feature's firings by strength; one example is kept from each.",
 )
 @click.option("--before", default=24, show_default=True, help="Tokens of context shown before a firing.")
 @click.option("--after", default=8, show_default=True, help="Tokens of context shown after it.")
-@click.option("--within", default="row", show_default=True, help="What is together: row, document, or a number of tokens.")
+@click.option(
+    "--within",
+    default="row",
+    show_default=True,
+    help="Features are together within one row, one document, or this number of tokens.",
+)
 @click.option(
     "--min-together", default=0, show_default=True, help="Drop pairs seen less often; 0: keep all, above 32,768 features 3."
 )
-@click.option("--seed", default=0, show_default=True, help="Of the random examples.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the random examples.")
 @WORKERS_OPTION
 @click.option("--threads", is_flag=True, help="Threads of this process instead of worker processes.")
 @SCHEDULER_OPTION

@@ -13,7 +13,9 @@ from pipelines.commands.output import announced, show
 
 @click.command()
 @collect_options
-@click.option("--resume", is_flag=True, help="Say that a store is there to be continued; a plain re-run does the same.")
+@click.option(
+    "--resume", is_flag=True, help="Require a store to continue; without the option an existing store is continued too."
+)
 @JSON_OPTION
 def collect(as_json: bool, resume: bool, **options: Any) -> None:
     """Run the model once over a corpus and write, extend or finish a store.

@@ -15,7 +15,9 @@ from pipelines.commands.output import announced, show
 @click.option("--layer", default=3, show_default=True, help="Block whose residual stream is explained, 0 to 5.")
 @click.option("--tokens", default=1_100_000, show_default=True, help="Tokens of the corpus to collect.")
 @click.option("--rows", default=3_000_000, show_default=True, help="Rows to train on; a row is seen several times.")
-@click.option("--random-weights", is_flag=True, help="The same model with random weights: what training it adds.")
+@click.option(
+    "--random-weights", is_flag=True, help="Use the same model with random weights, to see what its training adds."
+)
 @WORKERS_OPTION
 @SEED_OPTION
 @JSON_OPTION

@@ -11,7 +11,7 @@ from pipelines.commands.options import JSON_OPTION, OUT_OPTION, RUN_ARGUMENT
 from pipelines.commands.output import announced, show
 
 FORMAT_OPTION = click.option(
-    "--format", default="npz", show_default=True, help="Which tool's files; a name that is none lists them all."
+    "--format", default="npz", show_default=True, help="Format of the files; an unknown name lists all formats."
 )
 
 

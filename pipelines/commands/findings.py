@@ -13,13 +13,15 @@ from pipelines.commands.output import announced, show
 
 @click.command()
 @click.argument("analysis")
-@click.option("--codes", help="Where its code store is, if it was moved.")
-@click.option("--run", type=click.Path(path_type=Path), help="Its run, for what decoder directions say.")
+@click.option("--codes", help="Where the analysis' code store is, if it was moved.")
+@click.option("--run", type=click.Path(path_type=Path), help="The run of the analysis, for its decoder directions.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write it. Default: ANALYSIS/structure.")
 @click.option("--draws", default=100, show_default=True, help="Draws of the null on either half of the documents.")
-@click.option("--rows", default=200_000, show_default=True, help="Rows to look at, of whole documents of both halves.")
+@click.option("--rows", default=200_000, show_default=True, help="Rows that are read, in whole documents of both halves.")
 @click.option("--block-rows", default=1024, show_default=True, help="Most rows of a document that a draw deals together.")
-@click.option("--min-lift", default=2.0, show_default=True, help="How many times the null a large effect is.")
+@click.option(
+    "--min-lift", default=2.0, show_default=True, help="A lift over the null from which an effect counts as large."
+)
 @SEED_OPTION
 @WORKERS_OPTION
 @SCHEDULER_OPTION
@@ -42,12 +44,10 @@ def structure(as_json: bool, **options: Any) -> None:
 
 @click.command()
 @click.argument("codes")
-@click.option(
-    "--labels", help="A file of labelled ranges (.jsonl, .parquet), or `python`, the default where the text is that."
-)
+@click.option("--labels", help="A file of labelled ranges (.jsonl, .parquet), or `python`, the default for Python text.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the result. Default: CODES.concepts.")
-@click.option("--store", help="The store the codes were made from, if it was moved.")
-@click.option("--run", type=click.Path(path_type=Path), help="The run they were made with, if it was moved.")
+@click.option("--store", help="Where the codes' store is, if it was moved.")
+@click.option("--run", type=click.Path(path_type=Path), help="Where the codes' run is, if it was moved.")
 @click.option("--beside", multiple=True, help="Codes or a store of the same text to compare with; repeatable.")
 @click.option(
     "--probe/--no-probe",
@@ -80,7 +80,7 @@ def concepts(as_json: bool, **options: Any) -> None:
 )
 @click.option("--codes", multiple=True, help="Instead: the codes of each run, in their order.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write figures and a table of all features there.")
-@click.option("--rows", default=100_000, show_default=True, help="Rows that co-activation is measured on.")
+@click.option("--rows", default=100_000, show_default=True, help="Rows on which co-activation is measured.")
 @SEED_OPTION
 @JSON_OPTION
 def compare(as_json: bool, **options: Any) -> None:
@@ -101,9 +101,11 @@ def compare(as_json: bool, **options: Any) -> None:
 @OUT_OPTION
 @click.option("--run", type=click.Path(path_type=Path), help="Also: this run's decoder directions beside random ones.")
 @click.option("--features", default=20, show_default=True, help="Features of the toy model.")
-@click.option("--dimensions", default=5, show_default=True, help="Dimensions it has for them.")
-@click.option("--importance", default=0.9, show_default=True, help="Of each feature over the one before it.")
-@click.option("--sparsities", default=9, show_default=True, help="Instances, from 1 - S = 1 down to 0.01.")
+@click.option("--dimensions", default=5, show_default=True, help="Dimensions of the toy model.")
+@click.option("--importance", default=0.9, show_default=True, help="Importance of each feature relative to the one before.")
+@click.option(
+    "--sparsities", default=9, show_default=True, help="Instances trained, at densities 1 - S from 1 down to 0.01."
+)
 @click.option("--steps", default=3000, show_default=True, help="Training steps.")
 @click.option("--batch", default=512, show_default=True, help="Rows in a step of each instance.")
 @SEED_OPTION

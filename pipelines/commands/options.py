@@ -23,7 +23,11 @@ SEED_OPTION = click.option(
 )
 WORKERS_OPTION = click.option("--workers", default=2, show_default=True, help="Local Dask worker processes.")
 LEVEL_OPTION = click.option(
-    "--level", default="full", show_default=True, type=click.Choice(["meta", "crc", "full"]), help="How much is read."
+    "--level",
+    default="full",
+    show_default=True,
+    type=click.Choice(["meta", "crc", "full"]),
+    help="How much is read and compared.",
 )
 SUBJECT_STORE_OPTION = click.option("--store", help="Where the store that the run was trained on is, if it was moved.")
 MOVED_MODEL_OPTION = click.option("--model", help="Where the language model is, if it was moved.")
@@ -45,14 +49,16 @@ COLLECT_OPTIONS = (
         show_default=True,
         help="resid_pre, resid_post, attn_out, mlp_out or mlp_hidden (the MLP's neurons); repeatable.",
     ),
-    click.option("--tokens", default=1_000_000, show_default=True, help="Tokens of text the store shall hold."),
+    click.option("--tokens", default=1_000_000, show_default=True, help="Tokens of text in the finished store."),
     click.option(
         "--context", default=128, show_default=True, help="Positions the model sees at once, start token included."
     ),
     click.option("--encoding", default="fp16", show_default=True, help="How rows are kept: fp16, fp32, bf16 or int8."),
-    click.option("--compute-dtype", default="fp32", show_default=True, help="What the model computes in: fp32 or bf16."),
+    click.option(
+        "--compute-dtype", default="fp32", show_default=True, help="Dtype in which the model computes: fp32 or bf16."
+    ),
     DEVICE_OPTION,
-    click.option("--batch-windows", default=32, show_default=True, help="Windows in one forward pass, at most."),
+    click.option("--batch-windows", default=32, show_default=True, help="Most windows in one forward pass."),
     SEED_OPTION,
     click.option(
         "--packing",
@@ -63,7 +69,10 @@ COLLECT_OPTIONS = (
     click.option("--bos/--no-bos", default=True, show_default=True, help="Begin every window with the start-of-text token."),
     click.option("--keep-special", is_flag=True, help="Keep position 0 and separators as rows, too."),
     click.option(
-        "--shard-mib", default=128, show_default=True, help="Size of a shard, which a kill can cost; at least 8,192 rows."
+        "--shard-mib",
+        default=128,
+        show_default=True,
+        help="Target size of a shard; an interruption loses at most one. At least 8,192 rows.",
     ),
     click.option("--mixed-hardware", is_flag=True, help="Continue on a machine whose rows differ in their last bits."),
     click.option("--workers", default=0, show_default=True, help="Local Dask worker processes; 0: in this process."),

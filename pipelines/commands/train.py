@@ -23,8 +23,8 @@ from pipelines.commands.output import announced, show, sole
 @click.command()
 @STORE_ARGUMENT
 @OUT_OPTION
-@click.option("--layer", multiple=True, type=int, help="Which layer of the store; needed when it holds several. *")
-@click.option("--site", multiple=True, default=["resid_post"], show_default=True, help="Which site of that layer. *")
+@click.option("--layer", multiple=True, type=int, help="Layer of the store; needed when the store holds several. *")
+@click.option("--site", multiple=True, default=["resid_post"], show_default=True, help="Site of that layer. *")
 @click.option(
     "--architecture",
     multiple=True,
@@ -58,14 +58,14 @@ from pipelines.commands.output import announced, show, sole
     type=click.IntRange(0, 2**63 - 1),
     default=[0],
     show_default=True,
-    help="Of the first weights. *",
+    help="Seed of the first weights. *",
 )
 @click.option(
     "--order-seed", default=0, show_default=True, type=click.IntRange(0, 2**64 - 1), help="Seed of the order of the rows."
 )
 @DEVICE_OPTION
 @click.option(
-    "--checkpoint-minutes", default=10.0, show_default=True, help="Time between saved states; 0: when stopped only."
+    "--checkpoint-minutes", default=10.0, show_default=True, help="Minutes between saved states; 0: only when stopped."
 )
 @click.option("--resume", is_flag=True, help="Continue a training that was stopped or killed.")
 @click.option("--tensorboard", is_flag=True, help="Also write the metrics for TensorBoard, in RUN/tensorboard.")
@@ -102,17 +102,17 @@ def train(as_json: bool, **options: Any) -> None:
 @RUN_ARGUMENT
 @STORE_ARGUMENT
 @click.option("--windows", default=128, show_default=True, help="Held-out windows to run the language model on.")
-@click.option("--pca", default=16, show_default=True, help="Components of the PCA that the SAE is compared with.")
+@click.option("--pca", default=16, show_default=True, help="Components of the PCA beside the SAE.")
 @MOVED_MODEL_OPTION
 @DEVICE_OPTION
 @click.option(
-    "--baselines", is_flag=True, help="Beside it: PCA, raw dimensions, a random decoder, a model with random weights."
+    "--baselines", is_flag=True, help="Also measure PCA, raw dimensions, a random decoder, and a model with random weights."
 )
 @click.option(
     "--baseline-tokens",
     default=1_000_000,
     show_default=True,
-    help="Rows that the baselines' SAEs are trained on, at most those of the run; 0: as many.",
+    help="Rows on which the baselines' SAEs are trained, at most those of the run; 0: the run's.",
 )
 @JSON_OPTION
 def evaluate(as_json: bool, **options: Any) -> None:

@@ -216,7 +216,8 @@ def _feature_table(runs: list[Compared]) -> list[dict[str, Any]]:
 
 
 def _partners(run: Compared, other: Compared) -> tuple[Any, Any, Any, Any]:
-    """Of every feature: best cosine with a live feature of the other run and which, best correlation and which.
+    """For every feature: the largest cosine with a live feature of the other run, that feature, the largest correlation, and
+    its feature.
 
     The latter two are None for a feature that does not fire in the rows.
     """

@@ -39,8 +39,8 @@ BATCH_RANGES = 65_536
 
 @dataclass(frozen=True)
 class SegmentLabels:
-    """Of every token of a segment's table: `holds` (n_tokens, L) 0/1, and `half` (n_tokens,), whether rules are scored
-    on its document rather than chosen on it."""
+    """The labels of a segment's tokens: `holds` (n_tokens, L) 0/1; `half` (n_tokens,), True where rules are scored on the
+    token's document, False where they are chosen on the document."""
 
     holds: sp.csr_array
     half: NDArray[np.bool_]

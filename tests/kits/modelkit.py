@@ -73,7 +73,7 @@ def build_model(folder: Path, texts: Path, *, seed: int = 0, outliers: bool = Tr
 def plant(model: Path, out: Path, weight: str, row: int | str, value: float) -> int:
     """A copy of a model with one value set in channel 5 of a row of a weight, given by number or by token; gives its number.
 
-    Of a weight that is a vector, the row is the channel.
+    In a weight that is a vector, the row is the channel.
     """
     shutil.copytree(model, out)
     if isinstance(row, str):

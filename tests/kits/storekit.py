@@ -51,7 +51,7 @@ POLICY = WindowPolicy(
     context=CONTEXT, bos=True, packing="packed", keep_special=False, bos_token_id=BOS, separator_token_id=SEPARATOR
 )
 MAX_WINDOWS = 1_000
-"""Of one part of one segment: keeps row ids apart, and those of two segments in the range of fp16."""
+"""Most windows in one part of one segment: row ids stay distinct, and those of two segments stay in the range of fp16."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Segment:
     tables: dict[str, NDArray[Any]]
     plans: dict[str, PartPlan]
     kept_positions: dict[str, list[Ints]]
-    """Of each window, in window order: the positions that are kept as rows."""
+    """The positions that are kept as rows, for each window in order."""
 
 
 def build_segment(spec: StoreSpec, index: int) -> Segment:

@@ -285,7 +285,7 @@ def test_the_ranks_rounds_are_each_chunk_once(n_chunks: int, chunks_per_round: i
 
 @given(**round_shapes)
 def test_no_rank_has_more_than_one_chunk_more_than_another(n_chunks: int, chunks_per_round: int, n_ranks: int) -> None:
-    """Of an epoch, and of each round."""
+    """The claim holds for an epoch and for each round."""
     ranks = chunks_of_ranks(n_chunks, chunks_per_round, n_ranks)
     for counts in ([sum(map(len, found)) for found in ranks], *zip(*[map(len, found) for found in ranks], strict=True)):
         assert max(counts) - min(counts) <= 1

@@ -23,7 +23,7 @@ from pipelines.models.forward import logits
 
 ERRORS = ("keep", "drop")
 BATCH_POSITIONS = 4096
-"""Of one forward pass: edits are run as many at a time as fit."""
+"""Most positions in one forward pass; a pass runs as many edits as fit."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ AT = ("fired", "all", "last")
 DRAWS = 1024
 """Firings of a feature that a resampled value is drawn from."""
 PURPOSE = 62
-"""Of the random words that values are drawn by."""
+"""Purpose of the random words by which values are drawn."""
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,8 @@ def stream_parts(model: nn.Module, run: Trace, position: int = -1, *, by_head: b
 def feature_parts(model: nn.Module, run: Trace, site: Site, sae: Sae, position: int = -1, *, by_head: bool = True) -> Parts:
     """The same, with what the SAE reads in place of the parts that it is the sum of.
 
-    x = Σ code_f · W_dec,f + b_dec + error, a part for each active feature, one for b_dec and one for the error. Of a
-    residual site x is everything written before it; of `attn_out` or `mlp_out` that layer's attention or MLP. Raises
+    x = Σ code_f · W_dec,f + b_dec + error, a part for each active feature, one for b_dec and one for the error. At a
+    residual site x is everything written before the site; at `attn_out` or `mlp_out`, that layer's attention or MLP. Raises
     InputError for a site whose values are no directions of the stream.
     """
     kind = kind_of(site.name)
@@ -184,8 +184,8 @@ def attribute_logit(
 def top_movers(
     model: nn.Module, run: Trace, parts: Parts, k: int, position: int = -1
 ) -> list[tuple[str, list[tuple[int, float]], list[tuple[int, float]]]]:
-    """Of each part, and of the final norm's bias: the k tokens whose vocabulary-centred logit it raises most, and lowers
-    most, with by how much."""
+    """For each part, and for the final norm's bias: the k tokens whose vocabulary-centred logit the part raises most, and
+    lowers most, each with the change."""
     own = normed(model, run, parts, position)
     weight = unembedding(model).double()
     movers = []
