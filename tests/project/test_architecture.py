@@ -69,6 +69,16 @@ def test_no_files_import_each_other_in_a_circle() -> None:
     assert circle({name: others for name, others in GRAPH.items() if name != START}) == []
 
 
+def test_the_name_of_a_class_means_one_thing() -> None:
+    owners: dict[str, list[str]] = {}
+    for module, path in modules(ROOT).items():
+        if top(module) != "benchmarks":
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            for name in [node.name for node in tree.body if isinstance(node, ast.ClassDef)]:
+                owners.setdefault(name, []).append(module)
+    assert {name: where for name, where in owners.items() if len(where) > 1} == {}
+
+
 def test_the_house_stays_small() -> None:
     assert len(ROOMS) <= MOST_ROOMS
     assert max(floors(ROOMS).values()) <= MOST_FLOORS

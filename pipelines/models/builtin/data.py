@@ -28,7 +28,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
-class Document:
+class SourceModule:
     """One module: its name, split and text, the SHA-256 of its bytes and its length in UTF-8 bytes."""
 
     name: str
@@ -45,17 +45,17 @@ def split_of(package: str) -> str:
     return "dev" if package in DEV_PACKAGES else "train"
 
 
-def read_document(file: StdlibFile, split: str | None = None) -> Document:
+def read_document(file: StdlibFile, split: str | None = None) -> SourceModule:
     """The module as a document. Every source file of the standard library is UTF-8."""
     content = file.path.read_bytes()
     text = content.decode("utf-8")
     digest = hashlib.sha256(content).hexdigest()
-    return Document(file.name, split or split_of(file.package), text, digest, len(content))
+    return SourceModule(file.name, split or split_of(file.package), text, digest, len(content))
 
 
-def read_documents(splits: Iterable[str] = SPLITS) -> dict[str, list[Document]]:
+def read_documents(splits: Iterable[str] = SPLITS) -> dict[str, list[SourceModule]]:
     """The running Python's modules by split, each split sorted by module name."""
-    documents: dict[str, list[Document]] = {split: [] for split in splits}
+    documents: dict[str, list[SourceModule]] = {split: [] for split in splits}
     for file in stdlib_files():
         split = split_of(file.package)
         if split in documents:
@@ -63,7 +63,7 @@ def read_documents(splits: Iterable[str] = SPLITS) -> dict[str, list[Document]]:
     return documents
 
 
-def data_record(documents: dict[str, list[Document]]) -> dict:
+def data_record(documents: dict[str, list[SourceModule]]) -> dict:
     """The content of `data.json`: the Python version and, for each split, module name -> SHA-256 of its bytes."""
     record: dict = {"python_version": platform.python_version()}
     for split, members in documents.items():
@@ -80,7 +80,7 @@ class PinnedDocuments:
     """
 
     python_version: str
-    documents: dict[str, list[Document]]
+    documents: dict[str, list[SourceModule]]
     changed: tuple[str, ...]
     missing: tuple[str, ...]
 
@@ -103,7 +103,7 @@ def read_pinned(data_json: Path) -> PinnedDocuments:
         raise FileNotFoundError(f"{data_json} does not exist; python -m pipelines.models.builtin.train makes it")
     record = json.loads(data_json.read_text(encoding="utf-8"))
     present = {file.name: file for file in stdlib_files()}
-    documents: dict[str, list[Document]] = {split: [] for split in SPLITS}
+    documents: dict[str, list[SourceModule]] = {split: [] for split in SPLITS}
     changed, missing = [], []
     for split in SPLITS:
         for name, sha256 in record[split].items():
@@ -117,7 +117,7 @@ def read_pinned(data_json: Path) -> PinnedDocuments:
     return PinnedDocuments(record["python_version"], documents, tuple(changed), tuple(missing))
 
 
-def encode_documents(tokenizer: Tokenizer, documents: list[Document]) -> list[np.ndarray]:
+def encode_documents(tokenizer: Tokenizer, documents: list[SourceModule]) -> list[np.ndarray]:
     """Token ids of each document, int64 (n_tokens,), beginning with `<|endoftext|>`."""
     end_of_text = tokenizer.token_to_id(END_OF_TEXT)
     encodings = tokenizer.encode_batch([document.text for document in documents], add_special_tokens=False)
