@@ -18,7 +18,7 @@ CONNECT_TIMEOUT_S = 10
 WORKERS_TIMEOUT_S = 30
 NO_WORKERS_S = 60
 QUIET = {
-    "distributed.worker.profile.enabled": False,  # a worker keeps the profile of every second it has run in memory
+    "distributed.worker.profile.enabled": False,  # profiles of every second pile up in memory
     "distributed.admin.tick.interval": "500ms",
     "distributed.admin.system-monitor.interval": "2s",
     "distributed.worker.memory.monitor-interval": "500ms",
