@@ -57,7 +57,8 @@ class SegmentLabels:
 
 @dataclass(frozen=True)
 class LabelTable:
-    """Names of labels, and where they hold in each segment; `left_out` counts labelled documents that are not there."""
+    """Names of labels, and where they hold in each segment; `left_out` counts labelled documents that the store does not
+    have."""
 
     names: tuple[str, ...]
     segments: tuple[SegmentLabels, ...]

@@ -1,4 +1,4 @@
-"""Linear probes of labelled concepts over a store's rows, and absorption: which features stand in for the main ones.
+"""Linear probes of labelled concepts over a store's rows, and absorption: the features that fire in place of the main ones.
 
 The passes over shards; what is counted in them is `absorption.py`. Probes are fitted and their thresholds chosen
 on one half of the documents, everything else is of the other.
@@ -56,7 +56,7 @@ def find_absorption(
 
 
 def shard_sums(rows: ScoredUnits, shard: Shard, labels: SegmentLabels) -> ProbeSums:
-    """What probes are made of, over a shard's rows of half 0. Runs on a worker."""
+    """The sums for fitting probes, over a shard's rows of half 0. Runs on a worker."""
     store = rows.open()
     holds, half = shard_labels(store, shard, labels)
     mine = np.flatnonzero(~half)

@@ -1,4 +1,4 @@
-"""How well units (features, neurons, raw dimensions) follow rules about tokens: counts that merge, and what they show.
+"""How well units (features, neurons, raw dimensions) follow rules about tokens: counts that merge, and scores from them.
 
 Three kinds of rules: what the token is (the token ` self`), what comes before it (the token after ` def`), and a label of
 its place in the text (inside a docstring). Whatever is chosen (a rule, a unit, a threshold) is chosen on one half of the

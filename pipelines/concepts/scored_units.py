@@ -1,4 +1,4 @@
-"""What is scored against rules: the features of a code store, or the dimensions of a site of an activation store.
+"""The units that are scored against rules: features of a code store, or dimensions of a site of an activation store.
 
 A unit is one feature, one dimension in one of its signs, or one neuron. It fires where its value exceeds a threshold, of
 which each unit has a few candidates: shares of a feature's peak, quantiles of a dimension, taken on the choosing half.

@@ -1,4 +1,4 @@
-"""In: both halves judged. Out: structures chosen on the first half, with what the second half says of each."""
+"""In: the verdicts of both halves. Out: structures chosen on the first half, each with its figures on the second half."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIN_AGREEMENT = 0.6
 """Adjusted Rand index that partitions must reach, between the halves and between seeds, to be reported."""
 MIN_Z = 3.0
 CONDITIONAL, REVERSE = 0.9, 0.7
-"""a implies b where P(b | a) is at least the one and P(a | b) below the other."""
+"""a implies b where P(b | a) is at least the first and P(a | b) is below the second."""
 DUPLICATE_JACCARD, DUPLICATE_COSINE = 0.5, 0.7
 N_SEEDS = 20
 LADDER = (1.0, 1.5, 2.5, 5.0, 10.0)
@@ -67,7 +67,7 @@ def pair_groups(found: Communities, pairs: Pairs) -> NDArray[np.int64]:
 
 
 def number_on(groupings: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """(groupings, P) the same groups, each grouping's numbered on from where the one before ended.
+    """(groupings, P) the same groups, numbered through: a grouping's numbers begin where those of the grouping before end.
 
     >>> number_on([np.array([0, 1, -1]), np.array([0, -1, 0])])
     array([[ 0,  1, -1],

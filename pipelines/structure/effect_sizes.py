@@ -1,4 +1,4 @@
-"""How large is it? Effect sizes of chosen pairs on one half, each with an interval over resampled documents."""
+"""Effect sizes of chosen pairs on one half, each with an interval over resampled documents."""
 
 from __future__ import annotations
 

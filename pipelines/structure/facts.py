@@ -19,13 +19,13 @@ from pipelines.structure.sample import Sample
 from pipelines.structure.significance import independence_fit, judge
 
 MAX_PAIRS = 50_000
-"""The most certain chosen pairs, so many of either kind, are written with effect sizes and intervals."""
+"""Pairs of either kind, the most certain ones, that are written with effect sizes and intervals."""
 N_SHOWN = 10
 
 
 @dataclass(frozen=True)
 class Sought:
-    """Everything that the halves gave: the pairs, both halves' verdicts, further draws, the communities of each level."""
+    """What both halves gave: pairs, verdicts, further draws, the communities of each level."""
 
     min_lift: float
     seed: int
@@ -38,7 +38,7 @@ class Sought:
     found: list[Communities]
     """The first half's communities at each level of the ladder."""
     groups: NDArray[np.int64]
-    """(levels, P) the community of each pair, numbered on from level to level."""
+    """(levels, P) the community of each pair, numbered through all levels."""
     cosines: NDArray[np.float32] | None
     naming: Naming
 
@@ -105,7 +105,8 @@ def _pair_columns(s: Sought, chosen: choose.Chosen) -> dict[str, NDArray]:
 
 
 def _distinct(table: dict[str, NDArray]) -> list[int]:
-    """The replicated pairs most certain on the first half, no feature twice: otherwise one hub would fill the list."""
+    """The replicated pairs that are most certain on the first half. No feature is listed twice, so that one hub cannot fill
+    the list."""
     used: set[int] = set()
     found: list[int] = []
     for i in np.argsort(-np.abs(table["z_1"]), kind="stable").tolist():
@@ -186,7 +187,7 @@ def _listed(
 
 
 def implications_facts(s: Sought) -> dict[str, Any]:
-    """Every direct implication that was called, the most certain first, with what the second half says of it."""
+    """Every direct implication that was called, the most certain first, with its figures on the second half."""
     found, n_indirect = choose.find_implications(s.first, s.pairs, s.min_lift)
     chosen, share = choose.confirm_implications(found, s.first, s.second)
     listed: list[dict[str, Any]] = []

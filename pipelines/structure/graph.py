@@ -1,4 +1,4 @@
-"""Communities of a graph of features, how modular it is, and how alike two ways of grouping are."""
+"""Communities of a graph of features, its modularity, and the agreement of two groupings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MIN_MEMBERS = 3
 def adjacency(left: NDArray, right: NDArray, weights: NDArray, n_nodes: int) -> sp.csr_matrix:
     """(n, n) symmetric matrix of a list of weighted edges; scikit-network takes a matrix, not an array.
 
-    An edge of weight 0 is none: the strongest pairs of a draw may be some that are never together.
+    An edge of weight 0 is left out: among the strongest pairs of a draw may be pairs that are never together.
     """
     ends, others = np.r_[left, right], np.r_[right, left]
     graph = sp.csr_matrix((np.r_[weights, weights].astype(np.float64), (ends, others)), shape=(n_nodes, n_nodes))
@@ -41,7 +41,8 @@ def partition(graph: sp.csr_matrix, seed: int) -> NDArray[np.int64]:
 
 
 def modularity(graph: sp.csr_matrix, labels: NDArray[np.int64]) -> float:
-    """Newman's modularity: the share of weight inside groups, less what degrees alone would give; 0 without edges."""
+    """Newman's modularity: the share of the weight inside groups, minus the share that the degrees alone give; 0 without
+    edges."""
     degrees = np.asarray(graph.sum(axis=1)).ravel()
     total = float(degrees.sum())
     if not total:
@@ -103,9 +104,8 @@ def communities(graph: sp.csr_matrix, seed: int, n_seeds: int) -> Communities:
 def direct_only(source: NDArray[np.int64], target: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Which arrows do not follow from two others: a -> c is dropped where a -> b -> c for some b.
 
-    Two features that imply each other are kept from cancelling out every other arrow: b must be neither a nor c, and not
-    imply a or be implied by c.
-    """
+    Features that imply each other must not remove each other's arrows: b is neither a nor c, b does not imply a, and c does
+    not imply b."""
     arrows = set(zip(source.tolist(), target.tolist(), strict=True))
     after: dict[int, set[int]] = {}
     for a, b in arrows:

@@ -1,4 +1,4 @@
-"""Features by name, and the places in the text where several of them fire: what a reader checks a structure with."""
+"""Names of features, and places in the text where several features fire, by which a reader can check a structure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipelines.structure.sample import Sample
 from pipelines.text.tokens import TextCodec
 
 MIN_F1 = 0.5
-"""A feature is called by its rule where that is at least so good; else by its most frequent tokens."""
+"""Least F1 of the rule that names a feature; below, its most frequent tokens name it."""
 BEFORE, AFTER = 16, 4
 N_CONTEXTS = 3
 
@@ -28,7 +28,7 @@ class Naming:
 
     @cached_property
     def _rules(self) -> dict[int, str]:
-        """The rule of each feature that has a good one."""
+        """The rule of each feature that has a rule of at least this F1."""
         return {finding["feature"]: finding["rule"] for finding in self.analysis.findings if finding["f1"] >= MIN_F1}
 
     def name(self, feature: int) -> str:

@@ -1,4 +1,4 @@
-"""What co-firings look like when there is nothing to find: tables of codes with the same margins, drawn at random.
+"""The null of co-firing: tables of codes with the same margins, drawn at random.
 
 A draw keeps how often each feature fires in each block (a document, or a stretch of a long one) and how many features
 each row has. Everything else is forgotten: which rows of a block a feature fires in, and so their order, tokens and
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SWEEPS = 10
-"""Trades of every row in a draw: a thousandth of an observed excess is left in the null's mean."""
+"""Trades of every row in a draw. After them a thousandth of an observed excess is left in the null's mean."""
 CHUNK_PAIRS = 8192
 DENSE_COUNT_BYTES = TILE_BYTES = 256 << 20
 KEYS_AT_ONCE = 8 << 20
@@ -54,7 +54,7 @@ class CodeTable:
 
     @cached_property
     def left_places(self) -> NDArray[np.int64]:
-        """Rows that, in an order which keeps blocks together, trade with the row after them."""
+        """The rows that trade with the next row, in an order that keeps blocks together."""
         starts = np.flatnonzero(np.r_[True, np.diff(self.blocks) != 0])
         lengths = np.diff(np.r_[starts, self.n_rows])
         within = np.arange(self.n_rows) - np.repeat(starts, lengths)
@@ -94,7 +94,7 @@ def _trade(
     n_features: int,
     rng: np.random.Generator,
 ) -> None:
-    """Deal again, in place, what only one row of each pair has.
+    """Deal the features that only one row of a pair has again, in place.
 
     Each pair's entries get a key, the `width` smallest go to the first row: what both rows have and what is empty are fixed
     to their side by the smallest and the largest key, the others have random keys in between. So rows keep their numbers.

@@ -43,7 +43,7 @@ class DrawRound:
 
 @dataclass(frozen=True)
 class Observed:
-    """One half: what was counted, what the null says of it, and the verdicts; of groups of pairs, the sums."""
+    """One half: counts, their moments under the null, verdicts, and the sums of groups of pairs."""
 
     table: CodeTable
     counts: NDArray[np.int64]
@@ -64,7 +64,7 @@ def group_sums(counts: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[
 def observe(
     client: Any, label: str, table: CodeTable, pairs: Pairs, key: tuple[int, ...], n_draws: int, groups: NDArray[np.int64]
 ) -> Observed:
-    """Count the pairs in a half's table and in `n_draws` draws of its null, and judge the one by the others."""
+    """Count the pairs in a half's table and in `n_draws` draws of its null, and judge the counts by the draws."""
     shared = share(client, (table, pairs, groups))
     tasks = [(shared, key, first, min(first + DRAWS_A_TASK, n_draws)) for first in range(0, n_draws, DRAWS_A_TASK)]
     found: DrawRound = reduce_tasks(client, label, draw_some, DrawRound.merge, tasks)
@@ -85,7 +85,7 @@ def draw_some(shared: tuple[CodeTable, Pairs, NDArray[np.int64]], key: tuple[int
 
 @dataclass(frozen=True)
 class NullDraw:
-    """What one more draw of the null looks like when it is judged as the observed table was."""
+    """One more draw of the null, judged as the observed table was."""
 
     called: int
     edges: tuple[int, ...]

@@ -24,7 +24,8 @@ from pipelines.text.tokens import document_half
 
 MIN_DOCUMENTS = 4
 DOCUMENT_SHARE = 32
-"""A document gives at most one row in so many of its half's, its first ones, so that no few documents are the sample."""
+"""Take at most this fraction of a half's rows from one document, the first ones, so that a few long documents cannot
+dominate."""
 
 
 @dataclass(frozen=True)

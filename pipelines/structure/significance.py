@@ -50,8 +50,8 @@ class NullFit:
 def fit_null(moments: DrawMoments, prior_variance: NDArray[np.float64]) -> NullFit:
     """Mean over the draws; variance over them, shrunk towards a multiple of `prior_variance`.
 
-    A hundred draws know a variance to 14 %, which is too little for p-values of 1e-8. So the ratios of the drawn variances
-    to the prior ones are taken to have a scaled inverse chi-square law, whose scale and degrees of freedom are
+    A hundred draws determine a variance to 14 %, which is too coarse for p-values of 1e-8. The ratios of the drawn variances
+    to the prior ones are therefore taken to have a scaled inverse chi-square law, whose scale and degrees of freedom are
     fitted to all of them at once (Smyth 2004, doi:10.2202/1544-6115.1027), and each variance is their weighted mean.
     """
     mean, variance = moments.finalize()

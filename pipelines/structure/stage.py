@@ -32,7 +32,7 @@ from pipelines.text.tokens import store_tokenizer
 STRUCTURE_VERSION = 1
 RECORD, PAGE, COMMUNITIES = "structure.json", "findings.md", "communities.parquet"
 NULL_DRAWS = 20
-"""Further draws that are judged as if they were observed."""
+"""Further draws, each judged as if it were observed."""
 MIN_DRAWS = 20
 MAX_ROWS = 1 << 24
 """A draw packs the number of a block, of which there may be as many as rows, into 24 bits."""
@@ -66,7 +66,7 @@ class StructureConfig:
 
     @property
     def folder(self) -> Path:
-        """Where the result goes: into the analysis, unless said otherwise."""
+        """The folder of the result, by default inside the analysis."""
         if self.out is not None:
             return self.out
         if "://" in str(self.analysis):

@@ -100,7 +100,8 @@ class Ablations:
 
 @torch.no_grad()
 def read_prompt(spliced: Spliced, prompt: Prompt, features: list[int] | None = None) -> Read:
-    """Run a prompt up to the SAE's site and encode its rows; by default all features that fire in it are told of.
+    """Run a prompt up to the SAE's site and encode its rows; by default the result names all features that fire in the
+    prompt.
 
     Raises InputError for a feature that the SAE has not, and for a prompt of which no position is a row.
     """
@@ -168,9 +169,8 @@ def _run_all(
     """Edits of `base` (position, d_model): the stream after the last block at the last position (n, d_model), and
     divergences (n, position) from the unedited predictions and, if given, from those of the stream `against`.
 
-    Every batch has one shape, its end filled with rows that are not edited; where an edited row ends as in the unedited
-    run of that shape, it ends as in `unedited` (position, d_model).
-    """
+    Every batch has one shape; unedited rows fill its end. Where an edited row ends with the bits of the unedited run of that
+    shape, its result is `unedited` (position, d_model)."""
     n = min(len(edits), max(1, BATCH_POSITIONS // len(base)))
     model = read.spliced.lm.model
     clean = finish(model, read.cut, base.repeat(n, 1, 1))

@@ -117,7 +117,7 @@ def _effect(read: Read, found: Ablations, i: int) -> dict[str, Any]:
 
 
 def _values(config: AblateConfig, spliced: Spliced, read: Read, features: list[int]) -> tuple[list[float], str]:
-    """What each feature is set to, and in words where that comes from."""
+    """The value that each feature is set to, and the value's source in words."""
     if config.set_to == "zero":
         return [0.0] * len(features), "0"
     if config.set_to == "mean":
@@ -143,8 +143,7 @@ def _drawn(config: AblateConfig, spliced: Spliced, features: list[int]) -> tuple
 
 
 def drawn_value(firings: DrawnFirings, share: float) -> float:
-    """The value of one firing of a feature, each as likely by its weight, so that windows of many firings count as such;
-    `share` in [0, 1) says which."""
+    """The value of one firing of a feature, drawn in proportion to the firings' weights by `share` in [0, 1)."""
     up_to = np.cumsum(firings.weight)
     return float(firings.value[min(int(np.searchsorted(up_to, share * up_to[-1], side="right")), len(firings) - 1)])
 

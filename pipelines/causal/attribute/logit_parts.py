@@ -28,7 +28,7 @@ HEAD_BIAS = "head_bias"
 
 @dataclass(frozen=True)
 class Parts:
-    """What the residual stream before the final norm is the sum of, at one position.
+    """The parts that sum to the residual stream before the final norm, at one position.
 
     `names` (n,); `writers` (n,): what wrote a part, `embedding`, `attention` or `mlp`, or what an SAE reads of them;
     `layers` (n,): the block that wrote a part, -1 for the embeddings; `vectors` (n, d_model) float64. A head's part is
@@ -96,7 +96,7 @@ def stream_parts(model: nn.Module, run: Trace, position: int = -1, *, by_head: b
 
 @torch.no_grad()
 def feature_parts(model: nn.Module, run: Trace, site: Site, sae: Sae, position: int = -1, *, by_head: bool = True) -> Parts:
-    """The same, with what the SAE reads in place of the parts that it is the sum of.
+    """The same parts, but what the SAE reads is split into its features instead.
 
     x = Σ code_f · W_dec,f + b_dec + error, a part for each active feature, one for b_dec and one for the error. At a
     residual site x is everything written before the site; at `attn_out` or `mlp_out`, that layer's attention or MLP. Raises

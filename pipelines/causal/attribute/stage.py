@@ -53,9 +53,8 @@ class AttributeConfig:
 def attribute(config: AttributeConfig) -> dict[str, Any]:
     """Run the text once, split the residual stream at a position, and give each part's share of the target's logit.
 
-    With a run, what its SAE reads is split into its active features, its bias and its error. The target is by default the
-    token that the model finds most likely. Raises InputError for a text, token, position, run or model that will not do.
-    """
+    With a run, what its SAE reads is split into its active features, its bias and its error. The default target is the
+    model's most likely token. Raises InputError for a text, token, position, run or model that cannot be used."""
     lm, spliced = open_either(config.run, config.store, config.model, config.device)
     if spliced is not None:
         require_patched(lm.model, spliced.site)

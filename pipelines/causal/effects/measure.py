@@ -31,7 +31,7 @@ from pipelines.models.forward import logits
 BATCH_POSITIONS = 4096
 """Positions of the clean texts in one forward pass, and of whole edited texts."""
 BLOCK_FIRINGS = 16384
-"""After about so many firings what was measured is published."""
+"""Firings between two publications of what was measured, about."""
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Measured:
 
 
 def measured_bytes(n_firings: int, n_features: int, n_vocabulary: int) -> int:
-    """What `Measured.save` writes of so many, in one batch or several, with room for their headers.
+    """Bytes that `Measured.save` writes, in one batch or several, headers included.
 
     >>> measured_bytes(64_000, 1_000, 50_257) // 10**6
     202
@@ -80,7 +80,7 @@ def measured_bytes(n_firings: int, n_features: int, n_vocabulary: int) -> int:
 def measure(
     spliced: Spliced, codes: CodeStore, firings: DrawnFirings, so_far: Measured, how: str, commit: Any = None
 ) -> Iterator[int]:
-    """Fill in what has not been measured of a batch of features' firings; gives how many were after each pass.
+    """Measure the remaining firings of a batch of features; yields the number measured after each pass.
 
     Windows go in the order of the store, as many at a time as fit. `commit` is called after about `BLOCK_FIRINGS`.
     """
@@ -208,7 +208,7 @@ def firing_texts(codes: CodeStore, own: DrawnFirings) -> tuple[NDArray[np.int64]
 
 
 def window_passes(firings: DrawnFirings, rest: NDArray[np.int64], n_texts: int) -> Iterator[NDArray[np.int64]]:
-    """Firings by their numbers `rest`, sorted by window: those of `n_texts` windows at a time, no window cut."""
+    """Numbers of firings from `rest`, which is sorted by window: those of `n_texts` whole windows at a time."""
     if not len(rest):
         return
     new = np.r_[True, (np.diff(firings.window[rest]) != 0) | (np.diff(firings.segment[rest]) != 0)]

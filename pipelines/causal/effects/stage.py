@@ -41,7 +41,7 @@ from pipelines.shared.progress import track
 MEASURES = ("firing", "later")
 PLAN, PARTS = "plan.json", "parts"
 SUMS_BYTES = 1 << 28
-"""A batch of features has sums over the vocabulary of at most so many bytes."""
+"""Most bytes for a batch of features' sums over the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,8 @@ def _measured(
 def _draw(config: EffectsConfig, codes: CodeStore) -> DrawnFirings:
     """The firings that are measured. Raises InputError when no feature asked for fires.
 
-    Features that are named may be drawn from the feature index. The most frequent ones are drawn as all features are: which
-    they are follows from all firings, and which firing a window gives from its place among those.
-    """
+    Features that are named may be drawn from the feature index. The most frequent features are drawn by a scan of all codes,
+    since the draw depends on the firings of all features."""
     wanted = np.array(config.features, np.int64) if config.features else None
     firings = draw_firings(codes, wanted, config.firings, config.seed)
     if config.top:

@@ -24,7 +24,7 @@ ANALYSED = ("density", "band", "peak", "tokens")
 N_TOKENS = 5
 LISTED = 20
 MIN_FIRINGS = 20
-"""Features with fewer measured firings are in no list."""
+"""Least measured firings of a feature in a list."""
 
 
 class Measurement(Protocol):
@@ -115,7 +115,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 
 
 def measured_only(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows without what an analysis was joined to them of: what `publish_table` was given."""
+    """The rows as `publish_table` got them, without the columns of an analysis."""
     return [{name: value for name, value in row.items() if name not in ANALYSED} for row in rows]
 
 

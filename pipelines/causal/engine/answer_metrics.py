@@ -17,7 +17,7 @@ Figure = Callable[[Tensor], Tensor]
 """Logits (…, vocabulary) to one figure each (…)."""
 METRICS = ("logit_difference", "log_probability", "probability", "kl")
 MIN_DIFFERENCE = 0.1
-"""Between the logit differences of two runs: a smaller one is not divided by."""
+"""Least difference between the logit differences of two runs that is divided by."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from pipelines.text.windows import Windows
 
 SORTS = ("kurtosis", "skew", "peak", "id")
 BLOCK_WEIGHTS = 1 << 25
-"""Logit weights that are held at a time: 0.27 GB in float64."""
+"""Logit weights in memory at a time: 0.27 GB in float64."""
 DIRECT = "direct path only"
 
 

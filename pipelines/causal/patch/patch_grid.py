@@ -181,7 +181,7 @@ def dense_codes(sae: Sae, x: Tensor, kept: Tensor) -> Tensor:
 
 
 def n_heads_at(model: nn.Module, site: Site) -> int:
-    """Into how many heads a site's values are cut; 1 where they are one whole."""
+    """The number of heads that a site's values are cut into; 1 for a site without heads."""
     return family_of(model).n_heads(model) if kind_of(site.name).has_heads else 1
 
 

@@ -45,7 +45,7 @@ from pipelines.shared.visible_text import visible
 FEATURES = "features"
 METHODS = ("exact", "attribution")
 KL_STEPS = 16
-"""Of integrated gradients, where a plain gradient of KL is zero and no number is asked for."""
+"""Steps of integrated gradients for KL, whose plain gradient is zero, where no number is asked for."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,9 @@ class Task:
 def patch(config: PatchConfig) -> dict[str, Any]:
     """Patch every place of a site, and give the grid of figures; with `out` also a picture.
 
-    Without a corrupt text the features are ablated (their codes set to 0). Of features, those are shown whose estimated
-    effects are largest. The answers are by default what the two runs find most likely. Raises InputError for texts of
-    unequal length, answers that the runs do not tell apart, and whatever else will not do.
-    """
+    Without a corrupt text the features are ablated (their codes set to 0). Features are shown by falling estimated effect.
+    The default answers are the most likely tokens of the two runs. Raises InputError for texts of unequal length, and for
+    answers that the runs do not tell apart."""
     lm, spliced = open_either(config.run, config.store, config.model, config.device)
     if spliced is not None:
         require_patched(lm.model, spliced.site)
@@ -284,7 +283,7 @@ def _agreement(config: PatchConfig, task: Task, grid: Grid) -> dict[str, Any]:
 
 
 def patch_lines(result: dict[str, Any]) -> list[str]:
-    """What was patched into what, the heat map, and what to know of it."""
+    """The direction of the patch, the heat map, and notes on both."""
     answers = f"answer {visible(result['target'])!r}"
     if result["against"] is not None:
         answers += f" against {visible(result['against'])!r}"
