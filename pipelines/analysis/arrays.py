@@ -19,7 +19,7 @@ from actstore.place import Place
 
 CHUNK_ENTRIES, OBJECT_CHUNKS = 1 << 16, 64
 LOADED_ENTRIES = 1 << 25
-"""A table of at most so many entries, about 400 MB, is read whole when most of its rows will be looked at."""
+"""Most entries of a table that is read whole when most of its rows are needed: about 400 MB."""
 
 
 def open_arrays(place: Place, mode: Any) -> zarr.Group:
@@ -37,7 +37,7 @@ def open_arrays(place: Place, mode: Any) -> zarr.Group:
 
 
 def create_arrays(url: str, group: str, arrays: dict[str, NDArray[Any]], chunk_bytes: int = 0) -> None:
-    """Write whole arrays below a group of the analysis at `url`, over any that were there.
+    """Write whole arrays below a group of the analysis at `url`; arrays of the same names are replaced.
 
     Long columns are cut into chunks of 65,536 entries, which lie 64 in an object; others by rows, at most `chunk_bytes` a
     chunk when given.
@@ -68,7 +68,7 @@ def _create_array(root: zarr.Group, name: str, shape: tuple[int, ...], dtype: An
 class ColumnWriter:
     """Long columns of the same, known length, written piece by piece, in order; holds at most one object's entries.
 
-    What comes out is what `create_arrays` writes of the whole columns.
+    The bytes on disk are those that `create_arrays` writes for the whole columns.
     """
 
     def __init__(self, url: str, group: str, dtypes: dict[str, Any], n_entries: int):
@@ -110,7 +110,7 @@ class SparseRows:
         self._in_memory = False
 
     def load(self) -> None:
-        """Read a tile whole when it is first looked at, unless the table is larger than `LOADED_ENTRIES`."""
+        """Read each tile whole at its first use, unless the table has more than LOADED_ENTRIES entries."""
         shapes = [self._root[f"{self._group}/tiles/{tile:06d}/columns"].shape[0] for tile in range(self.n_tiles)]  # type: ignore[union-attr]
         if sum(shapes) <= LOADED_ENTRIES and not self._in_memory:
             self._in_memory = True
@@ -135,7 +135,8 @@ class SparseRows:
         return np.asarray(arrays["columns"][first:last]).astype(np.int64), np.asarray(arrays[name][first:last])
 
     def column(self, column: int, name: str = "count") -> tuple[NDArray[np.int64], NDArray[Any]]:
-        """(rows, values) of one column, rows rising: a scan of the column numbers, and of what belongs to them alone."""
+        """(rows, values) of one column, rows rising: scans the column numbers, and reads only the values that belong to the
+        column."""
         rows, values = [], []
         for tile in range(self.n_tiles):
             starts, arrays = self._tile(tile)

@@ -71,7 +71,8 @@ def features_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def feature_card(analysis: Analysis, feature: int, examples: str = "top") -> dict[str, Any]:
-    """Everything an analysis knows of one feature; `examples` of a kind. Raises InputError for an id that is not there."""
+    """All that an analysis holds of one feature, with one kind of `examples`. Raises InputError for an id that is not a
+    feature's."""
     if examples not in EXAMPLE_KINDS:
         raise InputError(f"examples {examples!r}: choose one of {', '.join(EXAMPLE_KINDS)}.")
     analysis.require_feature(feature)

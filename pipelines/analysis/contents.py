@@ -1,4 +1,4 @@
-"""What lies in an analysis: its arrays and tables, by statistic and under the names that are asked for most."""
+"""The arrays and tables of an analysis, by statistic and under short names."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class AnalysisContents:
 
     @cached_property
     def extent(self) -> Extent:
-        """How many there are of everything that was counted; 0 of what the analysis has no count of rows for."""
+        """The numbers of features, tokens, positions, documents and parts; 0 where the analysis has no count of rows."""
         n_vocabulary, context, n_documents, n_parts = (
             self._root[f"rows/{name}"].shape[0] if f"rows/{name}" in self._root else 0  # type: ignore[union-attr]
             for name in ("tokens", "positions", "documents", "parts")
@@ -47,7 +47,7 @@ class AnalysisContents:
         return Extent(self.n_features, self.record["k"], n_vocabulary, context, n_documents, n_parts)
 
     def arrays_of(self, statistic: str) -> Arrays:
-        """What a registered statistic wrote whole, by full name.
+        """The arrays that a registered statistic wrote whole, by full name.
 
         Raises InputError for a name that no statistic has, or when the analysis was made without that statistic.
         """

@@ -1,8 +1,7 @@
 """An analysis on disk, opened for looking: features, their tokens, their examples, their partners.
 
-It lies in a folder or at a prefix of a bucket; docs/ANALYSIS.md says what is in it. What belongs to one feature is read
-alone: two short reads of each array.
-"""
+An analysis lies in a folder or at a prefix of a bucket; docs/ANALYSIS.md lists its contents. One feature takes two short
+reads of each array."""
 
 from __future__ import annotations
 
@@ -83,7 +82,7 @@ class Analysis(AnalysisContents):
         self._loaded: dict[str, NDArray[Any]] = {}
 
     def preload(self) -> dict[str, NDArray[Any]]:
-        """Read at once what most features' cards show; gives the arrays of `examples`."""
+        """Read the arrays that most features' cards show; returns those of `examples`."""
         for table in (self.pairs, self.tokens):
             table.load()
         self._loaded = {name: self._get(f"examples/{name}") for name in ("value", "document", "tokens", "values")}
@@ -93,9 +92,8 @@ class Analysis(AnalysisContents):
     def findings(self) -> list[dict[str, Any]]:
         """The features that follow a rule, in the order of their file; none when no later stage has looked for any.
 
-        Each has feature, rule, precision, recall, f1 and threshold. Raises DamagedStore when the file is not what that
-        stage writes.
-        """
+        Each has feature, rule, precision, recall, f1 and threshold. Raises DamagedStore when the file is not of the form
+        that the later stage writes."""
         if not self.place.exists(FINDINGS):
             return []
         try:

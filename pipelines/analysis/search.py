@@ -12,7 +12,7 @@ from pipelines.analysis.reader import Analysis
 from pipelines.shared.visible_text import visible
 
 COMMON_WORDS = frozenset({"a", "after", "an", "and", "in", "is", "of", "or", "that", "the", "token"})
-"""Words of the language that rules are put in: they name nothing."""
+"""Words of the rules' own language, which name no concept."""
 
 
 def search(analysis: Analysis, text: str, top: int) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _rules(analysis: Analysis, text: str, top: int) -> list[dict[str, Any]]:
 
 
 def search_lines(answer: dict[str, Any]) -> list[str]:
-    """What was found, as tables."""
+    """The result as tables."""
     lines = ["tokens: " + " ".join(repr(visible(token["text"])) for token in answer["tokens"])]
     for result in answer["results"]:
         names = " or ".join(repr(visible(text)) for text in result["tokens"])

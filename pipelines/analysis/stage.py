@@ -86,7 +86,7 @@ class AnalyzeConfig:
 def analyze(config: AnalyzeConfig, client: Any = None) -> dict[str, Any]:
     """Survey every row of a code store and publish the analysis; returns its record.
 
-    What was interrupted is continued: finished tasks' results lie in OUT.partial until the end. `client` is a Dask client
+    An interrupted analysis is continued: finished tasks' results lie in OUT.partial until the end. `client` is a Dask client
     to use instead of the one the configuration asks for. Raises NotAStore, IncompleteStore, DamagedStore, OutputExists,
     NoSpace; nothing is published then.
     """
@@ -117,7 +117,7 @@ def _analyze(config: AnalyzeConfig, codes: CodeStore, work: Place, client: Any) 
 
 
 def _job(config: AnalyzeConfig, codes: CodeStore, work: Place) -> Job:
-    """What the tasks are told. A folder's result grows inside the work folder; a bucket's, in its place."""
+    """The job that every task gets. In a folder the result grows inside the work folder, in a bucket at its final place."""
     names = document_names(codes)
     extent = Extent(
         n_features=codes.n_features,
@@ -143,7 +143,7 @@ def _job(config: AnalyzeConfig, codes: CodeStore, work: Place) -> Job:
 
 
 def _merge_tables(job: Job, fires: NDArray[np.int64], shards: list[Shard], client: Any) -> Arrays:
-    """Write the tiled statistics' tables; gives what these say of all features, as STATISTIC/FACT."""
+    """Write the tiled statistics' tables; returns their facts of all features, named STATISTIC/FACT."""
     tiles = table_tiles(fires)
     tasks = [(job, i, start, stop, shards) for i, (start, stop) in enumerate(tiles)]
     said = run_tasks(client, "tables", merge_tables, tasks)
@@ -176,7 +176,7 @@ def _count_pairs(
     shards: list[Shard],
     client: Any,
 ) -> dict[str, Any]:
-    """Write the pairs tile by tile; gives what the record says of them."""
+    """Write the pairs tile by tile; returns the pairs' fields of the record."""
     of_documents = job.within == "document"
     most = n_documents if of_documents else fires
     n_total = int((document_rows > 0).sum()) if of_documents else int(document_rows.sum())

@@ -1,4 +1,4 @@
-"""How a code store's feature index is made: a sort of all firings that no memory has to hold, as Dask tasks.
+"""Making a code store's feature index: an external sort of all firings, as Dask tasks.
 
 First one task a shard sorts its firings and publishes them as runs, and tells every so-many-th key of each. From these
 samples follows between which places of the runs the entries of each object of the index must lie; then one task an
@@ -59,7 +59,7 @@ class SortedShard:
 
 @dataclass(frozen=True)
 class KeyForm:
-    """A firing as 64 bits: feature, the value's bits inverted (so that larger ones come first), row inside its run.
+    """A firing's key of 64 bits: feature, the value's bits inverted (so that larger ones come first), row inside its run.
 
     The bits of positive float32s, as integers, are in the order of the floats.
     """
@@ -84,7 +84,7 @@ class KeyForm:
         return key
 
     def key(self, packed: Keys) -> Keys:
-        """Without the row."""
+        """The keys without their row."""
         return packed >> np.uint64(self.row_bits)
 
     def row(self, packed: Keys) -> NDArray[np.int64]:
@@ -97,7 +97,7 @@ def value_of(key: Keys) -> NDArray[np.float32]:
 
 
 def has_index(codes: CodeStore) -> bool:
-    """Whether the index of exactly these codes is there, with every object as long as was committed."""
+    """Whether the index of exactly these codes exists, each object with the committed length."""
     try:
         record = read_index_record(codes)
     except DamagedStore:
@@ -109,10 +109,8 @@ def has_index(codes: CodeStore) -> bool:
 
 
 def build_index(codes: CodeStore, client: Any) -> None:
-    """Make the feature index of a finished code store, unless it is there. For who holds the store's lock.
-
-    What an earlier attempt left is removed first. Raises NoSpace, and DamagedStore when entries were changed on the way.
-    """
+    """Make the feature index of a finished code store, unless it is there. The caller holds the store's lock. Leftovers of
+    an earlier attempt are removed first. Raises NoSpace, and DamagedStore when entries were changed on the way."""
     place = codes.place
     for name in place.names(paths.INDEX_RUNS):
         place.remove(name)
@@ -147,12 +145,12 @@ def build_index(codes: CodeStore, client: Any) -> None:
 
 
 def index_bytes_of(n_entries: int) -> int:
-    """What an index takes while it is made: runs of 8 bytes an entry, and rows and values."""
+    """Bytes on disk while an index is made: runs of 8 bytes an entry, rows and values."""
     return n_entries * 16
 
 
 def samples_between(n_rows: int, run_rows: int) -> int:
-    """How many entries from one sample to the next, so that what is read beyond an object's own is a fraction of it."""
+    """Entries from one sample to the next, chosen so that a task reads little more than its object's own entries."""
     n_runs = -(-n_rows // run_rows)
     return max(LEAST_BETWEEN, min(MOST_BETWEEN, SHARD_ENTRIES // (4 * max(n_runs, 1))))
 

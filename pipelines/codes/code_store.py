@@ -49,6 +49,6 @@ def open_run_codes(codes: str, run_id: str, run: object, remedy: str = "pass the
 def open_codes(url: str, snapshot: str) -> CodeStore:
     """A finished code store, opened once a process: what a worker's tasks share.
 
-    Raises IdentityMismatch when what lies there, seen from this process, is another one than `snapshot` names.
+    Raises IdentityMismatch when this process sees another snapshot there than `snapshot`.
     """
     return CodeStore(url, snapshot=snapshot)

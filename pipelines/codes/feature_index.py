@@ -1,4 +1,4 @@
-"""The feature index of a code store: of each feature every firing, strongest first, as one contiguous read.
+"""The feature index of a code store: every firing of a feature, strongest first, in one contiguous read.
 
 Three arrays in the group `data.zarr/index`: `starts` (F + 1,), and entry by entry `rows` and `values`; the entries of
 feature f are [starts[f], starts[f + 1]), by falling value, ties by row. A row's number counts all rows of the
@@ -221,7 +221,7 @@ class FeatureIndex:
         return kept[first - first_chunk * size : last - first_chunk * size]
 
     def _chunks_of(self, name: str, shard: int) -> list[tuple[int, int]]:
-        """Where the chunks of an object lie, once it has been found to be as long as was committed."""
+        """Where the chunks of an object lie. The object's length is checked against the committed one first."""
         if (name, shard) not in self._chunks:
             committed, n_bytes = self.record["objects"][name]["bytes"], self.codes.place.n_bytes(name)
             if n_bytes != committed:
@@ -247,7 +247,7 @@ class FeatureIndex:
 
 
 def read_index_record(codes: CodeStore) -> dict[str, Any] | None:
-    """What a finished index says of itself; None where there is none."""
+    """The record of a finished index; None where there is no index."""
     try:
         data = codes.place.read(paths.INDEX_RECORD)
     except FileNotFoundError:

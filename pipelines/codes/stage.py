@@ -40,9 +40,8 @@ EXACT_KERNEL, FAST_KERNEL = "sparse-fp32", "sparse"
 class EncodeConfig:
     """What `encode` is asked for; the names are the command's options.
 
-    `kernel`: `sparse-fp32` gives the SAE's own codes; `sparse` searches in bfloat16 and computes the values of what it
-    finds in full precision, which in about 0.02 % of the rows leads to another choice.
-    """
+    `kernel`: `sparse-fp32` gives the SAE's own codes; `sparse` searches in bfloat16 and computes the values in full
+    precision; it picks different features in about 0.02 % of the rows."""
 
     store: str | Path
     run: Path
@@ -146,7 +145,8 @@ def encode_shard(
 
 
 def kept_values(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
-    """Values (n, k) of codes as they are kept. In fp16 a firing too weak for it becomes the weakest, and no silence.
+    """Values (n, k) of codes as they are kept. In fp16 a positive value never rounds to 0: a firing that is too weak becomes
+    the smallest fp16 above 0.
 
     Raises EncodingError for a value beyond the largest of fp16.
 
@@ -212,7 +212,7 @@ def _manifest(store: ActivationStore, record: RunRecord, config: EncodeConfig) -
 
 
 def _source(config: EncodeConfig) -> ActivationStore:
-    """The store as it was when the code store was begun, if it was; else as it is now."""
+    """The store at the snapshot that the code store was begun with; for a new code store, the store as it is now."""
     out = open_place(config.out)
     snapshot = Store(out, partial=True).manifest.source.get("snapshot") if out.exists(paths.MANIFEST) else None
     current = ActivationStore(config.store)

@@ -22,11 +22,11 @@ from pipelines.analysis.survey.partial_results import Bundle
 from pipelines.statistics.pairs import firing_lists, firings_of
 
 BLOCK_CODES = 1 << 25
-"""Codes that a task holds at a time; of one shard, if it has more, all."""
+"""Most codes that a task holds at a time; a shard with more is held whole."""
 
 
 def countable(codes: NDArray[Any], n_features: int) -> dict[str, NDArray[Any]]:
-    """What `row_blocks` reads of a shard with the marked codes (n, k): them, and the rows of each feature."""
+    """The arrays that `row_blocks` reads of a shard: the marked codes (n, k), and the rows of each feature."""
     firings = firings_of(codes, n_features)
     rows = firings.indices.astype(np.min_scalar_type(max(len(codes) - 1, 0)))
     return {"codes": codes.reshape(-1), "firings/rows": rows, "firings/starts": firings.indptr}
@@ -47,7 +47,7 @@ def row_blocks(job: Job, shards: list[Shard], start: int, stop: int) -> Iterator
 
 
 def forget_codes() -> None:
-    """Give back what this process's threads keep of the codes they counted last."""
+    """Free the codes that this process's threads keep from their last block."""
     _held.clear()
 
 
@@ -64,7 +64,7 @@ def _blocks(shards: list[Shard], n_rows: int) -> list[list[Shard]]:
 
 
 class _HeldCodes:
-    """A block's codes, in a buffer that is used for all blocks."""
+    """A block's codes, in one buffer for all blocks."""
 
     def __init__(self) -> None:
         self._whose: tuple[Job, list[Shard]] | None = None

@@ -1,4 +1,4 @@
-"""What every task of one analysis is told, and what it opens with that."""
+"""The job of every task of one analysis, and the code store that the task opens."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pipelines.codes.code_store import CodeStore, open_codes
 from pipelines.statistics import CodeBlock, Extent
 
 MOST_PARTS = 256
-"""Corpus parts counted apart; documents of any further ones are counted as the last."""
+"""Most corpus parts that are counted apart; documents of further parts count to the last."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Where codes are read and results written, and what is kept. Small, and the same for every task."""
+    """Where codes are read and results are written, and how many examples are kept. Small, and the same for every task."""
 
     codes_url: str
     snapshot: str
@@ -38,7 +38,7 @@ class Job:
 
 
 def shard_name(shard: Shard) -> str:
-    """What a shard's partial result is called."""
+    """The name of a shard's partial result."""
     return f"shards/{shard.segment:04d}-{shard.part}-{shard.index:06d}"
 
 
@@ -74,7 +74,8 @@ def _document_parts(codes_url: str, snapshot: str) -> NDArray[np.int64]:
 
 
 def window_base(codes: CodeStore, shard: Shard) -> int:
-    """Windows of all earlier splits and segments: added to a window's number, it becomes unique in the store."""
+    """The number of windows in all earlier splits and segments. Added to a window's number, it makes the number unique in
+    the store."""
     base = 0
     for segment in codes.segments:
         for part in PARTS:

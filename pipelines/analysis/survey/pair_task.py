@@ -25,14 +25,14 @@ from pipelines.statistics.association import npmi
 from pipelines.statistics.pairs import PairTile, count_bytes, count_type, firings_of, marked_codes
 
 TILE_BYTES = 64 << 20
-"""A tile's dense counts have at most so many bytes; two tiles that are added, 128 MiB."""
+"""Most bytes of a tile's dense counts; two tiles that are added take 128 MiB."""
 TILES_OF = 4
-"""Tiles come in a multiple of this, of like size, so that two or four workers share them evenly."""
+"""The number of tiles is a multiple of this, and tiles are of like size, so that two or four workers share them evenly."""
 LEAST_TASKS, GROUP_ROWS = 8, 1 << 24
 WRITTEN_COUNTS = 1 << 19
-"""Counts of a tile that are compared with the threshold at a time: what is known of each pair takes up to 100 bytes."""
+"""Counts of a tile that are compared with the threshold at a time; a pair takes up to 100 bytes meanwhile."""
 STRONGEST, LEAST_TOGETHER = 10, 5
-"""Partners of each feature in the table of pairs, and how often they must be together to be in it."""
+"""Most partners of each feature in the table of pairs, and the least number of rows together."""
 
 
 def pair_tiles(fires: NDArray[np.int64], tile_bytes: int = TILE_BYTES) -> list[tuple[int, int]]:
@@ -55,7 +55,7 @@ def pair_tiles(fires: NDArray[np.int64], tile_bytes: int = TILE_BYTES) -> list[t
 
 
 def heaviest_first(tiles: list[tuple[int, int]], fires: NDArray[np.int64]) -> list[int]:
-    """The numbers of tiles by falling firings, which are what counting takes time for: then all workers end together.
+    """The numbers of tiles by falling firings. Firings take the time, so that in this order all workers end together.
 
     >>> heaviest_first([(0, 2), (2, 3)], np.array([1, 1, 5]))
     [1, 0]
@@ -66,7 +66,7 @@ def heaviest_first(tiles: list[tuple[int, int]], fires: NDArray[np.int64]) -> li
 def shard_groups(n_shards: int, n_tiles: int, n_rows: int = 0, least_tasks: int = LEAST_TASKS) -> list[range]:
     """Shards counted together: few, for each group fills tiles of its own; more where tiles are few, and for many rows.
 
-    It does not matter how many workers there are.
+    The number of workers does not change the groups.
 
     >>> [len(group) for group in shard_groups(5, 4)]
     [3, 2]
@@ -99,7 +99,7 @@ def count_pairs(job: Job, tile: int, start: int, largest: NDArray[np.int64], sha
 
 
 def add_pairs(left: PairTile | None, right: PairTile | None) -> PairTile | None:
-    """The counts of two groups; in their types, which hold those of all rows."""
+    """The sum of two groups' counts, in their types, which hold the counts of all rows."""
     return None if left is None or right is None else left.plus(right)
 
 
@@ -224,5 +224,5 @@ def _count_documents(job: Job, start: int, stop: int) -> NDArray[Any]:
 
 
 def done(tile: int) -> str:
-    """What the facts of a written tile are called."""
+    """The name of a written tile's facts."""
     return f"pairs/{tile:06d}"

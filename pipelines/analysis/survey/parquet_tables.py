@@ -1,4 +1,4 @@
-"""Parquet tables of an analysis, for those who ask it in SQL or as a data frame; docs/ANALYSIS.md is their schema."""
+"""Parquet tables of an analysis, for SQL and data frames; docs/ANALYSIS.md states their schema."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def pairs_table(analysis: Analysis, work: Place) -> pa.Table:
 
 
 def examples_table(analysis: Analysis) -> pa.Table:
-    """One row a kept firing: its text before, at and after, and the values around it."""
+    """One row a kept firing: the text before, at and after the firing, and the values there."""
     slots, examples = analysis.record["example_slots"], analysis.preload()
     focus, texts = analysis.record["focus"], np.array([*analysis.token_texts, ""], object)
     value, document = examples["value"], examples["document"]

@@ -22,10 +22,8 @@ BLOCK_ROWS = 32_768
 
 
 def survey_shard(job: Job, shard: Shard) -> Survey:
-    """The dense statistics of one shard; what tiled ones hold is left in the work folder, for `merge_tables`.
-
-    Read from there when they are there already.
-    """
+    """The dense statistics of one shard; tiled statistics are left in the work folder for `merge_tables`. A finished result
+    is read from the work folder."""
     work = open_place(job.work_url)
     name = shard_name(shard)
     if work.exists(name):

@@ -38,11 +38,8 @@ class Survey:
         return self
 
     def take_arrays(self) -> Arrays:
-        """One-dimensional arrays that say all of it, named STATISTIC/ARRAY.
-
-        What tiled statistics hold is forgotten here, one statistic after another: both forms of all of them at once would
-        be a task's largest memory.
-        """
+        """All statistics as one-dimensional arrays, named STATISTIC/ARRAY. Each tiled statistic is cleared once its arrays
+        are made: both forms of all statistics at once would be the largest memory of a task."""
         arrays = {f"{name}/{key}": array for name, one in self.dense.items() for key, array in one.state().items()}
         for name, one in self.tiled.items():
             arrays |= {f"{name}/{key}": array for key, array in one.take(self._n_features).items()}

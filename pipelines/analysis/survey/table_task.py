@@ -1,4 +1,4 @@
-"""What a worker does with one tile of features: add up what all shards left of it, and write the tile's tables."""
+"""A worker's task for one tile of features: add up the results of all shards, and write the tile's tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.analysis.survey.survey import Survey, tiled_part
 from pipelines.statistics.statistic import Arrays
 
 TILE_FIRINGS = 4_000_000
-"""Firings of a tile's features, at most (a feature alone may have more): bounds what a task holds of a table."""
+"""Most firings of a tile's features (a feature alone may have more), which bounds a task's memory."""
 
 
 def table_tiles(fires: NDArray[np.int64], tile_firings: int = TILE_FIRINGS) -> list[tuple[int, int]]:

@@ -1,4 +1,5 @@
-"""The place beside an analysis where its partial results lie until it is whole: whose they are, and when they go."""
+"""The place beside an analysis where partial results lie until the analysis is whole: what they belong to, and when they are
+removed."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def keep_or_clear(work: Place, job: Job) -> None:
 
 
 def clear(work: Place, result: Place | None = None) -> None:
-    """Remove partial results: the key last, so that what remains after a kill is still known for what it is."""
+    """Remove partial results, the key last: what a kill leaves is then still known as partial results."""
     if result is not None:
         for name in result.names():
             result.remove(name)
