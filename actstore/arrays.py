@@ -25,13 +25,13 @@ from actstore.schema import Manifest, RowArray, SegmentRecord
 
 TABLE_CHUNK = 1 << 20
 ALL_CHUNKS: ArrayConfigParams = {"write_empty_chunks": True}
-"""Chunks of zeros are written too: what is missing is a fault."""
+"""Chunks of zeros are written too, since a missing chunk counts as a fault."""
 CRC_BYTES = 4
 ABSENT = np.iinfo(np.uint64).max
 
 
 class Unreadable(Exception):
-    """Bytes that are not what a writer made: says what about them."""
+    """The bytes are not those of a writer; the message says what is wrong with them."""
 
 
 def segment_objects(manifest: Manifest, segment: SegmentRecord, tables: dict[str, NDArray[Any]]) -> dict[str, bytes]:
@@ -110,7 +110,7 @@ def read_index(data: bytes, n_chunks: int, *, may_be_absent: bool = False) -> ND
 
 
 def neighbours(chunks: list[tuple[int, int]], most_bytes: int, most_chunks: int) -> Iterator[list[tuple[int, int]]]:
-    """(offset, length) of chunks that lie one behind another, as many at a time as one read is to ask for.
+    """(offset, length) of the adjacent chunks that one read asks for, read after read.
 
     >>> list(neighbours([(0, 4), (4, 4), (8, 4), (20, 4)], most_bytes=8, most_chunks=9))
     [[(0, 4), (4, 4)], [(8, 4)], [(20, 4)]]

@@ -33,7 +33,7 @@ RETRIES: Any = {
 """A server that is away for some seconds is waited for. Measured, until the error: 3 to 13 s where nothing listens, 33 s
 where nothing answers at all, 60 s where a server takes requests and stays silent."""
 PARTS_AT_ONCE = 4
-"""Of 5 MiB each, when a large object is put: each has to arrive within the timeout, over a slow line too."""
+"""Parts of 5 MiB that are put at once for a large object; each must arrive within the timeout, over a slow line too."""
 METADATA_SERVICE = "latest/api/token"
 
 
@@ -124,14 +124,14 @@ class Bucket(Place):
         """A PUT that was cut off leaves no object; of a large one, parts that a lifecycle rule of the bucket removes."""
 
     def require_space(self, needed_bytes: int, what: str) -> None:
-        """A bucket has no end."""
+        """A bucket has no limit of space."""
 
     def lock(self) -> AbstractContextManager[None]:
         return held_lease(self)
 
     @contextmanager
     def _errors(self, writing: bool = False) -> Iterator[None]:
-        """A server's refusal as one line of ours; an object that is not there as FileNotFoundError."""
+        """Turn a server's refusal into one StoreError line, and a missing object into FileNotFoundError."""
         _require_no_fork(self.url)
         try:
             yield
@@ -146,7 +146,7 @@ class Bucket(Place):
 
 
 def _reason(error: Exception) -> str:
-    """What the server said, or that it said nothing: one line out of a story of many."""
+    """One line from a server's long answer: its reason, or that it did not answer."""
     story = str(error)
     if METADATA_SERVICE in story:
         return "no credentials are set (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and this machine has none of its own"

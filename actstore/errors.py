@@ -11,11 +11,11 @@ class ActstoreError(Exception):
 
 
 class InputError(ActstoreError):
-    """A stage was asked for something its input cannot give."""
+    """The input cannot give what a stage was asked for."""
 
 
 class StoreError(ActstoreError):
-    """Base of what can be wrong with a store on disk."""
+    """Base of the errors of a store on disk."""
 
 
 class NotAStore(StoreError):
@@ -63,5 +63,5 @@ class EncodingError(StoreError):
         return type(self)(f"{site}: {where}: {self}", self.row)
 
     def __reduce__(self) -> tuple[type[EncodingError], tuple[str, int]]:
-        """A worker process's error reaches the one that asked."""
+        """Lets the error pass from a worker process to the process that asked."""
         return type(self), (str(self), self.row)

@@ -1,6 +1,6 @@
 """Small durable files: atomic JSON, checksums of objects, free space.
 
-What is published here is complete or absent: bytes go to a temporary name, are flushed to the disk, and are renamed.
+A published file is complete or absent: bytes go to a temporary name, are flushed to the disk, and are renamed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from actstore.errors import DamagedStore, NoSpace
 
 RESERVE_BYTES = 64 << 20
-"""Left free on a disk, so that records and metrics can always still be written."""
+"""Bytes left free on a disk, so that records and metrics can always be written."""
 CONTENT = "content_sha256"
 
 
@@ -72,9 +72,8 @@ def write_beside(path: Path, data: bytes, mark: str = "") -> Path:
 def publish_bytes(path: Path, data: bytes, mark: str = "") -> None:
     """Write `data` to `path` so that a reader, or a crash, sees the whole file or none.
 
-    Without a `mark` of its own for each, only one process may publish a path at a time: the temporary name is the same,
-    so that what a kill left behind is written over and not left lying.
-    """
+    Without a `mark` of its own for each, only one process may publish a path at a time: the temporary name is the same, so
+    that the next write replaces what a kill left."""
     os.replace(write_beside(path, data, mark), path)
     fsync_path(path.parent)
 
@@ -89,9 +88,8 @@ def publish_json(path: Path, value: Any) -> None:
 def publish_folder(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder` to write files into. At the end they are flushed, and it is renamed to `folder`.
 
-    So the folder is there whole or not at all: an error removes what was written, and what a kill leaves behind is in
-    nobody's way and goes with the next attempt. `folder` must be free; only one process may publish it at a time.
-    """
+    The folder is therefore whole or absent: an error removes what was written, and the next attempt removes what a kill
+    left. `folder` must be free; only one process may publish it at a time."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -121,7 +119,7 @@ def record_bytes(value: dict[str, Any]) -> bytes:
 
 
 def parse_record(data: bytes, where: str) -> dict[str, Any]:
-    """What `record_bytes` was given. Raises DamagedStore when it is not what was written."""
+    """The value that `record_bytes` was given. Raises DamagedStore when the bytes are not those of `record_bytes`."""
     try:
         value = json.loads(data)
         stated = value.pop(CONTENT)
@@ -141,7 +139,7 @@ def free_bytes(path: Path) -> int:
 
 
 def require_free_space(path: Path, needed_bytes: int, what: str) -> None:
-    """Refuse, before anything is written, what the disk cannot hold.
+    """Refuse a write that the disk cannot hold, before anything is written.
 
     Raises NoSpace when fewer than `needed_bytes` plus a reserve of 64 MiB are free.
     """

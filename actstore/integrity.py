@@ -39,7 +39,7 @@ ShardKey = tuple[int, str, int]
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is not as it was committed."""
+    """An object that differs from what was committed."""
 
     name: str
     what: str
@@ -64,7 +64,7 @@ class _Check:
 
 
 class Inspection:
-    """All that the records of a place name, and what is wrong with the records themselves."""
+    """All objects that the records of a place name, and the faults of the records themselves."""
 
     def __init__(self, place: Place):
         self.place = place
@@ -191,7 +191,7 @@ class Inspection:
             self._add_check(object_name, entry, None, layout if SHARD_OBJECT.search(object_name) else None)
 
     def _record(self, name: str, seal: Seal | None, key: ShardKey | None, parse: Callable[[bytes], Any]) -> Any:
-        """A record that is there and good, or None and a fault."""
+        """The record, or None and a fault where the record is missing or damaged."""
         if name not in self.there:
             if seal is not None:
                 self._fault(name, "missing", key)
@@ -209,7 +209,7 @@ class Inspection:
 
 
 def find_faults(place: Place, level: str = "full", progress: Callable[[int], object] = lambda n: None) -> list[Fault]:
-    """Everything at a place that is not as it was committed; nothing when all is well."""
+    """Every fault of a place; an empty list when there is none."""
     return Inspection(place).find(level, progress)
 
 

@@ -1,4 +1,4 @@
-"""One writer at a time: a lock of the file system, or a lease where there is none to be had.
+"""One writer at a time: a lock of the file system, or a lease where the file system has no locks.
 
 A lease is an object `lease/<generation>` that its holder writes again every few seconds. Only creating the next
 generation takes it over, and of several who try, one succeeds. No clock is compared with another: who finds a lease
@@ -132,7 +132,7 @@ def _state(holder: str, beat: int) -> bytes:
 
 
 def _is_given_back(state: bytes) -> bool:
-    """False for a state that a broken disk has changed, too: it is watched, as that of any other holder."""
+    """False also for a state that cannot be read: its holder is watched like any other."""
     try:
         return int(json.loads(state)["beat"]) < 0
     except (ValueError, KeyError, TypeError):

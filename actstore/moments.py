@@ -1,4 +1,4 @@
-"""Sums over a site's rows: what records say of them, alone and together, and what int8 measures rows by."""
+"""Sums over a site's rows: the statistics in records, and the channel means and deviations of int8."""
 
 from __future__ import annotations
 

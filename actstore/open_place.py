@@ -12,7 +12,7 @@ BUCKET_SCHEMES = ("s3", "gs", "az")
 
 
 def absolute(url: str | Path) -> str:
-    """A place as a process with another working folder finds it."""
+    """The name of a place for a process with another working folder."""
     return str(url) if "://" in str(url) else str(Path(url).absolute())
 
 

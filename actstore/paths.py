@@ -1,4 +1,4 @@
-"""What a store's objects are called, relative to the store, and its arrays, relative to their segment; with `/`."""
+"""The names of a store's objects, relative to the store, and of its arrays, relative to their segment; with `/`."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def shard_record(segment: int, part: str, shard: int) -> str:
 
 
 def environment_record(segment: int, probe: str) -> str:
-    """What another machine was, whose rows differ in their last bits and were accepted."""
+    """The environment record of another machine whose rows differ in their last bits and were accepted."""
     return f"{commits(segment)}/mixed-{probe}.json"
 
 

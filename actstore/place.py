@@ -16,7 +16,7 @@ class Place(ABC):
     url: str
     """The name by which a user and another process open the place."""
     readers: int
-    """How many reads at a time are worth it: cores for a disk, more for a server that is far away."""
+    """Reads at a time: the number of cores for a disk, more for a distant server."""
 
     def __str__(self) -> str:
         return self.url
@@ -46,11 +46,11 @@ class Place(ABC):
 
     @abstractmethod
     def publish(self, name: str, data: bytes) -> None:
-        """Put a whole object under its name, in place of any that was there, and onto the disk."""
+        """Put a whole object under its name, durably; an object of that name is replaced."""
 
     @abstractmethod
     def create(self, name: str, data: bytes) -> bool:
-        """`publish`, unless the name is taken: of several who try, one is told True."""
+        """`publish`, unless the name is taken. Of several processes that try, exactly one gets True."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
@@ -58,7 +58,7 @@ class Place(ABC):
 
     @abstractmethod
     def clear_leftovers(self) -> None:
-        """Remove what killed writers left half-written. For the one who holds the lock."""
+        """Remove half-written objects of killed writers. The caller holds the lock."""
 
     @abstractmethod
     def lock(self) -> AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""What goes where, and in which order it is read: pure functions of (seed, indices), no I/O, no state.
+"""Where rows lie and in which order they are read: pure functions of (seed, indices), no I/O, no state.
 
 Every random choice is drawn from Philox 4x64, a counter-based generator, keyed by (seed, purpose) with the indices
 in its counter, and only through its raw 64-bit words, whose values NumPy guarantees. So any shard and any round can

@@ -119,7 +119,7 @@ class Store:
             )
 
     def _pin(self, snapshot: str) -> None:
-        """Forget the segments that were added since a snapshot was taken."""
+        """Leave out the segments that were added after a snapshot."""
         everything = self.segments, self._shards
         for n_segments in range(len(everything[0]), -1, -1):
             self.segments, self._shards = everything[0][:n_segments], everything[1][:n_segments]

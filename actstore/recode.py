@@ -91,7 +91,7 @@ def _segment(
 
 
 def _channels(store: ActivationStore, segment: SegmentRecord) -> dict[str, Channels]:
-    """What rows are measured by: as `collect` does it, over the plan's first 256 training windows."""
+    """The channels' means and deviations over the plan's first 256 training windows, as `collect` takes them."""
     part = PARTS[0] if segment.parts[PARTS[0]].n_windows else PARTS[1]
     own_first = store.table(segment.index, paths.window_table(part, paths.FIRST_ROW))
     first_rows = np.sort(own_first)

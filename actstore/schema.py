@@ -1,4 +1,4 @@
-"""What a store says of itself: its manifest (identity and provenance) and the records of its segments.
+"""A store's manifest (identity and provenance) and the records of its segments.
 
 Frozen dataclasses on one side, versioned JSON on the other, nothing pickled. The identity is what two collections
 must share to be the same store; provenance (where the model folder was, which libraries ran) is kept but never

@@ -140,11 +140,11 @@ class BatchStream:
 
     @property
     def _batch_rows(self) -> int:
-        """Rows that a batch has room for: no more than there are."""
+        """The rows of a batch, at most all rows."""
         return self.batch_rows if self.epochs is None else min(self.batch_rows, max(1, self.epochs * self.n_rows))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands: rows given out, and everything their order depends on."""
+        """The stream's position: the number of rows given out, and everything that their order depends on."""
         return {
             "row": self._next_row,
             "seed": self.seed,
