@@ -206,7 +206,7 @@ class BatchStream:
                 rows *= self.scaling.factor
 
     def _pooled(self, threads: ThreadPoolExecutor) -> Iterator[tuple[NDArray[Any], Ints]]:
-        """The pool of every round, and where in it the rows lie in the order of their emission. There are two pools: the
+        """The pool of every round, and the places of its rows in the order of emission. There are two pools: the
         next round is read into one while the other is consumed."""
         if self.encoding.needs_channels:
             for segment in {shard.segment for shard in self.shards}:
@@ -261,8 +261,8 @@ class _Round:
 
 
 class _Reading:
-    """A round on its way into a pool: other threads read its chunks from the first on, and a thread that has to wait for
-    it reads from the last on, which keeps one core more busy."""
+    """A round that is being read into a pool. Other threads read its chunks from the first on; a thread that waits for the
+    round reads chunks from the last on, which keeps one more core busy."""
 
     def __init__(self, stream: BatchStream, chosen: _Round, pool: NDArray[Any], threads: ThreadPoolExecutor) -> None:
         stops = accumulate(chosen.chunk_rows)
@@ -274,7 +274,7 @@ class _Reading:
         self._reads = [threads.submit(self._read, *chunk) for chunk in self._chunks]
 
     def finish(self) -> Ints:
-        """Where in the pool the rows that are still to be emitted lie, once all of them are there."""
+        """The places in the pool of the rows that are still to be emitted, once all of them have been read."""
         for read, chunk in zip(reversed(self._reads), reversed(self._chunks), strict=True):
             if read.cancel():
                 self._read(*chunk)
@@ -285,17 +285,15 @@ class _Reading:
 
 
 class _Batches:
-    """Memory of batches, used again when nobody looks at it any more: new memory costs as much as reading.
-
-    Memory still in use when `LENT_BATCHES` others have been lent is given up to its user.
-    """
+    """Memory of batches, reused once no array refers to it: new memory costs as much as reading. A buffer still in use after
+    `LENT_BATCHES` newer batches is given up to its user."""
 
     def __init__(self, n_rows: int, width: int, dtype: np.dtype[Any]) -> None:
         self._shape, self._dtype = (n_rows, width), dtype
         self._lent: list[tuple[NDArray[Any], ref[Any]]] = []
 
     def take(self) -> NDArray[Any]:
-        """Memory that nothing looks at."""
+        """A buffer that no array refers to."""
         looked_at, free = [], []
         for memory, watched in self._lent:
             if watched() is not None:

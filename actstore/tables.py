@@ -1,4 +1,4 @@
-"""The tables of a segment, by name: which text it holds, in which windows, and what its rows are measured by. Pure."""
+"""The tables of a segment, by name: its text, its windows, and the channels' means and deviations. Pure."""
 
 from __future__ import annotations
 
@@ -46,5 +46,5 @@ def window_tables(
 
 
 def channel_tables(channels: Mapping[str, Channels]) -> Tables:
-    """What sites are measured by, from each site's channels."""
+    """The tables of the sites' channel means and deviations."""
     return {paths.channels(site): measured.table for site, measured in channels.items()}

@@ -97,7 +97,7 @@ class StoreWriter:
         return published
 
     def put_segment(self, record: SegmentRecord, tables: Callable[[], dict[str, NDArray[Any]]]) -> SegmentRecord:
-        """The segment of a record's index: added, or there already, and then with what is missing of its tables.
+        """The segment with a record's index: added, or there already, in which case its missing tables are published again.
 
         Raises what `add_segment` and `restore_segment` raise; `tables` is called only where something is published.
         """
@@ -157,11 +157,8 @@ class StoreWriter:
         _publish_record(self.place, own, seal.to_bytes())
 
     def _remove_leftovers(self, segment: SegmentRecord) -> None:
-        """Clear away what a killed attempt at this segment left, and which would else lie beside it for good.
-
-        Shards that are committed stay: they are there already when a lost segment record is made again. Raises
-        IdentityMismatch when they are not shards of this segment.
-        """
+        """Remove what a killed attempt at this segment left. Committed shards stay: they are there when a lost segment
+        record is made again. Raises IdentityMismatch when they are not shards of this segment."""
         records, kept = self.records(), set(segment.objects)
         for part in segment.parts:
             for shard in records.shards(segment, part):
@@ -187,9 +184,8 @@ def write_shard(
 ) -> None:
     """Publish one whole shard of every row array, and then its commit record.
 
-    `arrays` maps each array's name to what its encoding keeps, (rows of the shard, width). `notes` are further
-    fields of the record: statistics of the rows, and what computed them. What another has committed meanwhile stays.
-    """
+    `arrays` maps each array's name to what its encoding keeps, (rows of the shard, width). `notes` are further fields of the
+    record: statistics of the rows, and what computed them. A shard that another process has committed meanwhile stays."""
     record_name = paths.shard_record(segment.index, part, shard)
     if place.exists(record_name):
         return
@@ -209,7 +205,7 @@ def write_shard(
 
 
 def require_store_place(url: str | Path | Place) -> None:
-    """Raises OutputExists when what is there is neither nothing nor a store, finished or not."""
+    """Raises OutputExists unless the place is empty or holds a store, finished or not."""
     place = open_place(url)
     if place.exists(paths.MANIFEST):
         return

@@ -19,9 +19,9 @@ class Encoding:
     """One way to keep a row. This one keeps values as they are; others override `keep` and `decode`."""
 
     name: str
-    """As a manifest names the encoding."""
+    """The encoding's name in a manifest."""
     dtype: str
-    """On disk; empty where each array says its own."""
+    """The dtype on disk; empty where each array states its own."""
     compressed: bool
     """Whether chunks are compressed."""
     largest: float = float("inf")

@@ -13,7 +13,7 @@ from actstore.encodings.channels import Channels
 FLOAT32 = np.finfo(np.float32)
 STEPS, STEPS_PER_RMS = 127, 29
 FURTHEST = 1e16
-"""Deviations from a channel's mean: what is further away has no place in the row's mean square."""
+"""The largest deviation from a channel's mean; the mean square of a larger one would overflow."""
 
 
 class Int8(Encoding):

@@ -55,7 +55,7 @@ class CorpusText:
 
 @dataclass(frozen=True)
 class Collection:
-    """What was asked for, the store that this describes, and the model whose rows are kept.
+    """The configuration, the manifest of its store, and the model whose rows are kept.
 
     `corpus_text` is None on a worker, which takes tokens from the tables of the store.
     """
@@ -104,9 +104,8 @@ class Collection:
     ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Every array of one shard, in disk order, and the statistics of its rows as the model gave them.
 
-        `channels` has what each site is measured by, where its encoding asks; `document` names the document of a token,
-        for the message of the EncodingError that a value raises which cannot be kept. `advance` is told of finished rows.
-        """
+        `channels` has the channel means and deviations of each site whose encoding needs them; `document` names the document
+        of a token, for the message of an EncodingError. `advance` gets the number of finished rows."""
         windows, own = plan.windows[part], plan.plans[part]
         chosen, mine = own.shard_windows(shard)
         place = np.argsort(own.row_order(shard))
@@ -170,18 +169,19 @@ class Collection:
         return dict(sorted(rows.items()))
 
     def run(self, windows: Windows, chosen: Ints) -> None:
-        """The forward passes of some windows and nothing else, to see how long they take."""
+        """Run the forward passes of some windows and nothing else, to time them."""
         for _ in self._activations(windows, chosen):
             pass
 
     def compute_error(self, windows: Windows) -> dict[str, float]:
-        """What computing in another dtype than fp32 does to the rows of the first windows: unexplained variance by site."""
+        """The effect of computing in another dtype than fp32 on the rows of the first windows: unexplained variance by
+        site."""
         exact = replace(self, model=load_model(self.config.model, self.device, "fp32")).first_rows(windows)
         rows = self.first_rows(windows)
         return {site: unexplained(exact[site], rows[site]) for site in exact}
 
     def environment(self, probe: str) -> dict[str, Any]:
-        """What computes the rows; two environments whose probes agree write the same bytes."""
+        """The environment that computes the rows; two environments whose probes agree write the same bytes."""
         import transformers
 
         return {
@@ -198,7 +198,7 @@ class Collection:
     def _activations(self, windows: Windows, chosen: Ints) -> Iterator[tuple[Ints, NDArray[np.bool_], dict[str, Rows]]]:
         """(window ids, kept positions, kept rows of each site in float32), batch after batch.
 
-        Batches have near-equal numbers of windows: a small last one would cost more a window than the others.
+        Batches have near-equal numbers of windows: a small last batch would take more time per window.
         """
         n_batches = -(-len(chosen) // self.config.batch_windows)
         for batch in np.array_split(chosen, n_batches) if n_batches else []:

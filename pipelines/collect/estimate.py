@@ -21,14 +21,14 @@ from pipelines.collect.segment_plan import SegmentPlan, part_layout
 SAMPLE_BATCHES = 8
 LEAST_SECONDS = 2.0
 SHARDS_IN_MEMORY = 3
-"""The one that is computed, the one that is written, and the bytes it is written as."""
+"""Shards in memory: the computed one, the written one, and the bytes of the written one."""
 TABLE_BYTES_PER_TOKEN = 4
 """Ids, and the windows' tables."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a sample of the text showed."""
+    """Figures of a sample of the text."""
 
     rows_per_token: float
     tokens_per_s: float
@@ -39,7 +39,7 @@ class Calibration:
 
 
 def estimate(config: CollectConfig) -> dict[str, Any]:
-    """What collecting would take here. Raises what `collect` raises before it writes, but for what is at --out."""
+    """What collecting would take here. Raises what `collect` raises before it writes, except errors about --out."""
     collection = prepare(config)
     calibration = calibrate(collection)
     n_rows = round(config.tokens * calibration.rows_per_token)

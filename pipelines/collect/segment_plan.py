@@ -17,7 +17,7 @@ from pipelines.text.windows import Windows, cut_windows
 
 @dataclass(frozen=True)
 class SegmentPlan:
-    """A segment's windows and plan, part by part: all that says which rows a shard holds."""
+    """A segment's windows and plan, part by part: they determine the rows of each shard."""
 
     windows: dict[str, Windows]
     plans: dict[str, PartPlan]
@@ -45,7 +45,7 @@ class SegmentPlan:
 
     @property
     def parts(self) -> dict[str, PartRecord]:
-        """What the segment's record says of each part."""
+        """The parts of the segment's record."""
         layouts = {part: plan.layout for part, plan in self.plans.items()}
         return {
             part: PartRecord(len(self.windows[part]), layout.n_rows, layout.shard_rows, layout.chunk_rows)

@@ -28,7 +28,7 @@ SEGMENT_TOKENS = 64 << 20
 
 
 def collect(config: CollectConfig) -> dict[str, Any]:
-    """Build, extend or finish the store at `config.out`; returns what `info` would say of the work done.
+    """Build, extend or finish the store at `config.out`; returns the store's figures, and how many shards were there before.
 
     Nothing is written before the model, the layers, the corpus and the disk space have been checked. Raises
     InputError, IdentityMismatch, OutputExists, NoSpace, LockedStore or EncodingError; committed shards stay.
@@ -90,7 +90,7 @@ class _Run:
         return self.collection.text.source(document, token)
 
     def next_table(self, source: TokenSource, n_tokens: int) -> TokenTable | None:
-        """The token table after the segments there are, once the disk has been found large enough for its rows."""
+        """The token table after the existing segments, once the disk has been found large enough for its rows."""
         segments = self.writer.segments()
         table = source.take(min(n_tokens, SEGMENT_TOKENS), segments[0].heldout_modulus if segments else None)
         if table is not None:
@@ -98,7 +98,8 @@ class _Run:
         return table
 
     def add_segment(self, table: TokenTable) -> SegmentRecord:
-        """Publish the next segment: a token table, its windows, its cut into shards, and what rows are measured by."""
+        """Publish the next segment: a token table, its windows, its cut into shards, and the channels' means and
+        deviations."""
         index = len(self.writer.segments())
         plan = self.collection.plan(table, index)
         first_windows = plan.windows[PARTS[0]]
@@ -133,7 +134,7 @@ class _Run:
         self.writer.restore_segment(segment, self._tables(self.collection.plan(table, segment.index), table))
 
     def _tables(self, plan: SegmentPlan, table: TokenTable) -> Tables:
-        """Every table of a segment: its text, its windows, and what its rows are measured by."""
+        """Every table of a segment: its text, its windows, and the channels' means and deviations."""
         return plan.tables(table) | channel_tables(self.collection.channels(plan))
 
     def fill(self, segment: SegmentRecord) -> None:

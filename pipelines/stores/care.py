@@ -37,7 +37,7 @@ def verify(store: str | Path, level: str) -> list[str]:
 
 
 def repair(store: str | Path, level: str) -> dict[str, Any]:
-    """Drop what is damaged; says what was put back from a copy and what has to be computed again."""
+    """Drop what is damaged; returns what was put back from a copy and which shards have to be computed again."""
     place = _existing(store)
     with track("repair", 0, "bytes") as progress:
         done = drop_faults(place, level, progress.advance, progress.expect)

@@ -67,7 +67,7 @@ def store_facts(path: str | Path) -> dict[str, Any]:
 
 
 TRAINED_WITH = ("lr", "l1", "kernel", "seed")
-"""What the configuration of a trained run states, and that of an imported one does not."""
+"""Fields that the configuration of a trained run has, and that of an imported run lacks."""
 
 
 def run_facts(path: Path) -> dict[str, Any]:

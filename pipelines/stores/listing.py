@@ -37,7 +37,7 @@ def list_folder(folder: Path) -> list[Listed]:
 
 
 def _homes(folder: Path) -> Iterator[Path]:
-    """Folders with a record of ours; what lies inside a store is not looked at."""
+    """Folders that hold a record of actstore's; folders inside a store are left out."""
     names = {entry.name for entry in folder.iterdir() if not entry.is_symlink()}
     if names & {paths.MANIFEST, run_record.RECORD, analysis_record.RECORD}:
         yield folder

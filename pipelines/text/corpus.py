@@ -207,7 +207,7 @@ def _lines_in_range(path: Path, start: int, stop: int) -> tuple[int, bytes]:
 
 
 def _source_encoding(data: bytes, path: Path) -> str:
-    """What a Python source says it is written in; UTF-8 unless it has a coding line."""
+    """The encoding of a Python source: that of its coding line, else UTF-8."""
     try:
         encoding = tokenize.detect_encoding(io.BytesIO(data).readline)[0]
     except SyntaxError as error:

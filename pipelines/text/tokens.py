@@ -208,7 +208,7 @@ class TokenSource:
         )
 
     def _fill(self) -> bool:
-        """Tokenise some more documents when none is waiting; False when there are no more."""
+        """Tokenise some more documents when none is waiting; False at the end of the corpus."""
         if not self._pending:
             batch = list(islice(self._documents, BATCH_DOCUMENTS))
             for document, ids in zip(batch, self._codec.ids([document.text for document in batch]), strict=True):

@@ -142,7 +142,7 @@ def made_manifest(d_model: int, corpus: CorpusIdentity, encoding: str, seed: int
 def _plan(
     manifest: Manifest, n_rows: dict[str, int], shard_rows: int = 0
 ) -> tuple[dict[str, PartRecord], dict[str, PartPlan], Tables]:
-    """How the splits are cut, which token each row stands at, and the tables of the text that this makes."""
+    """The cut of the splits, the token of each row, and the tables of the text that follows from both."""
     stride = manifest.policy.stride
     offsets = np.concatenate([[0], np.cumsum([count + 1 for count in n_rows.values() if count])])
     tables = text_tables(
