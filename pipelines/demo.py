@@ -1,5 +1,5 @@
 """The whole chain on the built-in GPT-2 and the Python sources on this machine: collect, train, evaluate, encode,
-analyze, find rules, report. It knows nothing that the commands do not: each step is the stage a user would call.
+analyze, find rules, report. Each step is the stage that a user would call by a command.
 """
 
 from __future__ import annotations

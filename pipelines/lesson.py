@@ -250,7 +250,7 @@ def run_sae_pipeline(
 
 
 def analyze_feature_statistics(sae: SparseAutoencoder | Sae, activations: Tensor, top_n: int = 20) -> FeatureStatistics:
-    """How often features fire on rows (tokens, d_model), and which fire together; printed and given.
+    """How often features fire on rows (tokens, d_model), and which fire together; printed and returned.
 
     A feature fires where its code is above 0. Bands are shares of rows: always > 90 %, common (10, 90], rare (1, 10],
     very rare (0, 1], dead 0; the textbook counts the dead as very rare, and both figures are printed. The joint firing

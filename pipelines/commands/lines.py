@@ -7,7 +7,7 @@ from typing import Any
 from pipelines.commands.output import duration, number, size
 
 SHOWN_NAMES = 5
-"""Names of a list that are printed; the rest is counted."""
+"""Most names of a list that are printed; the others are counted."""
 
 Fields = list[tuple[str, str | None]]
 

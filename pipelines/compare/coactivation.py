@@ -1,4 +1,4 @@
-"""What features of two SAEs fire on together, over the same rows: correlations of activations, overlap of firings."""
+"""Co-activation of two SAEs' features over the same rows: correlation of activations, overlap of firings."""
 
 from __future__ import annotations
 

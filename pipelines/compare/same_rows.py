@@ -57,7 +57,7 @@ def encoded_source(url: str, sae: Sae, record: RunRecord, path: Path) -> Source:
 
 
 def code_source(url: str, record: RunRecord, path: Path) -> Source:
-    """Codes that are there. Raises IdentityMismatch when they are another run's."""
+    """The codes of an existing code store. Raises IdentityMismatch when they are another run's."""
     store = open_run_codes(url, record.run_id, path, "pass codes in the order of the runs.")
 
     def codes_of(shard: Shard, rows: NDArray[np.int64]) -> sp.csr_array:
@@ -94,7 +94,7 @@ def shared_codes(sources: list[Source], n_rows: int) -> list[sp.csr_array]:
 
 
 def row_keys(store: Store, shard: Shard) -> Keys:
-    """(n_rows,) a number for where each row of a shard stands, which all stores of the same text share."""
+    """(n_rows,) a number for the place of each row of a shard; stores of the same text have the same numbers."""
     window = store.read(shard, paths.WINDOW).astype(np.int64)
     position = store.read(shard, paths.POSITION).astype(np.int64)
     segment = shard.segment * len(PARTS) + PARTS.index(shard.part)

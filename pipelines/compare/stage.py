@@ -118,8 +118,8 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 
 
 def compare_pair(one: Compared, other: Compared, seed: int) -> dict[str, Any]:
-    """What two runs share, by each means there is. Figures are of `one`'s live features, looking for partners in `other`,
-    and of `other`'s, looking in `one`."""
+    """What two runs share, by decoder and, where rows were read, by co-activation. Figures are given for `one`'s live
+    features with partners in `other`, and for `other`'s with partners in `one`."""
     found: dict[str, Any] = {"one": one.name, "other": other.name, "live": [len(one.live), len(other.live)]}
     left_out = []
     if one.record.d_model == other.record.d_model:
@@ -162,7 +162,7 @@ def _coactivation(one: Compared, other: Compared, seed: int) -> dict[str, Any]:
 
 
 def _one_to_one(a: Any, b: Any, similarity: Any) -> dict[str, Any]:
-    """The matching of two sets of features, as long as they are few enough."""
+    """The one-to-one matching of two sets of features; None where they are too many."""
     sizes = [x.shape[1] if sp.issparse(x) else len(x) for x in (a, b)]
     if max(sizes) > MOST_MATCHED:
         return {"left_out": f"{max(sizes):,} live features, one to one are at most {MOST_MATCHED:,} matched"}
@@ -176,7 +176,8 @@ def _one_to_one(a: Any, b: Any, similarity: Any) -> dict[str, Any]:
 
 
 def _shares(best: NDArray[np.float32], weights: NDArray[np.float64]) -> dict[str, float]:
-    """Share of the features with a partner at least so close, and of the firings that they have."""
+    """The share of features with a partner of at least this similarity, and the share of all firings that these features
+    have."""
     found = {}
     for bound in CLOSE:
         found[f"features_{bound}"] = _mean(best >= bound)
@@ -259,7 +260,8 @@ def _sources(config: CompareConfig, loaded: list[tuple[Sae, RunRecord]]) -> list
 
 
 def _names(config: CompareConfig) -> list[str]:
-    """Each run by its folder's name, by its path where two have the same, numbered where one is given twice."""
+    """A name for each run: its folder's name, its path where two folders have the same name, with a number where a run is
+    given twice."""
     short = [path.absolute().name for path in config.runs]
     names = short if len(set(short)) == len(short) else [str(path) for path in config.runs]
     return [name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]

@@ -1,4 +1,4 @@
-"""In: nothing, or a run. Out: superposition to be seen: a toy model over sparsity, an SAE's directions beside chance.
+"""In: nothing, or a run. Out: plots of superposition: a toy model over sparsity, an SAE's directions beside chance.
 
 The toy (Elhage et al. 2022, "Toy Models of Superposition"): 20 features in 5 dimensions, x̂ = ReLU(WᵀW x + b), trained on
 Σ importance · (x − x̂)² where each feature is 0 with probability S and else uniform in [0, 1]. Dense features get a
@@ -24,7 +24,7 @@ from pipelines.sae.checkpoint import load_run
 
 SUMMARY, TOY, KEPT, COSINES = "superposition.json", "toy.png", "kept.png", "cosines.png"
 KEPT_NORM = 0.5
-"""A feature is represented when its direction is at least so long: norms gather near 0 and 1."""
+"""Least norm of the direction of a represented feature; norms gather near 0 and 1."""
 COSINE_BINS = np.linspace(0, 1, 101)
 
 
@@ -80,7 +80,7 @@ class Toy:
 
     @property
     def gram(self) -> NDArray[np.float64]:
-        """(I, n, n) WᵀW: what of feature j arrives at feature i."""
+        """(I, n, n) WᵀW: entry (i, j) is the share of feature j that arrives at feature i."""
         return np.asarray(self.w @ self.w.swapaxes(1, 2))
 
     @property
@@ -194,7 +194,7 @@ def draw_toy(toy: Toy) -> bytes:
 
 
 def draw_kept(toy: Toy, dimensions: int) -> bytes:
-    """How many features are kept, and how much they interfere, over 1 / (1 − S)."""
+    """The number of represented features, and their interference, over 1 / (1 − S)."""
     figure = _figure(6, 4)
     axes = figure.subplots()
     axes.semilogx(1 / toy.densities, toy.kept, marker="o", label="features kept")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 CLOSE = (0.7, 0.9)
-"""A feature is shared from such a similarity with its best partner on; both are reported."""
+"""Least similarities with the best partner for a feature to count as shared; both shares are reported."""
 
 
 def compare_lines(found: dict[str, Any]) -> list[str]:

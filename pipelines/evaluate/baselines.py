@@ -1,4 +1,4 @@
-"""In: a run, a store, the model. Out: the SAE's figures, and beside them those of what an SAE has to be better than.
+"""In: a run, a store, the model. Out: the SAE's figures, and beside them those of the baselines that an SAE has to beat.
 
 Beside a PCA and the raw dimensions with as many numbers a row, there are three SAEs of the run's shape and recipe, each
 trained on `--baseline-tokens` rows: the same one again, when the run itself saw more; one whose decoder stays at random
@@ -133,7 +133,8 @@ SCORES = ("ce_loss_score", "ce_loss_score_mean", "kl_score")
 
 
 def same_training(record: RunRecord, n_rows: int) -> TrainConfig:
-    """How a run was trained, for `n_rows` rows. A learning rate that was the default is that of the shorter training."""
+    """The configuration of a run's training, for `n_rows` rows. A default learning rate becomes the default of the shorter
+    training."""
     config = TrainConfig(**{**record.config, "out": Path("nowhere"), "tokens": n_rows})
     default = default_learning_rate(config.features, max(1, record.rows_seen // config.batch))
     return replace(config, lr=0.0) if math.isclose(config.lr, default) else config
@@ -142,7 +143,8 @@ def same_training(record: RunRecord, n_rows: int) -> TrainConfig:
 def train_sae(
     config: TrainConfig, store: ActivationStore, site: str, n_rows: int, device: str, *, frozen_decoder: bool = False
 ) -> Sae:
-    """An SAE in raw units, trained as `train` does and kept in memory; its decoder as it started, if that is frozen."""
+    """An SAE in raw units, trained as `train` does and kept in memory; with a frozen decoder, the decoder stays as it
+    started."""
     keep_freed_memory()
     n_steps = max(1, n_rows // config.batch)
     trainee = new_trainee(config, site, store, n_steps, device, Ranks(), Samples(), fresh=True)
@@ -159,7 +161,7 @@ def train_sae(
 def linear_baselines(
     store: ActivationStore, site: str, l0: float, fve: float, device: str
 ) -> dict[str, tuple[int, Replace]]:
-    """How many numbers a row, and what they make of rows: PCA and raw dimensions with as many as the SAE has active
+    """Numbers a row, and the rows made from them: PCA and raw dimensions with as many as the SAE has active
     features, and the PCA that explains as much as the SAE, however many components that takes."""
     d_model = store.d_model(site)
     basis, mean = pca_basis(store, site, d_model)
@@ -202,7 +204,7 @@ def linear_metrics(store: ActivationStore, site: str, n_numbers: int, replace_ro
 
 
 def random_weights_model(name: str, folder: Path, seed: int) -> str:
-    """A GPT-2 of a model's shape and tokenizer, with the weights it had before any training, in a folder; made once."""
+    """A GPT-2 of a model's shape and tokenizer, with weights drawn as before any training, in a folder; made once."""
     if folder.exists():
         return str(folder)
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel

@@ -31,7 +31,7 @@ from pipelines.shared.visible_text import BAR
 FORMAT, VERSION = "actstore-evaluation", 1
 PCA_ROWS = 200_000
 BLOCK_COSINES = 1 << 25
-"""Cosines of decoder directions that are held at a time: 0.13 GB."""
+"""Cosines of decoder directions in memory at a time: 0.13 GB."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 CLOSE = 0.9
 
@@ -99,8 +99,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def evaluation_path(run: Path, record: RunRecord, store_id: str, name: str = "evaluation") -> Path:
-    """`evaluation.json` for the store that a run was trained on; another store's has that store's id in its name, so that
-    neither is written over the other."""
+    """`evaluation.json` for the store that a run was trained on. For another store the name contains that store's id, so
+    that neither file replaces the other."""
     return run / (f"{name}.json" if store_id == record.store_id else f"{name}-{store_id}.json")
 
 
@@ -113,7 +113,7 @@ def save_evaluation(path: Path, figures: dict[str, Any]) -> str | None:
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
-    """What `save_evaluation` was given. Raises NotAStore when the file is none of ours."""
+    """The figures that `save_evaluation` was given. Raises NotAStore when the file is no evaluation."""
     value: dict[str, Any] = read_json(path) if path.exists() else {}
     if value.pop("format", None) != FORMAT or value.pop("version", None) != VERSION:
         raise NotAStore(f"{path}: not an evaluation of version {VERSION}; run `evaluate` (again).")

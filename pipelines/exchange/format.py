@@ -40,7 +40,7 @@ class Format(Protocol):
     architectures: tuple[str, ...]
 
     def files(self, out: Path) -> list[Path]:
-        """All that `write` makes. Raises InputError when `out` cannot be the name of such a file."""
+        """All files that `write` makes. Raises InputError when `out` cannot be the name of such a file."""
         ...
 
     def write(self, sae: Sae, record: RunRecord, out: Path) -> None:
@@ -48,7 +48,8 @@ class Format(Protocol):
         ...
 
     def read(self, path: Path) -> tuple[Sae, Origin]:
-        """The SAE of a file, and its origin. The file may be anybody's: nothing in it is run, or believed unchecked.
+        """The SAE of a file, and its origin. The file may come from a stranger: nothing in it is run, and every value is
+        checked.
 
         Raises InputError, naming the fault, both values and the remedy.
         """

@@ -1,6 +1,6 @@
 """In: a run. Out: the files of another tool. And back: in, a file and a store; out, a run.
 
-An imported run is known by the store that it was imported for, whose rows it reads, and not by a training: `rows_seen`
+An imported run states the store that it was imported for, and no training: `rows_seen`
 is 0 and `config` has the file, its format and its origin in place of options.
 """
 

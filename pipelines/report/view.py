@@ -37,7 +37,7 @@ Taken = Callable[[Analysis, int], dict[str, Any]]
 
 
 def nothing(analysis: Analysis, n_examples: int) -> dict[str, Any]:
-    """What a view takes that needs no values."""
+    """The values of a view that needs none."""
     return {}
 
 

@@ -28,7 +28,8 @@ from pipelines.report.view import View, text_beside
 from pipelines.statistics import BANDS
 
 DETAILED_FEATURES = 5_000
-"""The page stays bounded: rarer features keep their row in the list and lose tokens, partners and examples."""
+"""Features with details: rarer ones have a row in the list but no tokens, partners and examples, so that the page stays
+small."""
 DETAILED_TOKENS, DETAILED_PARTNERS = 10, 8
 LEVELS = 99
 
