@@ -1,4 +1,4 @@
-"""Looking features up in an analysis: the ones that fire on a text, and no more read than one feature needs."""
+"""Looking features up in an analysis: the features that fire on a text, read without more than one feature needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The feature index: the same entries as ten lines of numpy give, however it was made, and no more read than asked for."""
+"""The feature index: the entries equal those of ten lines of NumPy, however the index was made, and nothing is read that was not asked for."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def test_the_entry_point_stays_a_table() -> None:
 
 
 def test_the_help_takes_under_half_a_second() -> None:
-    """Processor time, best of three: the wall clock of an idle machine, and no false alarm on a busy one."""
+    """Processor time, best of three: equal to the wall clock on an idle machine, and without false alarms on a busy one."""
     seconds = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -36,7 +36,7 @@ def mount(*arguments: object) -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    """Mounts a disk of so many bytes, in memory."""
+    """Mounts a disk of this many bytes, in memory."""
     mounted: list[Path] = []
 
     def make(n_bytes: int) -> Path:

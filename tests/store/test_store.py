@@ -1,4 +1,4 @@
-"""What a store promises: true rows, no trap after a crash, readers that see exactly what is committed."""
+"""A store's promises: true rows, a store that can be continued after a crash, readers that see exactly the committed rows."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ TAKES = st.lists(st.integers(1, 90), min_size=1, max_size=8)
 
 
 def documents_of(lengths: list[int]) -> list[Document]:
-    """Documents of so many different words, named by their number."""
+    """Documents of this many different words, named by the number."""
     return [Document(str(i), " ".join(f"w{i}x{j}" for j in range(n))) for i, n in enumerate(lengths)]
 
 
