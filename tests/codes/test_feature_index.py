@@ -1,4 +1,4 @@
-"""The feature index: the entries equal those of ten lines of NumPy, however the index was made, and nothing is read that was not asked for."""
+"""The feature index: entries equal those of ten lines of NumPy, however it was made, and reads are few."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store's promises: true rows, a store that can be continued after a crash, readers that see exactly the committed rows."""
+"""A store's promises: true rows, continuation after a crash, readers that see exactly the committed rows."""
 
 from __future__ import annotations
 
