@@ -10,10 +10,10 @@ def main() -> None:
     home = Path(__file__).resolve().parent.parent
     for name, inside in (("cli", "cli.py"), ("pipelines", "pipelines/__init__.py")):
         spec = importlib.util.find_spec(name)
-        found = Path(spec.origin).resolve() if spec and spec.origin else None
-        if found != home / inside:
+        resolved = Path(spec.origin).resolve() if spec and spec.origin else None
+        if resolved != home / inside:
             sys.exit(
-                f"error: `{name}` resolves to {found}, not to {home / inside}: another distribution shadows it; "
+                f"error: `{name}` resolves to {resolved}, not to {home / inside}: another distribution shadows it; "
                 "install actstore in an environment of its own."
             )
     from cli import cli

@@ -70,14 +70,14 @@ class Bucket(Place):
         length = sum(buffer.nbytes for buffer in buffers)
         with self._errors():
             try:
-                found = memoryview(self._calls.get_range(self.objects, name, start=start, length=length)).cast("B")
+                received = memoryview(self._calls.get_range(self.objects, name, start=start, length=length)).cast("B")
             except self._calls.exceptions.GenericError as error:
                 if "416 Range Not Satisfiable" not in str(error):
                     raise
                 return 0
         done = 0
         for buffer in buffers:
-            piece = found[done : done + buffer.nbytes]
+            piece = received[done : done + buffer.nbytes]
             buffer.cast("B")[: len(piece)] = piece
             done += len(piece)
         return done
@@ -97,9 +97,9 @@ class Bucket(Place):
 
     def entries(self) -> set[str]:
         with self._errors():
-            found = self._calls.list_with_delimiter(self.objects)
-        files = {item["path"] for item in found["objects"] if item["path"]}
-        return files | {prefix.split("/")[-1] for prefix in found["common_prefixes"]}
+            listing = self._calls.list_with_delimiter(self.objects)
+        files = {item["path"] for item in listing["objects"] if item["path"]}
+        return files | {prefix.split("/")[-1] for prefix in listing["common_prefixes"]}
 
     def publish(self, name: str, data: bytes) -> None:
         with self._errors(writing=True):
@@ -150,12 +150,12 @@ def _reason(error: Exception) -> str:
     story = str(error)
     if METADATA_SERVICE in story:
         return "no credentials are set (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and this machine has none of its own"
-    if found := re.search(r"<Code>(.*?)</Code>\s*(?:<Message>(.*?)</Message>)?", story, re.DOTALL):
-        return ": ".join(part for part in found.groups() if part).rstrip(". ")
-    if found := re.search(r"Error performing \w+ (\w+://[^/\s]+)\S* in .*error sending request", story):
-        return f"{found[1]} does not answer"
-    if found := re.search(r"Server returned non-2xx status code: (\d+ [A-Z][A-Za-z ]*)", story):
-        return f"the server answered {found[1].strip()}"
+    if match := re.search(r"<Code>(.*?)</Code>\s*(?:<Message>(.*?)</Message>)?", story, re.DOTALL):
+        return ": ".join(part for part in match.groups() if part).rstrip(". ")
+    if match := re.search(r"Error performing \w+ (\w+://[^/\s]+)\S* in .*error sending request", story):
+        return f"{match[1]} does not answer"
+    if match := re.search(r"Server returned non-2xx status code: (\d+ [A-Z][A-Za-z ]*)", story):
+        return f"the server answered {match[1].strip()}"
     return story.split("\n")[0].strip().rstrip(":. ")
 
 

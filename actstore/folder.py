@@ -45,14 +45,14 @@ class Folder(Place):
             return None
 
     def names(self, prefix: str = "") -> dict[str, int]:
-        found = {}
+        sizes = {}
         for file in (self.path / prefix).rglob("*"):
             if not is_temporary(file.name):
                 with suppress(FileNotFoundError):  # a writer may remove it meanwhile
                     status = file.stat()
                     if stat.S_ISREG(status.st_mode):
-                        found[file.relative_to(self.path).as_posix()] = status.st_size
-        return found
+                        sizes[file.relative_to(self.path).as_posix()] = status.st_size
+        return sizes
 
     def entries(self) -> set[str]:
         if not self.path.exists():

@@ -78,14 +78,14 @@ class Records:
         """The committed shards of a part, in order."""
         seal = self.seal(segment.index)
         every = range(segment.parts[part].layout.n_shards)
-        found = [shard for shard in every if paths.shard_record(segment.index, part, shard) in self.names]
-        if seal is not None and len(found) < len(every):
-            lost = min(set(every) - set(found))
+        committed = [shard for shard in every if paths.shard_record(segment.index, part, shard) in self.names]
+        if seal is not None and len(committed) < len(every):
+            lost = min(set(every) - set(committed))
             raise DamagedStore(
                 f"{self.place}: segment {segment.index} is sealed but the commit record of {part} shard {lost} is missing"
                 f"{REMEDY}"
             )
-        return found
+        return committed
 
     def shard(self, segment: int, part: str, shard: int) -> dict[str, Any]:
         """The commit record of a shard."""

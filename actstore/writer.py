@@ -218,14 +218,14 @@ def _published_manifest(place: Place, manifest: Manifest, tokenizer_files: dict[
     """The manifest that is there, if it is of this identity; else this one, published after the tokenizer."""
     entries = {name: object_entry(data) for name, data in tokenizer_files.items()}
     if place.exists(paths.MANIFEST):
-        found = read_manifest(place)
-        if differences := differing_fields(found, manifest):
+        existing = read_manifest(place)
+        if differences := differing_fields(existing, manifest):
             raise IdentityMismatch(
                 f"{place}: holds another store (there / asked): {'; '.join(differences)}; "
                 "choose another --out, or ask for what is there."
             )
-        _publish_tokenizer(place, tokenizer_files, found.provenance["tokenizer_files"])
-        return found
+        _publish_tokenizer(place, tokenizer_files, existing.provenance["tokenizer_files"])
+        return existing
     records = Records(place)
     for segment in records.segments:
         if segment.store_id != manifest.store_id:

@@ -219,8 +219,8 @@ class Analysis(AnalysisContents):
 
         of_feature = [[("left", "=", feature)], [("right", "=", feature)]]
         names = ["left", "right", "count_2", "expected_2", "lift_2", "replicated"]
-        found = pq.read_table(io.BytesIO(self.place.read(table)), columns=names, filters=of_feature).to_pydict()
-        rows = [row for row in zip(*found.values(), strict=True) if row[-1] and row[-2] > 1]
+        pairs = pq.read_table(io.BytesIO(self.place.read(table)), columns=names, filters=of_feature).to_pydict()
+        rows = [row for row in zip(*pairs.values(), strict=True) if row[-1] and row[-2] > 1]
         rows.sort(key=lambda row: -row[-2])
         return [
             (right if left == feature else left, count, expected, lift) for left, right, count, expected, lift, _ in rows[:n]

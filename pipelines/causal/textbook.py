@@ -66,18 +66,18 @@ def direct_logit_attribution(
     """
     ids = _ids(model, input_ids, "input_ids")
     _require_token(model, target_token_id)
-    found = attributed(model, ids, target_token_id, by_head=False, centred=centred, final_norm=final_norm)
-    shares = dict(zip(found.names, found.shares.tolist(), strict=True))
-    parts = {name.replace(".", "_"): shares.pop(name) for name in found.names if name.startswith(("attn.", "mlp."))}
+    attribution = attributed(model, ids, target_token_id, by_head=False, centred=centred, final_norm=final_norm)
+    shares = dict(zip(attribution.names, attribution.shares.tolist(), strict=True))
+    parts = {name.replace(".", "_"): shares.pop(name) for name in attribution.names if name.startswith(("attn.", "mlp."))}
     parts = dict(sorted(parts.items(), key=lambda part: -part[1]))
-    print(f"logit of token {target_token_id}{' above the mean one' if centred else ''}: {found.logit:.3f}")
+    print(f"logit of token {target_token_id}{' above the mean one' if centred else ''}: {attribution.logit:.3f}")
     for name, share in parts.items():
         print(f"  {name:<8} {share:>+9.3f}")
     if final_norm:
         others = "  ".join(f"{name} {share:+.3f}" for name, share in shares.items())
-        print(f"  {others}  sum of all {found.shares.sum():.3f}")
+        print(f"  {others}  sum of all {attribution.shares.sum():.3f}")
     else:
-        print(f"  without the final norm: with the embeddings these sum to {found.shares.sum():.3f}")
+        print(f"  without the final norm: with the embeddings these sum to {attribution.shares.sum():.3f}")
     return parts
 
 
@@ -135,16 +135,16 @@ def ablate_feature(
     spliced = Spliced(lm, sparse.to(device), Site(SITE, layer), record)
     read = read_prompt(spliced, lm.prompt(text), [feature_idx])
     edit = Edit.of(feature_idx, read.fires_at(feature_idx))
-    found = ablate(read, [edit], "keep" if keep_error else "drop")
+    ablations = ablate(read, [edit], "keep" if keep_error else "drop")
     normal, ablated = (
         [(candidate.text, candidate.probability) for candidate in top_candidates(read.logits(hidden), lm.codec, TOP)]
-        for hidden in (read.normal[-1], found.hidden[0])
+        for hidden in (read.normal[-1], ablations.hidden[0])
     )
-    own, rest = found.normal_reconstruction, found.reconstruction_ablated
+    own, rest = ablations.normal_reconstruction, ablations.reconstruction_ablated
     result = Ablated(
         normal,
         ablated,
-        float(found.normal_ablated[0, -1]),
+        float(ablations.normal_ablated[0, -1]),
         None if own is None else float(own[-1]),
         None if rest is None else float(rest[0, -1]),
     )
@@ -185,14 +185,14 @@ def record_of(sae: Sae, layer: int, **known: Any) -> RunRecord:
     )
 
 
-def _print_ablated(text: str, feature: int, n_fires: int, n_tokens: int, found: Ablated) -> None:
+def _print_ablated(text: str, feature: int, n_fires: int, n_tokens: int, ablated: Ablated) -> None:
     print(f"feature {feature} set to 0 in {visible(text)!r}; it fires at {n_fires} of {n_tokens} tokens")
-    for name, tokens in (("normal", found.normal), ("ablated", found.ablated)):
+    for name, tokens in (("normal", ablated.normal), ("ablated", ablated.ablated)):
         print(f"  {name:<8}" + "  ".join(f"{visible(token)!r} {probability:.3f}" for token, probability in tokens))
     beside = ""
-    if found.kl_reconstruction is not None:
-        beside = f"   (reconstruction alone {found.kl_reconstruction:.4f}, feature on top {found.kl_feature:.4f})"
-    print(f"  KL(normal ‖ ablated) {found.kl:.4f} nat{beside}")
+    if ablated.kl_reconstruction is not None:
+        beside = f"   (reconstruction alone {ablated.kl_reconstruction:.4f}, feature on top {ablated.kl_feature:.4f})"
+    print(f"  KL(normal ‖ ablated) {ablated.kl:.4f} nat{beside}")
 
 
 def _ids(model: nn.Module, given: Tensor | Mapping[str, Tensor], name: str) -> Tensor:

@@ -104,7 +104,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         )
     pairs = [compare_pair(one, other, config.seed) for one, other in combinations(runs, 2)]
     features = _feature_table(runs)
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "runs": [_run_record(run, config, i) for i, run in enumerate(runs)],
         "rows": n_rows,
         "pairs": pairs,
@@ -113,24 +113,24 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     if config.out is not None:
         with publish_folder(config.out) as own:
             publish_bytes(own / TABLE, parquet_bytes(features))
-            publish_json(own / SUMMARY, {"format": "actstore-compare", "version": 1, **found})
-    return {"out": None if config.out is None else str(config.out), **found}
+            publish_json(own / SUMMARY, {"format": "actstore-compare", "version": 1, **result})
+    return {"out": None if config.out is None else str(config.out), **result}
 
 
 def compare_pair(one: Compared, other: Compared, seed: int) -> dict[str, Any]:
     """What two runs share, by decoder and, where rows were read, by co-activation. Figures are given for `one`'s live
     features with partners in `other`, and for `other`'s with partners in `one`."""
-    found: dict[str, Any] = {"one": one.name, "other": other.name, "live": [len(one.live), len(other.live)]}
+    figures: dict[str, Any] = {"one": one.name, "other": other.name, "live": [len(one.live), len(other.live)]}
     left_out = []
     if one.record.d_model == other.record.d_model:
-        found["decoder"] = _decoder(one, other, seed)
+        figures["decoder"] = _decoder(one, other, seed)
     else:
         left_out.append(
             f"d_model {one.record.d_model} and {other.record.d_model}: directions of different widths have no cosine"
         )
     if one.codes is not None and other.codes is not None:
-        found["coactivation"] = _coactivation(one, other, seed)
-    return found | ({"left_out": left_out} if left_out else {})
+        figures["coactivation"] = _coactivation(one, other, seed)
+    return figures | ({"left_out": left_out} if left_out else {})
 
 
 def _decoder(one: Compared, other: Compared, seed: int) -> dict[str, Any]:
@@ -178,11 +178,11 @@ def _one_to_one(a: Any, b: Any, similarity: Any) -> dict[str, Any]:
 def _shares(best: NDArray[np.float32], weights: NDArray[np.float64]) -> dict[str, float]:
     """The share of features with a partner of at least this similarity, and the share of all firings that these features
     have."""
-    found = {}
+    shares = {}
     for bound in CLOSE:
-        found[f"features_{bound}"] = _mean(best >= bound)
-        found[f"firings_{bound}"] = float(weights[best >= bound].sum())
-    return found
+        shares[f"features_{bound}"] = _mean(best >= bound)
+        shares[f"firings_{bound}"] = float(weights[best >= bound].sum())
+    return shares
 
 
 def _feature_table(runs: list[Compared]) -> list[dict[str, Any]]:
@@ -236,14 +236,14 @@ def _partners(run: Compared, other: Compared) -> tuple[Any, Any, Any, Any]:
 
 def _stability(runs: list[Compared], features: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Mean and quartiles of the live features' stability in each run; None with fewer than three, or other widths."""
-    found = {}
+    stability = {}
     for run in runs:
         values = [row["stability"] for row in features if row["run"] == run.name and row["stability"] is not None]
         if not values:
             return None
         low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
-        found[run.name] = {"mean": float(np.mean(values)), "q25": low, "median": middle, "q75": high}
-    return found
+        stability[run.name] = {"mean": float(np.mean(values)), "q25": low, "median": middle, "q75": high}
+    return stability
 
 
 def _sources(config: CompareConfig, loaded: list[tuple[Sae, RunRecord]]) -> list[Source]:

@@ -134,7 +134,7 @@ def superposition(config: SuperpositionConfig) -> dict[str, Any]:
         raise OutputExists(f"{config.out}: exists; choose another --out, or move it away.")
     decoder = None if config.run is None else load_run(config.run)[0].W_dec.numpy()
     toy = train_toy(config)
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "features": config.features,
         "dimensions": config.dimensions,
         "toy": [
@@ -144,24 +144,24 @@ def superposition(config: SuperpositionConfig) -> dict[str, Any]:
     }
     plots = {TOY: draw_toy(toy), KEPT: draw_kept(toy, config.dimensions)}
     if decoder is not None:
-        found["run"] = {"path": str(config.run), **(cosines := decoder_cosines(decoder, config.seed))}
+        result["run"] = {"path": str(config.run), **(cosines := decoder_cosines(decoder, config.seed))}
         plots[COSINES] = draw_cosines(cosines)
     with publish_folder(config.out) as own:
         for name, data in plots.items():
             publish_bytes(own / name, data)
-        publish_json(own / SUMMARY, {"format": "actstore-superposition", "version": 1, **found})
-    return {"out": str(config.out), **found, "plots": sorted(plots)}
+        publish_json(own / SUMMARY, {"format": "actstore-superposition", "version": 1, **result})
+    return {"out": str(config.out), **result, "plots": sorted(plots)}
 
 
 def decoder_cosines(decoder: NDArray[np.floating], seed: int) -> dict[str, Any]:
     """Absolute cosines of all pairs of an SAE's directions (F, d), and of each with its nearest, beside those of as many
     random ones. For random directions the mean square is 1 / d."""
-    found: dict[str, Any] = {"n_features": len(decoder), "d_model": decoder.shape[1], "bins": COSINE_BINS.tolist()}
+    figures: dict[str, Any] = {"n_features": len(decoder), "d_model": decoder.shape[1], "bins": COSINE_BINS.tolist()}
     for name, own in (("decoder", unit_rows(decoder)), ("random", random_directions(len(decoder), decoder.shape[1], seed))):
         pairs, nearest = all_pairs(own, COSINE_BINS)
         gram = own.T.astype(np.float64) @ own.astype(np.float64)
         n = len(own)
-        found[name] = {
+        figures[name] = {
             "pairs": pairs.tolist(),
             "nearest": np.histogram(np.minimum(nearest, 1.0), bins=COSINE_BINS)[0].tolist(),
             "mean_square": float((np.square(gram).sum() - n) / max(n * (n - 1), 1)),
@@ -169,7 +169,7 @@ def decoder_cosines(decoder: NDArray[np.floating], seed: int) -> dict[str, Any]:
             "largest": float(nearest.max()),
             "nearest_quantiles": np.quantile(nearest, [0.05, 0.5, 0.95]).tolist(),
         }
-    return found
+    return figures
 
 
 def draw_toy(toy: Toy) -> bytes:
@@ -207,7 +207,7 @@ def draw_kept(toy: Toy, dimensions: int) -> bytes:
     return _png(figure)
 
 
-def draw_cosines(found: dict[str, Any]) -> bytes:
+def draw_cosines(figures: dict[str, Any]) -> bytes:
     """Histograms of absolute cosines: all pairs, and each direction with its nearest."""
     figure = _figure(9, 3.5)
     middles = (COSINE_BINS[1:] + COSINE_BINS[:-1]) / 2
@@ -215,7 +215,7 @@ def draw_cosines(found: dict[str, Any]) -> bytes:
         figure.subplots(1, 2), ("pairs", "nearest"), ("all pairs", "each with its nearest"), strict=True
     ):
         for name in ("decoder", "random"):
-            counts = np.array(found[name][key])
+            counts = np.array(figures[name][key])
             axes.step(middles, counts / max(counts.sum(), 1), where="mid", label=f"{name} directions")
         axes.set(xlabel="|cosine|", ylabel="share", title=title)
         axes.legend()
@@ -223,16 +223,16 @@ def draw_cosines(found: dict[str, Any]) -> bytes:
     return _png(figure)
 
 
-def superposition_lines(found: dict[str, Any]) -> list[str]:
+def superposition_lines(result: dict[str, Any]) -> list[str]:
     """What `superposition` prints."""
     lines = [
-        f"{found['features']} features in {found['dimensions']} dimensions",
+        f"{result['features']} features in {result['dimensions']} dimensions",
         f"{'1 - S':>8}{'kept':>6}{'interference':>14}{'loss':>10}",
     ]
     lines += [
-        f"{own['density']:>8.3f}{own['kept']:>6}{own['interference']:>14.3f}{own['loss']:>10.5f}" for own in found["toy"]
+        f"{own['density']:>8.3f}{own['kept']:>6}{own['interference']:>14.3f}{own['loss']:>10.5f}" for own in result["toy"]
     ]
-    if run := found.get("run"):
+    if run := result.get("run"):
         lines += [
             "",
             f"{run['path']}: {run['n_features']:,} directions in {run['d_model']} dimensions",
@@ -242,7 +242,7 @@ def superposition_lines(found: dict[str, Any]) -> list[str]:
             f"{name:<10}{math.sqrt(run[name]['mean_square']):>8.3f}{run[name]['mean_nearest']:>9.3f}{run[name]['largest']:>9.3f}"
             for name in ("decoder", "random")
         ]
-    return [*lines, "", f"saved: {found['out']}: {', '.join([SUMMARY, *found['plots']])}"]
+    return [*lines, "", f"saved: {result['out']}: {', '.join([SUMMARY, *result['plots']])}"]
 
 
 def _figure(width: float, height: float) -> Any:

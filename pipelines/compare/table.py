@@ -8,32 +8,32 @@ CLOSE = (0.7, 0.9)
 """Least similarities with the best partner for a feature to count as shared; both shares are reported."""
 
 
-def compare_lines(found: dict[str, Any]) -> list[str]:
+def compare_lines(result: dict[str, Any]) -> list[str]:
     """What `compare` prints."""
     lines = [
         f"{run['name']}: {run['site']}, {run['architecture']}, {run['live']:,} of {run['n_features']:,} features live"
-        for run in found["runs"]
+        for run in result["runs"]
     ]
     lines.append(
-        f"{found['rows']:,} rows encoded by each"
-        if found["rows"]
+        f"{result['rows']:,} rows encoded by each"
+        if result["rows"]
         else "no rows read (--store, --codes): every feature counts as live, and all alike"
     )
     head = f"  {'':<16}{'mean best':>10}{'chance':>8}{'one to one':>12}"
     head += "".join(f"{f'>= {bound}':>9}{'of firings':>12}" for bound in CLOSE)
-    for pair in found["pairs"]:
+    for pair in result["pairs"]:
         lines += ["", f"{pair['one']} -> {pair['other']}", head]
         for kind, name in (("decoder", "decoder cosine"), ("coactivation", "co-activation")):
             if kind in pair:
                 lines.append(_pair_line(name, pair[kind]))
         lines += [f"  left out: {reason}" for reason in pair.get("left_out", [])]
-    if found["stability"]:
+    if result["stability"]:
         lines += ["", "stability (mean best cosine over the other runs): mean, quartiles"]
         lines += [
             f"  {name:<24}{own['mean']:.3f}   {own['q25']:.3f} {own['median']:.3f} {own['q75']:.3f}"
-            for name, own in found["stability"].items()
+            for name, own in result["stability"].items()
         ]
-    return [*lines, *([f"saved: {found['out']}"] if found["out"] else [])]
+    return [*lines, *([f"saved: {result['out']}"] if result["out"] else [])]
 
 
 def _pair_line(name: str, own: dict[str, Any]) -> str:

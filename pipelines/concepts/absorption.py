@@ -139,14 +139,14 @@ class Probes:
 
     def scores(self, rows: NDArray[np.floating]) -> NDArray[np.float64]:
         """(n, L)."""
-        found: NDArray[np.float64] = rows.astype(np.float64) @ self.directions.T - self.offsets
-        return found
+        projections: NDArray[np.float64] = rows.astype(np.float64) @ self.directions.T - self.offsets
+        return projections
 
     def cosines(self, decoder: NDArray[np.floating]) -> NDArray[np.float64]:
         """(L, F) cosine of each decoder direction (F, d) with each probe's."""
         norms = np.linalg.norm(self.directions, axis=1)[:, None] * np.linalg.norm(decoder, axis=1)
-        found: NDArray[np.float64] = self.directions @ decoder.T.astype(np.float64) / np.maximum(norms, 1e-30)
-        return found
+        cosine: NDArray[np.float64] = self.directions @ decoder.T.astype(np.float64) / np.maximum(norms, 1e-30)
+        return cosine
 
     def along(self, decoder: NDArray[np.floating]) -> NDArray[np.float64]:
         """(L, F) what a code of 1 adds to each score; 0 for directions that point along the probe by chance.
@@ -154,8 +154,8 @@ class Probes:
         That is, whose cosine is at most three standard deviations of a random direction's, 3 / sqrt(d).
         """
         bound = COSINE_DEVIATIONS / np.sqrt(decoder.shape[1])
-        found: NDArray[np.float64] = self.directions @ decoder.T.astype(np.float64)
-        return np.where(self.cosines(decoder) > bound, found, 0.0)
+        products: NDArray[np.float64] = self.directions @ decoder.T.astype(np.float64)
+        return np.where(self.cosines(decoder) > bound, products, 0.0)
 
 
 class ScoreHistogram:
@@ -249,9 +249,9 @@ def strongest(codes: sp.csr_array, along: NDArray[np.float64], scores: NDArray[n
     >>> strongest(codes, np.array([0.5, 0.1, 0.1]), np.array([1.2, 1.0, -0.2])).tolist()
     [0, -1, -1]
     """
-    found = np.full(codes.shape[0], -1, np.int64)
+    carriers = np.full(codes.shape[0], -1, np.int64)
     if not codes.nnz:
-        return found
+        return carriers
     pairs = codes.tocoo()
     row, feature = (np.asarray(axis, np.int64) for axis in pairs.coords)
     added = pairs.data * along[feature]
@@ -259,5 +259,5 @@ def strongest(codes: sp.csr_array, along: NDArray[np.float64], scores: NDArray[n
     first = order[np.r_[True, np.diff(row[order]) != 0]]
     own = scores[row[first]]
     first = first[(own > 0) & (added[first] > 0) & (added[first] >= CARRIED * own)]
-    found[row[first]] = feature[first]
-    return found
+    carriers[row[first]] = feature[first]
+    return carriers

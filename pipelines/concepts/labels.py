@@ -48,11 +48,11 @@ class SegmentLabels:
     def at(self, index: NDArray[np.int64]) -> tuple[sp.csr_array, NDArray[np.bool_]]:
         """((n, L) 0/1, (n,)) of rows at places of the token table; -1, a start of text, has no label and is of half 0."""
         place = np.maximum(index, 0)
-        found = self.holds[place]
+        labels = self.holds[place]
         if (index < 0).any():
-            found = found.multiply((index >= 0)[:, None].astype(np.int64)).tocsr()
-            found.eliminate_zeros()
-        return found, (index >= 0) & self.half[place]
+            labels = labels.multiply((index >= 0)[:, None].astype(np.int64)).tocsr()
+            labels.eliminate_zeros()
+        return labels, (index >= 0) & self.half[place]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def read_labels(store: Store, codec: TextCodec, source: str | Path | None) -> La
 
 def stored_documents(store: Store) -> list[StoredDocument]:
     """Every document of a store, those that go on in the next segment put together again."""
-    found: list[StoredDocument] = []
+    documents: list[StoredDocument] = []
     last: dict[str, int] = {}  # of each part, which one may go on in the next segment
     for segment in store.segments:
         names = store.document_names(segment.index)
@@ -121,16 +121,16 @@ def stored_documents(store: Store) -> list[StoredDocument]:
             part = PARTS[int(heldout[i])]
             span = (segment.index, offsets[i], offsets[i + 1] - 1)
             going_on = before.get(part) if part not in last and segment.first_token else None
-            if going_on is not None and found[going_on].name == name:
-                found[going_on] = replace(found[going_on], spans=(*found[going_on].spans, span))
+            if going_on is not None and documents[going_on].name == name:
+                documents[going_on] = replace(documents[going_on], spans=(*documents[going_on].spans, span))
                 last[part] = going_on
             else:
-                last[part] = len(found)
-                found.append(StoredDocument(name, (span,)))
+                last[part] = len(documents)
+                documents.append(StoredDocument(name, (span,)))
     if store.segments and store.segments[-1].next_token:
         for i in last.values():
-            found[i] = replace(found[i], is_cut=True)
-    return found
+            documents[i] = replace(documents[i], is_cut=True)
+    return documents
 
 
 Places = Iterator[tuple[StoredDocument, NDArray[np.int64], NDArray[np.int64]]]
@@ -155,8 +155,8 @@ def file_places(
     document of the file is in the store.
     """
     ranges: dict[str, list[LabelRange]] = defaultdict(list)
-    for found in read_ranges(path):
-        ranges[found.document].append(found)
+    for labelled in read_ranges(path):
+        ranges[labelled.document].append(labelled)
     count = Counter(document.name for document in documents)
     for name in ranges:
         if count[name] > 1:

@@ -51,8 +51,8 @@ def find_absorption(
     """Absorption of each concept on the scoring half. `codes` are of the same shards as `rows`; see `Absorption.update`."""
     shared = share(client, (fitted.probes, fitted.thresholds, mains, along))
     tasks = [(codes, rows, *task[1:], shared) for task in shard_tasks(codes, labels)]
-    found: Absorption = reduce_tasks(client, "absorption", shard_absorption, Absorption.merge, tasks)
-    return found
+    absorption: Absorption = reduce_tasks(client, "absorption", shard_absorption, Absorption.merge, tasks)
+    return absorption
 
 
 def shard_sums(rows: ScoredUnits, shard: Shard, labels: SegmentLabels) -> ProbeSums:
@@ -92,6 +92,6 @@ def shard_absorption(
     holds, half = shard_labels(coded, shard, labels)
     mine = np.flatnonzero(half)
     scores = probes.scores(store.read(source, rows.acts)[order[mine]])
-    found = Absorption(len(mains), codes.n_units)
-    found.update(codes.sparse(shard)[mine], holds[mine].toarray() > 0, scores, thresholds, mains, along)
-    return found
+    absorption = Absorption(len(mains), codes.n_units)
+    absorption.update(codes.sparse(shard)[mine], holds[mine].toarray() > 0, scores, thresholds, mains, along)
+    return absorption

@@ -232,61 +232,61 @@ class _Labeller:
         if keyword.iskeyword(name):
             self._mark(start, stop, "a keyword")
             return
-        found = ["any name"]
+        labels = ["any name"]
         if before in AFTER and (statement == before or before not in ("from", "@")):
-            found.append(AFTER[before])
+            labels.append(AFTER[before])
         if before == ".":
-            found.append("an attribute: the name after a dot")
+            labels.append("an attribute: the name after a dot")
             if before_that == "self":
-                found.append("an attribute of `self`")
+                labels.append("an attribute of `self`")
         elif name in BUILTINS:
-            found.append("a builtin's name")
+            labels.append("a builtin's name")
         if statement == "def" and brackets == ["("] and before in ("(", ",", "*", "**"):
-            found.append("a parameter in a `def` header")
+            labels.append("a parameter in a `def` header")
         elif brackets and brackets[-1] == "(" and after == "=" and before in ("(", ","):
-            found.append("the name of a keyword argument")
+            labels.append("the name of a keyword argument")
         if after == "(" and before not in ("def", "class"):
-            found.append("the name of what is called, before `(`")
+            labels.append("the name of what is called, before `(`")
         if after == "=" and not brackets:
-            found.append("the target of an assignment")
+            labels.append("the target of an assignment")
         if name.startswith("__") and name.endswith("__"):
-            found.append("a __dunder__ name")
+            labels.append("a __dunder__ name")
         elif name.startswith("_"):
-            found.append("a name with a leading underscore")
+            labels.append("a name with a leading underscore")
         if len(name) > 1 and name.isupper():
-            found.append("a name in ALL_CAPS")
+            labels.append("a name in ALL_CAPS")
         elif name[0].isupper() and any(character.islower() for character in name):
-            found.append("a name in CamelCase")
-        for label in found:
+            labels.append("a name in CamelCase")
+        for label in labels:
             self._mark(start, stop, label)
 
     def _operator(
         self, start: int, stop: int, text: str, before: str, brackets: list[str], statement: str, ends_block: bool
     ) -> None:
-        found = []
+        labels = []
         opens_class = statement == "class" and not brackets
         follows_value = (before[-1:].isalnum() or before.endswith(("_", ")", "]", "}", "'", '"'))) and not keyword.iskeyword(
             before
         )
         if text in "([{":
-            found.append("an opening bracket")
+            labels.append("an opening bracket")
             if text == "(" and statement == "def" and not brackets:
-                found.append("the `(` of a `def` header")
+                labels.append("the `(` of a `def` header")
             elif text == "(" and follows_value and (before.isidentifier() or before in (")", "]")) and not opens_class:
-                found.append("the `(` of a call")
+                labels.append("the `(` of a call")
         elif text in ")]}":
-            found.append("a closing bracket")
+            labels.append("a closing bracket")
         elif text == ":" and (brackets or ends_block):
-            found.append("a colon inside brackets" if brackets else "the colon that ends a block header")
+            labels.append("a colon inside brackets" if brackets else "the colon that ends a block header")
         elif text == ",":
-            found.append("the comma between arguments or items")
+            labels.append("the comma between arguments or items")
         elif text == "=":
-            found.append("the `=` of a keyword argument or default" if brackets else "the `=` of an assignment")
+            labels.append("the `=` of a keyword argument or default" if brackets else "the `=` of an assignment")
         elif text in COMPARISONS:
-            found.append("a comparison operator")
+            labels.append("a comparison operator")
         elif text in ARITHMETIC and (follows_value or text in "+-"):
-            found.append("an arithmetic operator")
-        for label in found:
+            labels.append("an arithmetic operator")
+        for label in labels:
             self._mark(start, stop, label)
 
     def _inside(self, start: int, stop: int, brackets: list[str], statement: str) -> None:

@@ -100,13 +100,13 @@ class RuleScores:
         """unit -> (threshold, rule, F1) with the largest F1 on half 0; ties by number."""
         best: dict[int, tuple[int, int, float]] = {}
         for t in range(len(self.hits[0])):
-            found = self.chosen(t)
-            order = np.lexsort((found.rule, -found.f1, found.unit))
-            first = order[np.r_[True, np.diff(found.unit[order]) != 0]] if len(order) else order
-            for i in first[found.f1[first] >= 0].tolist():
-                unit, f1 = int(found.unit[i]), float(found.f1[i])
+            pairs = self.chosen(t)
+            order = np.lexsort((pairs.rule, -pairs.f1, pairs.unit))
+            first = order[np.r_[True, np.diff(pairs.unit[order]) != 0]] if len(order) else order
+            for i in first[pairs.f1[first] >= 0].tolist():
+                unit, f1 = int(pairs.unit[i]), float(pairs.f1[i])
                 if unit not in best or f1 > best[unit][2]:
-                    best[unit] = (t, int(found.rule[i]), f1)
+                    best[unit] = (t, int(pairs.rule[i]), f1)
         return dict(sorted(best.items()))
 
 

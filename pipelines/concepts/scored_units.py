@@ -103,10 +103,10 @@ class ScoredUnits:
         if self.site is not None:
             values = self.dense(shard)
             return [sp.csr_array((values > bounds).astype(np.int64)) for bounds in thresholds]
-        found = self.sparse(shard).tocoo()
-        row, unit = found.coords
-        above = [found.data > bounds[unit] for bounds in thresholds]
-        return [sp.csr_array((np.ones(int(m.sum()), np.int64), (row[m], unit[m])), shape=found.shape) for m in above]
+        entries = self.sparse(shard).tocoo()
+        row, unit = entries.coords
+        above = [entries.data > bounds[unit] for bounds in thresholds]
+        return [sp.csr_array((np.ones(int(m.sum()), np.int64), (row[m], unit[m])), shape=entries.shape) for m in above]
 
 
 @lru_cache(maxsize=6)
@@ -128,16 +128,16 @@ def choose_thresholds(scored: ScoredUnits, labels: list[Any], client: Any) -> ND
     n_rows = -(-2 * SAMPLE_ROWS // len(shards))  # about half of them are of the choosing half
     tasks = [(scored, shard, labels[shard.segment], n_rows) for shard in shards]
     sample = reduce_tasks(client, "sample", half_sample, _joined, tasks)
-    found: NDArray[np.float64] = np.quantile(sample, [1 - share for share in FIRING_SHARES], axis=0)
-    return found
+    quantiles: NDArray[np.float64] = np.quantile(sample, [1 - share for share in FIRING_SHARES], axis=0)
+    return quantiles
 
 
 def half_peaks(scored: ScoredUnits, shard: Shard, labels: SegmentLabels) -> NDArray[np.float64]:
     """(U,) largest value of each feature over a shard's rows of half 0. Runs on a worker."""
     _, half = shard_labels(scored.open(), shard, labels)
     peaks = np.zeros(scored.n_units)
-    found = scored.sparse(shard)[np.flatnonzero(~half)].tocoo()
-    np.maximum.at(peaks, found.coords[1], found.data.astype(np.float64))
+    entries = scored.sparse(shard)[np.flatnonzero(~half)].tocoo()
+    np.maximum.at(peaks, entries.coords[1], entries.data.astype(np.float64))
     return peaks
 
 

@@ -85,8 +85,8 @@ def concepts(config: ConceptsConfig, client: Any = None) -> dict[str, Any]:
         ]
         if source is not None:
             mains = [union.units[: union.n_main] if _is_followed(union) else [] for union in unions]
-            for row, found in zip(rows, _probed(config, own, others[0][1], held, mains, connected), strict=True):
-                row.update(found)
+            for row, probed in zip(rows, _probed(config, own, others[0][1], held, mains, connected), strict=True):
+                row.update(probed)
         known = {} if source is None else {(source.url, source.snapshot): labels}
         for store, scored in others:
             text = (store.url, store.snapshot)
@@ -147,18 +147,18 @@ def _probed(
     fitted = fit_probes(rows, held, client)
     decoder = sae.W_dec.double().cpu().numpy()
     cosines = fitted.probes.cosines(decoder)
-    found = find_absorption(codes, rows, held, fitted, mains, fitted.probes.along(decoder), client)
-    rates, records = found.rates(), []
+    absorption = find_absorption(codes, rows, held, fitted, mains, fitted.probes.along(decoder), client)
+    rates, records = absorption.rates(), []
     for i, main in enumerate(mains):
-        carriers = found.carriers[[i]].tocoo()
+        carriers = absorption.carriers[[i]].tocoo()
         order = np.lexsort((carriers.coords[1], -carriers.data))
         records.append(
             {
                 "probe_f1": float(fitted.f1[i]),
-                "seen": int(found.seen[i]) if main else None,
-                "silent": int(found.silent[i]) if main else None,
-                "absorbed": int(found.absorbed[i]) if main else None,
-                "absorption_rate": float(rates[i]) if main and found.seen[i] else None,
+                "seen": int(absorption.seen[i]) if main else None,
+                "silent": int(absorption.silent[i]) if main else None,
+                "absorbed": int(absorption.absorbed[i]) if main else None,
+                "absorption_rate": float(rates[i]) if main and absorption.seen[i] else None,
                 "absorbers": [
                     {"feature": int(f), "rows": int(n), "cosine": float(cosines[i, f])}
                     for f, n in zip(carriers.coords[1][order], carriers.data[order], strict=True)
@@ -203,7 +203,7 @@ def _published(
 ) -> dict[str, Any]:
     rows = sorted(rows, key=lambda row: (-(row["f1"] or 0.0), row["label"]))
     text = findings_text(rows)
-    found = {
+    record = {
         "codes": str(codes.url),
         "store_id": codes.store_id,
         "snapshot": codes.snapshot,
@@ -217,5 +217,5 @@ def _published(
         publish_bytes(own / TABLE, table_bytes(rows))
         publish_bytes(own / FEATURES, table_bytes([asdict(finding) for finding in findings]))
         publish_bytes(own / TEXT, (text + "\n").encode())
-        publish_json(own / SUMMARY, {"format": "actstore-concepts", "version": 1, **found})
-    return {"out": str(folder), **found}
+        publish_json(own / SUMMARY, {"format": "actstore-concepts", "version": 1, **record})
+    return {"out": str(folder), **record}

@@ -59,11 +59,11 @@ def table_bytes(rows: list[dict[str, Any]]) -> bytes:
     """The records as a Parquet file, a column each; what holds several values is JSON text."""
 
     def flat(row: dict[str, Any]) -> dict[str, Any]:
-        found = {key: value for key, value in row.items() if key != "beside"}
+        columns = {key: value for key, value in row.items() if key != "beside"}
         for name, own in row.get("beside", {}).items():
             for figure in ("unit", "f1", "f1_2", "f1_5"):
-                found[f"{name}: {figure}"] = (own or {}).get(figure)
-        return {key: json.dumps(value) if isinstance(value, list) else value for key, value in found.items()}
+                columns[f"{name}: {figure}"] = (own or {}).get(figure)
+        return {key: json.dumps(value) if isinstance(value, list) else value for key, value in columns.items()}
 
     return parquet_bytes([flat(row) for row in rows])
 
@@ -73,9 +73,9 @@ def measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["f1"] is not None]
 
 
-def concept_lines(found: dict[str, Any]) -> list[str]:
+def concept_lines(result: dict[str, Any]) -> list[str]:
     """The table of concepts, best first, and the paragraph."""
-    rows = measured(found["concepts"])
+    rows = measured(result["concepts"])
     others = list(rows[0]["beside"]) if rows else []
     with_probe = bool(rows) and "probe_f1" in rows[0]
     width = max([len(row["label"]) for row in rows] or [7])
@@ -97,20 +97,20 @@ def concept_lines(found: dict[str, Any]) -> list[str]:
         line = f"{'mean':<{width}}{'':>33}" + "".join(f"{mean:>6.2f}" for mean in means) + f"{'':>6}"
         line += f"{fmean(row['probe_f1'] for row in rows):>7.2f}{'':>10}" if with_probe else ""
         lines.append(line + "".join(f"{_mean_beside(rows, name, 'f1'):>7.2f}" for name in others))
-    few = len(found["concepts"]) - len(rows)
+    few = len(result["concepts"]) - len(rows)
     return [
         *lines,
         *(f"[{i}] F1 of the best of: {name}" for i, name in enumerate(others, start=1)),
         *([f"{few} labels have fewer than {MIN_ROWS} rows on one half, or no feature, and are left out."] if few else []),
         *(
-            [f"{found['documents_left_out']:,} labelled documents are not in the store."]
-            if found["documents_left_out"]
+            [f"{result['documents_left_out']:,} labelled documents are not in the store."]
+            if result["documents_left_out"]
             else []
         ),
         "",
-        found["findings"],
+        result["findings"],
         "",
-        f"saved: {found['out']}",
+        f"saved: {result['out']}",
     ]
 
 

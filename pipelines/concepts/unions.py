@@ -62,7 +62,7 @@ class Union:
 
 def choose_candidates(scores: RuleScores, n_labels: int) -> list[Candidates]:
     """The candidates of each of the first `n_labels` rules."""
-    found = []
+    candidates = []
     for start in range(0, n_labels, LABELS_AT_ONCE):
         stop = min(start + LABELS_AT_ONCE, n_labels)
         parts = [scores.chosen(t, slice(start, stop)) for t in range(len(scores.hits[0]))]
@@ -76,8 +76,8 @@ def choose_candidates(scores: RuleScores, n_labels: int) -> list[Candidates]:
             best = _top(mine, f1, unit)
             covering = mine[precision[mine] >= PRECISE]
             best = np.concatenate([best, _top(covering[~np.isin(unit[covering], unit[best])], hits, unit)])
-            found.append(Candidates(unit[best], t[best]))
-    return found
+            candidates.append(Candidates(unit[best], t[best]))
+    return candidates
 
 
 def _top(entries: NDArray[np.int64], by: NDArray[Any], unit: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -125,12 +125,12 @@ def shard_patterns(
     by_label = holds.tocsc()
     units = np.unique(np.concatenate([np.zeros(0, np.int64), *(own for own, _ in candidates)]))
     values = scored.columns(shard, units)
-    found = []
+    patterns = []
     for label, (own, bounds) in enumerate(candidates):
         holds_here = np.zeros(len(half), np.bool_)
         holds_here[by_label.indices[by_label.indptr[label] : by_label.indptr[label + 1]]] = True
-        found.append(Patterns.of(values[:, np.searchsorted(units, own)] > bounds, holds_here, half))
-    return found
+        patterns.append(Patterns.of(values[:, np.searchsorted(units, own)] > bounds, holds_here, half))
+    return patterns
 
 
 def merge_patterns(one: list[Patterns], other: list[Patterns]) -> list[Patterns]:

@@ -152,10 +152,12 @@ def find_implications(half: Observed, pairs: Pairs, min_lift: float) -> tuple[Im
     return Implications(place[kept], source[kept], target[kept]), int((~kept).sum())
 
 
-def confirm_implications(found: Implications, first: Observed, second: Observed) -> tuple[Chosen, NDArray[np.float64]]:
+def confirm_implications(
+    implications: Implications, first: Observed, second: Observed
+) -> tuple[Chosen, NDArray[np.float64]]:
     """The arrows on the second half: called there, with P(target | source) at least 0.9 again; and that share."""
-    chosen = replicate(found.place, first, second)
-    share = second.counts[found.place] / np.maximum(second.table.fires[found.source], 1)
+    chosen = replicate(implications.place, first, second)
+    share = second.counts[implications.place] / np.maximum(second.table.fires[implications.source], 1)
     return replace(chosen, replicated=chosen.replicated & (share >= CONDITIONAL)), share
 
 

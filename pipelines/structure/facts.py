@@ -108,25 +108,25 @@ def _distinct(table: dict[str, NDArray]) -> list[int]:
     """The replicated pairs that are most certain on the first half. No feature is listed twice, so that one hub cannot fill
     the list."""
     used: set[int] = set()
-    found: list[int] = []
+    distinct: list[int] = []
     for i in np.argsort(-np.abs(table["z_1"]), kind="stable").tolist():
         ends = {int(table["left"][i]), int(table["right"][i])}
-        if table["replicated"][i] and not ends & used and len(found) < N_SHOWN:
+        if table["replicated"][i] and not ends & used and len(distinct) < N_SHOWN:
             used |= ends
-            found.append(i)
-    return found
+            distinct.append(i)
+    return distinct
 
 
 def communities_facts(s: Sought) -> tuple[dict[str, Any], dict[str, NDArray]]:
     """The verdict of each level, and the communities of the lowest level where it is yes."""
     p, lift = choose.judge_groups(s.second)
     levels, first_group = [], 0
-    for number, (level, found) in enumerate(zip(choose.ladder(s.min_lift), s.found, strict=True)):
-        last_group = first_group + len(found.members())
+    for number, (level, partition) in enumerate(zip(choose.ladder(s.min_lift), s.found, strict=True)):
+        last_group = first_group + len(partition.members())
         own = p[first_group:last_group]
         q = stats.false_discovery_control(own, method="bh") if len(own) else own
         other = choose.find_communities(s.second, s.pairs, level, s.seed)
-        agreement, n_common = choose.halves_agreement(found, other)
+        agreement, n_common = choose.halves_agreement(partition, other)
         drawn = np.array([draw.modularity[number] for draw in s.null_draws])
         levels.append(
             {
@@ -136,7 +136,7 @@ def communities_facts(s: Sought) -> tuple[dict[str, Any], dict[str, NDArray]]:
                 "features_in_both_graphs": n_common,
                 "found": len(own),
                 "replicated": int((q <= Q).sum()),
-                **choose.verdict(found, agreement, q, drawn),
+                **choose.verdict(partition, agreement, q, drawn),
             }
         )
         first_group = last_group
@@ -157,7 +157,7 @@ def _listed(
     s: Sought, level: int, members: list[NDArray[np.int64]], p: NDArray[np.float64], lift: NDArray[np.float64]
 ) -> list[dict[str, Any]]:
     """What is reported of each community of a level, largest first."""
-    first_group = sum(len(found.members()) for found in s.found[:level])
+    first_group = sum(len(partition.members()) for partition in s.found[:level])
     own = slice(first_group, first_group + len(members))
     q, lift = stats.false_discovery_control(p[own], method="bh"), lift[own]
     groups = np.where(s.groups[level] >= 0, s.groups[level] - first_group, -1)
@@ -188,12 +188,12 @@ def _listed(
 
 def implications_facts(s: Sought) -> dict[str, Any]:
     """Every direct implication that was called, the most certain first, with its figures on the second half."""
-    found, n_indirect = choose.find_implications(s.first, s.pairs, s.min_lift)
-    chosen, share = choose.confirm_implications(found, s.first, s.second)
+    implications, n_indirect = choose.find_implications(s.first, s.pairs, s.min_lift)
+    chosen, share = choose.confirm_implications(implications, s.first, s.second)
     listed: list[dict[str, Any]] = []
     n_shown = 0
-    for i in np.argsort(-s.first.judged.z[found.place], kind="stable").tolist():
-        source, target, place = int(found.source[i]), int(found.target[i]), int(found.place[i])
+    for i in np.argsort(-s.first.judged.z[implications.place], kind="stable").tolist():
+        source, target, place = int(implications.source[i]), int(implications.target[i]), int(implications.place[i])
         fires = [half.table.fires for half in (s.first, s.second)]
         facts: dict[str, Any] = {
             "source": source,

@@ -86,8 +86,8 @@ class Communities:
 
     def members(self) -> list[NDArray[np.int64]]:
         """The nodes of each community of at least `MIN_MEMBERS`, largest first, ties by first node."""
-        found = [np.flatnonzero(self.labels == label) for label in np.unique(self.labels[self.labels >= 0])]
-        kept = [nodes for nodes in found if len(nodes) >= MIN_MEMBERS]
+        groups = [np.flatnonzero(self.labels == label) for label in np.unique(self.labels[self.labels >= 0])]
+        kept = [nodes for nodes in groups if len(nodes) >= MIN_MEMBERS]
         return sorted(kept, key=lambda nodes: (-len(nodes), int(nodes[0])))
 
 

@@ -55,10 +55,10 @@ class Observed:
 
 def group_sums(counts: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[np.int64]:
     """Sum of the counts of each group 0, 1, … of (groupings, P) numbers; -1 is in no group."""
-    found = np.zeros(int(groups.max(initial=-1)) + 1, np.int64)
+    sums = np.zeros(int(groups.max(initial=-1)) + 1, np.int64)
     for own in groups:
-        np.add.at(found, own[own >= 0], counts[own >= 0])
-    return found
+        np.add.at(sums, own[own >= 0], counts[own >= 0])
+    return sums
 
 
 def observe(
@@ -67,20 +67,20 @@ def observe(
     """Count the pairs in a half's table and in `n_draws` draws of its null, and judge the counts by the draws."""
     shared = share(client, (table, pairs, groups))
     tasks = [(shared, key, first, min(first + DRAWS_A_TASK, n_draws)) for first in range(0, n_draws, DRAWS_A_TASK)]
-    found: DrawRound = reduce_tasks(client, label, draw_some, DrawRound.merge, tasks)
+    drawn: DrawRound = reduce_tasks(client, label, draw_some, DrawRound.merge, tasks)
     counts = pairs.count(table)
-    null = fit_null(found.moments, hypergeometric(table, pairs)[1])
-    drawn_sums = np.array([found.sums[number] for number in range(n_draws)])
+    null = fit_null(drawn.moments, hypergeometric(table, pairs)[1])
+    drawn_sums = np.array([drawn.sums[number] for number in range(n_draws)])
     return Observed(table, counts, null, judge(counts, null, MIN_EXPECTATION), group_sums(counts, groups), drawn_sums)
 
 
 def draw_some(shared: tuple[CodeTable, Pairs, NDArray[np.int64]], key: tuple[int, ...], first: int, last: int) -> DrawRound:
     """Draws `first` to `last` - 1 of a table's null. Runs on a worker."""
     table, pairs, groups = shared
-    found = DrawRound(len(pairs))
+    drawn = DrawRound(len(pairs))
     for number in range(first, last):
-        found.update(number, pairs.count(draw(table, (*key, number))), groups)
-    return found
+        drawn.update(number, pairs.count(draw(table, (*key, number))), groups)
+    return drawn
 
 
 @dataclass(frozen=True)
@@ -159,5 +159,5 @@ def cosine_correlation(judged: Judged, cosines: NDArray[np.float32] | None) -> f
     """Spearman's rank correlation of lift and decoder cosine over the tested pairs; 0 without a run or pairs."""
     if cosines is None or judged.tested.sum() < 3:
         return 0.0
-    found = stats.spearmanr(judged.lift[judged.tested], cosines[judged.tested]).statistic
-    return float(found) if np.isfinite(found) else 0.0
+    correlation = stats.spearmanr(judged.lift[judged.tested], cosines[judged.tested]).statistic
+    return float(correlation) if np.isfinite(correlation) else 0.0

@@ -82,11 +82,11 @@ def _replicated(kind: dict[str, Any]) -> str:
     return f"{kind['called']:,}; {_share(kind['replicated'], kind['called'])}"
 
 
-def _verdict(found: dict[str, Any]) -> str:
-    if not found["reported"]:
-        reasons = "; ".join(found["levels"][-1]["why_not"])
+def _verdict(record: dict[str, Any]) -> str:
+    if not record["reported"]:
+        reasons = "; ".join(record["levels"][-1]["why_not"])
         return f"no community structure beyond the null, at any level of the table; at the highest, {reasons}"
-    level = found["levels"][found["level"]]
+    level = record["levels"][record["level"]]
     return (
         f"{level['found']:,} communities of features that fire together at least {level['min_lift']:g} times as often as in "
         f"the null, {level['replicated']:,} replicated (modularity z {level['modularity_z']:.1f})"
@@ -94,11 +94,11 @@ def _verdict(found: dict[str, Any]) -> str:
 
 
 def _communities(record: dict[str, Any]) -> list[str]:
-    found = record["communities"]
+    communities = record["communities"]
     lines = [
         "## Are there communities?",
         "",
-        f"{'Yes' if found['reported'] else 'No'}: {_verdict(found)}.",
+        f"{'Yes' if communities['reported'] else 'No'}: {_verdict(communities)}.",
         "",
         "Graphs of attracted pairs, each edge as heavy as its lift, beside null graphs over the same features with as "
         "many edges. Reported is the first level whose modularity is 3 deviations above theirs, and where 20 seeds and the "
@@ -107,7 +107,7 @@ def _communities(record: dict[str, Any]) -> list[str]:
         "| lift at least | edges | in null draws | modularity | null | z | seeds agree | halves agree | communities |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for level in found["levels"]:
+    for level in communities["levels"]:
         figures = [
             f"{level['min_lift']:g}",
             f"{level['edges']:,}",
@@ -120,7 +120,7 @@ def _communities(record: dict[str, Any]) -> list[str]:
             f"{level['found']:,}, {level['replicated']:,} replicated",
         ]
         lines.append(f"| {' | '.join(figures)} |")
-    for facts in found["communities"][:SHOWN]:
+    for facts in communities["communities"][:SHOWN]:
         called = facts["edges_called_on_half_2"]
         lines += [
             "",
@@ -135,20 +135,21 @@ def _communities(record: dict[str, Any]) -> list[str]:
             "",
             *_examples(facts["examples"]),
         ]
-    if len(found["communities"]) > SHOWN:
-        lines += ["", f"The other {len(found['communities']) - SHOWN:,} are in `structure.json`."]
+    if len(communities["communities"]) > SHOWN:
+        lines += ["", f"The other {len(communities['communities']) - SHOWN:,} are in `structure.json`."]
     return lines
 
 
 def _implications(record: dict[str, Any]) -> list[str]:
-    found = record["implications"]
+    implications = record["implications"]
     lines = [
         "## Which features fire only where another does?",
         "",
-        f"{found['called']:,} direct implications were called ({found['followed_from_others']:,} more follow from them), "
-        f"{found['replicated']:,} hold on the other half.",
+        f"{implications['called']:,} direct implications were called "
+        f"({implications['followed_from_others']:,} more follow from them), "
+        f"{implications['replicated']:,} hold on the other half.",
     ]
-    for arrow in [arrow for arrow in found["arrows"] if "names" in arrow]:
+    for arrow in [arrow for arrow in implications["arrows"] if "names" in arrow]:
         lines += [
             "",
             f"**{arrow['source']} ⇒ {arrow['target']}**: {arrow['names'][0]} ⇒ {arrow['names'][1]}. Of "
@@ -194,14 +195,14 @@ def _repelled(record: dict[str, Any]) -> list[str]:
 
 
 def _duplicates(record: dict[str, Any]) -> list[str]:
-    found = record["duplicates"]
-    by = "a Jaccard index of at least 0.5" + (" and a decoder cosine of at least 0.7" if found["by_cosine"] else "")
+    duplicates = record["duplicates"]
+    by = "a Jaccard index of at least 0.5" + (" and a decoder cosine of at least 0.7" if duplicates["by_cosine"] else "")
     lines = [
         "## Are there near-duplicates?",
         "",
-        f"{found['called']:,} pairs with {by}, {found['replicated']:,} replicated.",
+        f"{duplicates['called']:,} pairs with {by}, {duplicates['replicated']:,} replicated.",
     ]
-    for facts in found["pairs"][:10]:
+    for facts in duplicates["pairs"][:10]:
         cosine = "" if facts["decoder_cosine"] is None else f", cosine {facts['decoder_cosine']:.2f}"
         lines.append(
             f"- {facts['features'][0]} and {facts['features'][1]}: Jaccard {facts['jaccard_1']:.2f}, "
@@ -226,17 +227,17 @@ def _hubs(record: dict[str, Any]) -> list[str]:
 
 def _cosine(record: dict[str, Any]) -> list[str]:
     lines = ["## Do features with similar decoder directions fire together?", ""]
-    found = record["cosine"]
-    if found is None:
+    cosine = record["cosine"]
+    if cosine is None:
         return [*lines, "Not asked: `--run RUN` gives the directions."]
-    strength = abs(found["spearman_2"])
+    strength = abs(cosine["spearman_2"])
     answer = "Hardly" if strength < 0.1 else "Somewhat" if strength < 0.4 else "Strongly"
-    direction = "" if found["spearman_2"] >= 0 else ", but the other way round: similar directions avoid each other"
+    direction = "" if cosine["spearman_2"] >= 0 else ", but the other way round: similar directions avoid each other"
     return [
         *lines,
-        f"{answer}{direction}: the rank correlation of lift and cosine is {found['spearman_1']:.3f}, "
-        f"{found['spearman_2']:.3f} on the other half; in draws of the null {found['null_mean']:.3f} on average, at most "
-        f"{found['null_largest']:.3f} either way.",
+        f"{answer}{direction}: the rank correlation of lift and cosine is {cosine['spearman_1']:.3f}, "
+        f"{cosine['spearman_2']:.3f} on the other half; in draws of the null {cosine['null_mean']:.3f} on average, at most "
+        f"{cosine['null_largest']:.3f} either way.",
     ]
 
 

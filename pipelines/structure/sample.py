@@ -81,13 +81,13 @@ def sample_halves(codes: CodeStore, rows: int, block_rows: int, seed: int, clien
 
 def _documents(codes: CodeStore, half: int, seed: int) -> list[tuple[bytes, int, int, int]]:
     """(sort key, segment, document, tokens) of every document of a half; the key is a hash of seed and name."""
-    found = []
+    documents = []
     for segment in codes.segments:
         lengths = np.diff(codes.table(segment.index, paths.DOCUMENT_OFFSETS)).tolist()
         for document, (name, n) in enumerate(zip(codes.document_names(segment.index), lengths, strict=True)):
             if document_half(name) == half:
-                found.append((hashlib.sha256(f"{seed} {name}".encode()).digest(), segment.index, document, n))
-    return found
+                documents.append((hashlib.sha256(f"{seed} {name}".encode()).digest(), segment.index, document, n))
+    return documents
 
 
 def sample_shard(

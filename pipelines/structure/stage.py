@@ -153,10 +153,10 @@ def seek(
     first = observe(client, "half 1", samples[0].table, pairs, (seed, 0), draws, np.full((1, len(pairs)), -1))
     further = range(draws, draws + NULL_DRAWS)
     null_draws = judge_draws(client, first, pairs, (seed, 0), further, levels, cosines)
-    found = [choose.find_communities(first, pairs, level, seed) for level in levels]
-    groups = choose.number_on([choose.pair_groups(own, pairs) for own in found])
+    communities = [choose.find_communities(first, pairs, level, seed) for level in levels]
+    groups = choose.number_on([choose.pair_groups(own, pairs) for own in communities])
     second = observe(client, "half 2", samples[1].table, pairs, (seed, 1), draws, groups)
-    return facts.Sought(min_lift, seed, pairs, first, second, samples[1], null_draws, found, groups, cosines, naming)
+    return facts.Sought(min_lift, seed, pairs, first, second, samples[1], null_draws, communities, groups, cosines, naming)
 
 
 def _directions(run: Path, analysis: Analysis) -> NDArray[np.float32]:
@@ -175,11 +175,11 @@ def _directions(run: Path, analysis: Analysis) -> NDArray[np.float32]:
 def _cosines(directions: NDArray[np.float32], pairs: Pairs, step: int = 1 << 16) -> NDArray[np.float32]:
     """(P,) cosine of the decoder directions of each pair."""
     left, right = pairs.ids
-    found = np.empty(len(pairs), np.float32)
+    cosines = np.empty(len(pairs), np.float32)
     for start in range(0, len(pairs), step):
         part = slice(start, start + step)
-        found[part] = np.einsum("pd,pd->p", directions[left[part]], directions[right[part]])
-    return found
+        cosines[part] = np.einsum("pd,pd->p", directions[left[part]], directions[right[part]])
+    return cosines
 
 
 def _publish(folder: Path, record: dict[str, Any], tables: dict[str, dict[str, NDArray]]) -> None:

@@ -253,12 +253,12 @@ def _files_of(pattern: str) -> list[Path]:
     """The text files of a folder, a file or a glob, sorted; a file of that very name comes before the glob."""
     path = Path(pattern)
     if path.is_dir():
-        found = list(path.rglob("*"))
+        paths = list(path.rglob("*"))
     elif path.is_file():
-        found = [path]
+        paths = [path]
     else:
-        found = [Path(name) for name in glob.glob(pattern, recursive=True)]
-    return sorted(path for path in found if path.suffix in SUFFIXES and path.is_file())
+        paths = [Path(name) for name in glob.glob(pattern, recursive=True)]
+    return sorted(path for path in paths if path.suffix in SUFFIXES and path.is_file())
 
 
 def _common_parts(paths: list[Path]) -> tuple[str, ...]:

@@ -74,8 +74,8 @@ def ablate_features(config: AblateConfig) -> dict[str, Any]:
     edits = [set_everywhere(read, feature, value, config.at) for feature, value in zip(features, values, strict=True)]
     if config.each:
         edits = [single for edit in edits for single in one_by_one(edit)] or edits
-    found = ablate(read, edits, config.error)
-    order = found.normal_ablated[:, -1].argsort(descending=True, stable=True).tolist()
+    ablations = ablate(read, edits, config.error)
+    order = ablations.normal_ablated[:, -1].argsort(descending=True, stable=True).tolist()
     shown = order if config.feature else order[: config.features]
     codec = spliced.lm.codec
 
@@ -91,17 +91,17 @@ def ablate_features(config: AblateConfig) -> dict[str, Any]:
         "set_to": source,
         "edits": len(edits),
         "normal": candidates(read.normal[-1]),
-        "features": [{**_effect(read, found, i), "ablated": candidates(found.hidden[i])} for i in shown],
+        "features": [{**_effect(read, ablations, i), "ablated": candidates(ablations.hidden[i])} for i in shown],
     }
-    if found.reconstruction_hidden is not None and found.normal_reconstruction is not None:
-        result["reconstruction"] = candidates(found.reconstruction_hidden)
-        result["kl_normal_reconstruction"] = float(found.normal_reconstruction[-1])
+    if ablations.reconstruction_hidden is not None and ablations.normal_reconstruction is not None:
+        result["reconstruction"] = candidates(ablations.reconstruction_hidden)
+        result["kl_normal_reconstruction"] = float(ablations.normal_reconstruction[-1])
     return result
 
 
-def _effect(read: Read, found: Ablations, i: int) -> dict[str, Any]:
+def _effect(read: Read, ablations: Ablations, i: int) -> dict[str, Any]:
     """One edit as plain values; `kl` is at the last position, `kl_at` at each. In nats."""
-    edit, by_position = found.edits[i], found.normal_ablated[i]
+    edit, by_position = ablations.edits[i], ablations.normal_ablated[i]
     effect = {
         "feature": edit.feature,
         "codes": read.code(edit.feature).tolist(),
@@ -111,8 +111,8 @@ def _effect(read: Read, found: Ablations, i: int) -> dict[str, Any]:
         "kl_mean": float(by_position.mean()),
         "kl_at": by_position.tolist(),
     }
-    if found.reconstruction_ablated is not None:
-        effect["kl_reconstruction_ablated"] = float(found.reconstruction_ablated[i, -1])
+    if ablations.reconstruction_ablated is not None:
+        effect["kl_reconstruction_ablated"] = float(ablations.reconstruction_ablated[i, -1])
     return effect
 
 
@@ -148,25 +148,25 @@ def drawn_value(firings: DrawnFirings, share: float) -> float:
     return float(firings.value[min(int(np.searchsorted(up_to, share * up_to[-1], side="right")), len(firings) - 1)])
 
 
-def ablate_lines(found: dict[str, Any]) -> list[str]:
+def ablate_lines(result: dict[str, Any]) -> list[str]:
     """The effect of each edit at the last position, a bar for its effect at every position, and the next tokens."""
-    tokens = "".join(visible(token) for token in found["tokens"])
+    tokens = "".join(visible(token) for token in result["tokens"])
     lines = [
-        f"{found['site']}: {tokens}",
-        f"each feature alone set to {found['set_to']}; error term {'kept' if found['error'] == 'keep' else 'dropped'}; "
+        f"{result['site']}: {tokens}",
+        f"each feature alone set to {result['set_to']}; error term {'kept' if result['error'] == 'keep' else 'dropped'}; "
         "KL(normal ‖ ablated) in nats",
     ]
-    if "kl_normal_reconstruction" in found:
-        lines.append(f"KL(normal ‖ reconstruction) {found['kl_normal_reconstruction']:.4f}")
-    lines.append(_candidates("normal", found["normal"]))
-    if "reconstruction" in found:
-        lines.append(_candidates("reconstruction", found["reconstruction"]))
-    peak = max((value for effect in found["features"] for value in effect["kl_at"]), default=0.0)
-    for effect in found["features"]:
+    if "kl_normal_reconstruction" in result:
+        lines.append(f"KL(normal ‖ reconstruction) {result['kl_normal_reconstruction']:.4f}")
+    lines.append(_candidates("normal", result["normal"]))
+    if "reconstruction" in result:
+        lines.append(_candidates("reconstruction", result["reconstruction"]))
+    peak = max((value for effect in result["features"] for value in effect["kl_at"]), default=0.0)
+    for effect in result["features"]:
         bar = "".join(BAR[0 if not v else max(1, round(8 * v / peak))] if peak else BAR[0] for v in effect["kl_at"])
         own = effect.get("kl_reconstruction_ablated")
         beside = "" if own is None else f"  KL(reconstruction ‖ ablated) {own:.4f}"
-        fired = [repr(visible(found["tokens"][position])) for position in effect["positions"][:6]]
+        fired = [repr(visible(result["tokens"][position])) for position in effect["positions"][:6]]
         places = ", ".join(fired) or "nowhere: it does not fire"
         more = f" and {len(effect['positions']) - 6} more" if len(effect["positions"]) > 6 else ""
         lines.append(f"feature {effect['feature']:<6} KL {effect['kl']:.4f}{beside}  |{bar}|  at {places}{more}")

@@ -70,10 +70,10 @@ def _attributed(
     target = int(scores.argmax()) if config.target is None else lm.token(config.target)
     against = None if config.against is None else lm.token(config.against)
     parts = _parts(config, lm, spliced, prompt, run, position)
-    found = attribute_logit(
+    attribution = attribute_logit(
         lm.model, run, parts, target, against, position, centred=not config.raw, final_norm=config.final_norm
     )
-    order = found.shares.abs().argsort(descending=True).tolist()
+    order = attribution.shares.abs().argsort(descending=True).tolist()
     text = lm.codec.text
     movers = {}
     if config.movers:
@@ -93,12 +93,13 @@ def _attributed(
         "final_norm": config.final_norm,
         "probability": float(probabilities(scores)[target]),
         "rank": int((scores > scores[target]).sum()) + 1,
-        "logit": found.logit,
-        "sum": float(found.shares.sum()),
-        "deviation": found.deviation,
+        "logit": attribution.logit,
+        "sum": float(attribution.shares.sum()),
+        "deviation": attribution.deviation,
         "top": config.top,
         "parts": [
-            {"name": found.names[i], "share": float(found.shares[i]), **movers.get(found.names[i], {})} for i in order
+            {"name": attribution.names[i], "share": float(attribution.shares[i]), **movers.get(attribution.names[i], {})}
+            for i in order
         ],
     }
 
@@ -117,19 +118,19 @@ def _parts(
     return feature_parts(lm.model, run, spliced.site, spliced.sae, position, by_head=by_head)
 
 
-def attribute_lines(found: dict[str, Any]) -> list[str]:
+def attribute_lines(result: dict[str, Any]) -> list[str]:
     """What is attributed, the largest parts with bars, the rest in one line, and whether the parts add up."""
-    token, target = (visible(text) for text in (found["tokens"][found["position"]], found["target"]))
+    token, target = (visible(text) for text in (result["tokens"][result["position"]], result["target"]))
     what = f"logit of {target!r}"
-    if found["against"] is not None:
-        what += f" less that of {visible(found['against'])!r}"
-    elif found["centred"]:
+    if result["against"] is not None:
+        what += f" less that of {visible(result['against'])!r}"
+    elif result["centred"]:
         what += " above the vocabulary's mean"
     lines = [
-        f"{found['model']}, after token {found['position']} {token!r}: {what} {found['logit']:+.3f} "
-        f"(probability {found['probability']:.3f}, prediction number {found['rank']})"
+        f"{result['model']}, after token {result['position']} {token!r}: {what} {result['logit']:+.3f} "
+        f"(probability {result['probability']:.3f}, prediction number {result['rank']})"
     ]
-    shown, rest = found["parts"][: found["top"]], found["parts"][found["top"] :]
+    shown, rest = result["parts"][: result["top"]], result["parts"][result["top"] :]
     largest = max(abs(part["share"]) for part in shown) or 1.0
     width = max(len(part["name"]) for part in shown)
     for part in shown:
@@ -137,9 +138,12 @@ def attribute_lines(found: dict[str, Any]) -> list[str]:
         lines += [f"  {'':<{width}}   {way} {_movers(part[way])}" for way in ("raises", "lowers") if way in part]
     if rest:
         lines.append(f"  {f'{len(rest)} others':<{width}} {sum(part['share'] for part in rest):>+9.3f}")
-    if found["deviation"] is None:
-        return [*lines, f"sum {found['sum']:+.3f}: without the final LayerNorm the shares are not meant to sum to the logit"]
-    return [*lines, f"sum {found['sum']:+.3f}, off the model's logit by {found['deviation']:.1e} of all shares' sizes"]
+    if result["deviation"] is None:
+        return [
+            *lines,
+            f"sum {result['sum']:+.3f}: without the final LayerNorm the shares are not meant to sum to the logit",
+        ]
+    return [*lines, f"sum {result['sum']:+.3f}, off the model's logit by {result['deviation']:.1e} of all shares' sizes"]
 
 
 def _movers(pairs: list[list[Any]]) -> str:

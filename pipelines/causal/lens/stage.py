@@ -182,18 +182,18 @@ def _text(texts: list[str], token: int) -> str:
     return texts[token] if token < len(texts) else f"<{token}>"
 
 
-def lens_lines(found: dict[str, Any]) -> list[str]:
+def lens_lines(result: dict[str, Any]) -> list[str]:
     """A feature's tokens in two columns, or the table of features."""
-    head = f"{found['site']}, {found['path']}; logits per unit of activation, at the mean scale {found['mean_scale']:.3f}"
-    if "feature" in found:
-        lines = [f"feature {found['feature']}: {head}", f"skew {found['skew']:.2f}, kurtosis {found['kurtosis']:.2f}"]
+    head = f"{result['site']}, {result['path']}; logits per unit of activation, at the mean scale {result['mean_scale']:.3f}"
+    if "feature" in result:
+        lines = [f"feature {result['feature']}: {head}", f"skew {result['skew']:.2f}, kurtosis {result['kurtosis']:.2f}"]
         lines.append(f"  {'promoted':<30}suppressed")
-        for up, down in zip(found["promoted"], found["suppressed"], strict=True):
+        for up, down in zip(result["promoted"], result["suppressed"], strict=True):
             left, right = (f"{t['weight']:>+8.4f} {visible(t['text'])!r}" for t in (up, down))
             lines.append(f"  {left:<30}{right}")
         return lines
     lines = [head, f"{'feature':>7} {'skew':>7} {'kurtosis':>9} {'peak':>8}  {'promoted':<40} suppressed"]
-    for row in found["features"]:
+    for row in result["features"]:
         up, down = ("  ".join(repr(visible(text)) for text in row[key]) for key in ("promoted", "suppressed"))
         lines.append(f"{row['feature']:>7} {row['skew']:>7.2f} {row['kurtosis']:>9.2f} {row['peak']:>8.4f}  {up:<40} {down}")
     return lines

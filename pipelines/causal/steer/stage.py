@@ -96,7 +96,7 @@ def steer(config: SteerConfig) -> dict[str, Any]:
     unit, unit_said = _unit(config, spliced)
     strength = torch.tensor(config.strength, device=spliced.lm.device)
     steering = Steering(config.feature, strength, config.mode, unit, config.at)
-    found = generate(spliced, prompt, steering, config.tokens, config.temperature, config.seed, cache=config.cache)
+    generated = generate(spliced, prompt, steering, config.tokens, config.temperature, config.seed, cache=config.cache)
     codec = spliced.lm.codec
     return {
         "run_id": spliced.record.run_id,
@@ -111,7 +111,7 @@ def steer(config: SteerConfig) -> dict[str, Any]:
         "seed": config.seed,
         "texts": [
             {"strength": value, "text": codec.text(ids), "tokens": [codec.text([i]) for i in ids]}
-            for value, ids in zip(config.strength, found, strict=True)
+            for value, ids in zip(config.strength, generated, strict=True)
         ],
     }
 
@@ -138,9 +138,9 @@ def generate(
     with hooked(model, spliced.site, steered(spliced, steering, prompt, lambda: ids, lambda: fed.shape[1])):
         for _ in range(n_tokens):
             fed = ids if past is None else ids[:, -1:]
-            found = model(input_ids=fed, past_key_values=past, use_cache=cache)
-            past = found.past_key_values if cache else None
-            ids = torch.cat([ids, _chosen(found.logits[:, -1], temperature, generator)[:, None]], dim=1)
+            output = model(input_ids=fed, past_key_values=past, use_cache=cache)
+            past = output.past_key_values if cache else None
+            ids = torch.cat([ids, _chosen(output.logits[:, -1], temperature, generator)[:, None]], dim=1)
             if bool((ids[:, len(prompt) :] == spliced.lm.codec.separator_token_id).any(dim=1).all()):
                 break
     return [_until(own, spliced.lm.codec.separator_token_id) for own in ids[:, len(prompt) :].tolist()]
@@ -218,19 +218,20 @@ def _unit(config: SteerConfig, spliced: Spliced) -> tuple[float, str]:
     return float(analysis.peak[config.feature]), "the feature's peak"
 
 
-def steer_lines(found: dict[str, Any], width: int = 100) -> list[str]:
+def steer_lines(result: dict[str, Any], width: int = 100) -> list[str]:
     """The texts in columns, white space made visible; under each other where columns would be narrow."""
-    unit = found["unit_is"] if found["mode"] == "scale" else f"x {found['unit']:.4g} ({found['unit_is']})"
-    how = "greedy" if not found["temperature"] else f"temperature {found['temperature']}, seed {found['seed']}"
+    unit = result["unit_is"] if result["mode"] == "scale" else f"x {result['unit']:.4g} ({result['unit_is']})"
+    how = "greedy" if not result["temperature"] else f"temperature {result['temperature']}, seed {result['seed']}"
     lines = [
-        f"feature {found['feature']} of {found['site']}: {found['mode']} strength {unit}, at {found['at']} positions, {how}",
-        f"prompt  {visible(found['prompt'])}",
+        f"feature {result['feature']} of {result['site']}: {result['mode']} strength {unit}, "
+        f"at {result['at']} positions, {how}",
+        f"prompt  {visible(result['prompt'])}",
     ]
-    column = width // len(found["texts"]) - 2
+    column = width // len(result["texts"]) - 2
     if column < 18:
-        return [*lines, *(f"{own['strength']:>7g}  {visible(own['text'])}" for own in found["texts"])]
-    lines.append("  ".join(f"{own['strength']:<{column}g}" for own in found["texts"]).rstrip())
-    columns = [_wrapped(own["text"], column) for own in found["texts"]]
+        return [*lines, *(f"{own['strength']:>7g}  {visible(own['text'])}" for own in result["texts"])]
+    lines.append("  ".join(f"{own['strength']:<{column}g}" for own in result["texts"]).rstrip())
+    columns = [_wrapped(own["text"], column) for own in result["texts"]]
     for i in range(max(map(len, columns))):
         lines.append("  ".join(f"{own[i] if i < len(own) else '':<{column}}" for own in columns).rstrip())
     return lines

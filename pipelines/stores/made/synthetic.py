@@ -109,11 +109,11 @@ class Superposition:
     def directions(self) -> NDArray[np.float32]:
         """(n_features, d_model) unit vectors, uniform on the sphere before they are made near-orthogonal."""
         drawn = _normals(self.n_features * self.d_model, self.seed, DIRECTIONS).astype(np.float64)
-        found = _unit(drawn.reshape(self.n_features, self.d_model))
+        unit = _unit(drawn.reshape(self.n_features, self.d_model))
         for _ in range(FRAME_STEPS if self.near_orthogonal else 0):
-            left, _, right = np.linalg.svd(found, full_matrices=False)
-            found = _unit(left @ right)
-        return found.astype(np.float32)
+            left, _, right = np.linalg.svd(unit, full_matrices=False)
+            unit = _unit(left @ right)
+        return unit.astype(np.float32)
 
     def codes(self, start: int, stop: int) -> csr_matrix:
         """(stop - start, n_features) float32: the magnitude with which each feature fires in rows [start, stop)."""
@@ -125,14 +125,14 @@ class Superposition:
 
     def rows(self, start: int, stop: int) -> NDArray[np.float32]:
         """(stop - start, d_model): the activations of rows [start, stop)."""
-        found = np.asarray(self.codes(start, stop) @ self.directions, np.float32)
+        made = np.asarray(self.codes(start, stop) @ self.directions, np.float32)
         if self.noise:
             blocks = range(start // BLOCK_ROWS, -(-stop // BLOCK_ROWS))
             drawn = [_normals(BLOCK_ROWS * self.d_model, self.seed, NOISE, block) for block in blocks]
             first = start - blocks.start * BLOCK_ROWS
             noise = np.concatenate(drawn).reshape(-1, self.d_model)[first : first + stop - start]
-            found += np.float32(self.noise) * noise
-        return found
+            made += np.float32(self.noise) * noise
+        return made
 
     def _block_codes(self, block: int) -> csr_matrix:
         shape = (BLOCK_ROWS, self.n_groups)
@@ -141,13 +141,13 @@ class Superposition:
         if self.group_size > 1:
             words = _words32(fires.size, self.seed, MEMBERS, block).reshape(fires.shape)
             fires &= words < np.tile(_threshold(self._member_rates), self.n_groups)
-        found = csr_matrix(fires, dtype=np.float32)
-        normal = _normals(found.nnz, self.seed, MAGNITUDES, block)
+        codes = csr_matrix(fires, dtype=np.float32)
+        normal = _normals(codes.nnz, self.seed, MAGNITUDES, block)
         if self.magnitudes == "folded_normal":
-            found.data = np.abs(normal)
+            codes.data = np.abs(normal)
         else:
-            found.data = np.exp(np.float32(LOGNORMAL_SIGMA) * normal - np.float32(LOGNORMAL_SIGMA**2))
-        return found
+            codes.data = np.exp(np.float32(LOGNORMAL_SIGMA) * normal - np.float32(LOGNORMAL_SIGMA**2))
+        return codes
 
     @property
     def _member_rates(self) -> NDArray[np.float64]:
