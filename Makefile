@@ -30,8 +30,8 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 room: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slow and not network and not processes and not cluster" tests/$(ROOM) \
-		$(wildcard pipelines/$(ROOM) pipelines/$(ROOM).py) $(if $(filter store,$(ROOM)),actstore) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not network and not processes and not cluster" \
+		$(wildcard tests/$(ROOM) pipelines/$(ROOM) pipelines/$(ROOM).py) $(if $(filter store,$(ROOM)),actstore) $(PYTEST_ARGS)
 
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow -s $(PYTEST_ARGS)

@@ -4,7 +4,7 @@
 
 d = 768, k = 32, batches of 4096 made-up rows, the same for all. Every measurement is a process of its own, in which the
 first two steps are not timed and the peak of its resident memory is read; the variants run one after another, and all
-again for each repetition. Ratios are taken within a repetition. Of memory, some 0.2 to 0.5 GB are the
+again for each repetition. Ratios are taken within a repetition. About 0.2 to 0.5 GB of the memory are the
 libraries themselves.
 
     ours       this project's step, fp32, and with a bf16 encoder

@@ -25,15 +25,15 @@ from modelkit import build_model, write_texts
 pytest.register_assert_rewrite("rowkit")
 
 
-LAST = ("processes", "cluster", "browser", "slow")
+LAST = ("processes", "cluster", "browser")
 """Markers of tests that start something: in each room they run after the others, so that a fault shows early."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the rooms in their order, and in each the fast proofs first; files stay whole."""
-    slow_files = {item.path for item in items if any(item.get_closest_marker(name) for name in LAST)}
+    last_files = {item.path for item in items if any(item.get_closest_marker(name) for name in LAST)}
     rooms = {folder: place for place, folder in enumerate(dict.fromkeys(item.path.parent for item in items))}
-    items.sort(key=lambda item: (rooms[item.path.parent], item.path in slow_files))
+    items.sort(key=lambda item: (rooms[item.path.parent], item.path in last_files))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -439,7 +439,7 @@ def test_workers_killed_at_random_change_nothing(
         from distributed import Client
 
         def kill() -> None:
-            """Of workers that run: one that dies while it starts is given up by the process that watches it."""
+            """Kill running workers only: the watching process gives up a worker that dies while it starts."""
             generator = random.Random(1)
             with Client(scheduler) as client:
                 client.run_on_scheduler(lambda dask_scheduler: setattr(dask_scheduler, "allowed_failures", 100))

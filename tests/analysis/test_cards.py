@@ -22,7 +22,7 @@ VALUES = {
     " owl": (0.0, 3.0, 0.0),
     "\n": (0.5, 0.0, 0.0),
 }
-"""Of features 0, 1 and 2 on each token; other tokens fire nothing."""
+"""Activations of features 0, 1 and 2 on each token; other tokens fire none."""
 
 
 @pytest.fixture(scope="module")

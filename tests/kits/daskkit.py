@@ -52,7 +52,7 @@ def worker_processes(nanny: int) -> list[psutil.Process]:
 
 
 def until(found: Callable[[], T | None], seconds: float = 120) -> T:
-    """What a function gives as soon as it gives something."""
+    """Call a function until its value is not None, and return that value."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:

@@ -25,7 +25,7 @@ import pytest
 from forkkit import PROCESSES, preload
 
 LEASE = {"HEARTBEAT_S": 0.1, "DEAD_AFTER_S": 1.2, "POLL_S": 0.02}
-"""What a lease's times are in tests: those of a store are minutes' work for one that is killed fifty times."""
+"""A lease's times in tests; with a store's own times, a writer that is killed fifty times would take minutes."""
 
 SERVE = """
 import os, sys, threading

@@ -50,7 +50,7 @@ class Codes:
 
     @property
     def documents(self) -> NDArray[np.int64]:
-        """Of unequal length, and cut inside windows."""
+        """Documents of unequal length, cut inside windows."""
         return np.minimum(np.sqrt(np.arange(len(self.dense))).astype(int), N_DOCUMENTS - 1)
 
     @property
