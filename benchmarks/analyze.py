@@ -180,7 +180,7 @@ def timed(n_rows: int, call: Callable[[], Any]) -> Timed:
 
 
 def dense_rates(indices: NDArray[Any], fired: NDArray[np.bool_], fires: NDArray[np.int64]) -> dict[str, Timed]:
-    """The dense form's, of one block, on one thread and on two."""
+    """Rows a second of the dense form on one block, on one thread and on two."""
     indices, fired = indices[:DENSE_ROWS], fired[:DENSE_ROWS]
     found = {}
     for threads in (1, 2):
@@ -214,7 +214,7 @@ def blockwise_rate(
 
 
 def require_equal(together: NDArray[Any], indices: NDArray[Any], fired: NDArray[np.bool_]) -> None:
-    """Every count is that of ours."""
+    """Check that every count equals ours."""
     fires = np.bincount(indices[fired], minlength=FEATURES)
     codes = marked_codes(indices, fired, FEATURES)
     for start, stop in pair_tiles(fires):
@@ -241,7 +241,7 @@ def other_rates(indices: NDArray[Any], fired: NDArray[np.bool_], fires: NDArray[
 
 
 def counting_job(codes: CodeStore, folder: Path) -> Job:
-    """What the tasks of `analyze` that count pairs are told."""
+    """The job of `analyze`'s tasks that count pairs."""
     extent = Extent(FEATURES, K, n_vocabulary=0, context=CONTEXT, n_documents=0, n_parts=0)
     return Job(codes.url, codes.snapshot, str(folder), str(folder), extent, 0, within="row", min_together=1)
 
@@ -363,7 +363,7 @@ def _own_peak() -> int:
 
 
 def measure(n_rows: int, memory_rows: list[int], folder: Path) -> dict[str, Any]:
-    """Everything, by name."""
+    """All figures, by name."""
     result: dict[str, Any] = {"features": FEATURES, "k": K, "counting": {}, "whole": {}, "memory": [], "ratios": {}}
     ratios = result["ratios"]
     if n_rows:

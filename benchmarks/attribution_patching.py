@@ -98,7 +98,7 @@ def without_the_final_norm(spliced: Spliced, run: Trace) -> dict[str, float | No
 
 
 def measure(spliced: Spliced, prompts: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Both, over all prompts."""
+    """Both measurements, over all prompts."""
     agreed: dict[str, dict[str, list[float]]] = {}
     naive: dict[str, list[float]] = {}
     for ids, kept in prompts:

@@ -1,4 +1,4 @@
-"""What training the model adds, and what the SAE adds to raw dimensions and neurons.
+"""How much training the model adds, and how much the SAE adds to raw dimensions and neurons.
 
     python -m benchmarks.baselines demo-out
 

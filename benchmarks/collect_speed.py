@@ -63,7 +63,7 @@ CONTEXT, BATCH_WINDOWS = 128, 32
 BATCH_TOKENS = BATCH_WINDOWS * (CONTEXT - 1)
 TEXTBOOK_WINDOWS = 32
 PART_OF_TOKENS = {"bare": 4, "all": 4, "saelens": 8}
-"""These variants run over 1/n of the tokens: a rate needs no more."""
+"""Variants that run over 1/n of the tokens, which suffices for a rate."""
 VOCABULARY, END_OF_TEXT = 8192, "<|endoftext|>"
 TEXT_BYTES_PER_TOKEN, MIN_TEXT_BYTES = 16, 2_000_000
 """Ample for any byte-level tokenizer, and for training one."""
@@ -97,7 +97,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Setup:
-    """What all variants share."""
+    """The inputs that all variants share."""
 
     model: str
     text: Path

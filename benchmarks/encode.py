@@ -1,4 +1,4 @@
-"""How fast a store is encoded, beside the encoder's product alone, which nothing can beat.
+"""How fast a store is encoded, beside the encoder's product alone, which is the bound.
 
     python -m benchmarks.encode [--rows 65536] [--threads 1] [--repetitions 3] [--json]
 

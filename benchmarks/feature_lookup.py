@@ -64,7 +64,7 @@ def scan(codes: CodeStore, feature: int) -> tuple[NDArray[np.int64], NDArray[np.
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """The best of a few times: what others do on the machine is no part of it."""
+    """The best of a few times, which leaves out what other processes do."""
     taken = []
     for _ in range(REPETITIONS):
         started = time.perf_counter()

@@ -32,7 +32,7 @@ from pipelines.sae.architectures.topk import TopKSae
 SHAPES = {"builtin": (6, 192, 6, 4096), "small": (12, 768, 12, 50257)}
 """Layers, width, heads, vocabulary: the built-in model's and GPT-2 small's."""
 AT_LEAST = {12: 5.0, 128: 3.0}
-"""By tokens of the text, what the ratio has to be."""
+"""The least ratio, by tokens of the text."""
 ONE_BY_ONE = 6
 """Interventions timed in the whole model in one turn."""
 

@@ -1,4 +1,4 @@
-"""Made-up rows like a residual stream's, at any size, in a store: what benchmarks read that need no model."""
+"""A store of made-up rows like a residual stream's, at any size, for benchmarks that need no model."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ LARGEST_RATIO = 1.1
 
 
 def collect_peak(store: Path, n_tokens: int) -> int:
-    """Bytes. Runs in a process of its own."""
+    """Peak bytes of the stage. Runs in a process of its own."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from pipelines.collect.config import CollectConfig
     from pipelines.collect.stage import collect

@@ -1,8 +1,8 @@
-"""How good the trained SAEs are, beside those that other trainers make of the same rows.
+"""The quality of trained SAEs beside those of other trainers on the same rows.
 
     python -m benchmarks.quality --install FOLDER [--store STORE] [--rows 1000000] [--features 2048] [--k 32] [--json]
 
-Everyone trains on the same rows in the same order, once over: shuffled rows of the built-in model (d = 192), collected
+All trainers get the same rows in the same order, once over: shuffled rows of the built-in model (d = 192), collected
 for the purpose unless `--store` names some. The same k, number of features, batch, warm-up (5 %) and decay (the last
 fifth), and the same number of rows without firing after which a feature is helped; three learning rates each, three
 seeds each, of initial weights and of the order. The rest is everyone's own recipe (see benchmarks/peers): how rows
@@ -60,7 +60,7 @@ FIGURES = ("fve", "delta_ce", "dead_share", "l0", "tokens_per_s")
 
 
 def own_recipe(n_rows: int, features: int, k: int) -> Recipe:
-    """What `train` would do with so many rows, whose windows are everyone's here.
+    """The recipe of `train` for this many rows; all trainers get its windows here.
 
     >>> own_recipe(1_000_000, 2048, 32).revive_after_rows, own_recipe(1_000_000, 2048, 32).dead_after_rows
     (10000, 100000)
@@ -101,7 +101,7 @@ def train_on_rows(
     lr: float,
     dead_rows: int = 0,
 ) -> tuple[TopKSae, dict[str, Any]]:
-    """What a trainer makes of a file of `n_rows` rows, in a process of its own, and what it says. Raises PeerFailed.
+    """Train on a file of `n_rows` rows in a process of its own; returns the trainer's record. Raises PeerFailed.
 
     `dead_rows`: after how many rows without firing a feature is helped; 0 for the recipe's.
     """

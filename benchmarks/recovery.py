@@ -56,7 +56,7 @@ Encode = Callable[[NDArray[np.float32]], tuple[NDArray[Any], NDArray[Any]]]
 
 @dataclass(frozen=True)
 class Problem:
-    """True features, and what is asked of a dictionary: `figure` of its `Recovery` is at least `asked`."""
+    """True features, and the least figure for a dictionary: `figure` of its `Recovery` is at least `asked`."""
 
     truth: Superposition
     figure: str
@@ -65,7 +65,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Dictionary:
-    """A trained SAE of whatever tool: decoder directions (F, d_model) in the space of the rows, and a function from rows
+    """A trained SAE of any tool: decoder directions (F, d_model) in the space of the rows, and a function from rows
     (n, d_model) to the values and the indices, both (n, k), of their codes."""
 
     decoder: NDArray[np.float32]
@@ -82,7 +82,7 @@ PROBLEMS = {
 
 @dataclass(frozen=True)
 class Run:
-    """What a tool is to train: its SAE of `features` features on the first `tokens` rows of a store's shuffled stream."""
+    """A training for a tool: its SAE of `features` features on the first `tokens` rows of a store's shuffled stream."""
 
     store: Path
     out: Path

@@ -1,4 +1,5 @@
-"""Do features do what their role says? Roles and target tokens from one half of the corpus, effects on the other.
+"""Do features have the effect that their role predicts? Roles and target tokens from one half of the corpus, effects on the
+other.
 
     python -m benchmarks.roles demo-out [--live 40] [--firings 200] [--directions 100] [--json]
 
@@ -52,12 +53,12 @@ from pipelines.shared.visible_text import visible  # noqa: E402
 from pipelines.text.tokens import store_tokenizer  # noqa: E402
 
 MIN_F1 = 0.6
-"""A rule is a role when a feature follows it so well on the choosing half."""
+"""Least F1 on the choosing half of a feature that follows a rule, for the rule to be a role."""
 N_TARGETS = 5
 N_TEXTS = 8
 """Windows in one pass: each has some hundred branches."""
 MIN_TOGETHER = 5
-"""Co-active features count when they are so in at least so many of a feature's firings."""
+"""Least number of a feature's firings in which another feature is active, for that feature to count as co-active."""
 FALSE_DISCOVERIES = 0.05
 SEED = 0
 

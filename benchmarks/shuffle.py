@@ -54,7 +54,7 @@ TEXT_CHUNK_ROWS = 1024
 ROWS_A_SIZE = 16_000_000
 """Repeats of a size: as many as make about this many rows, from 4 to 64."""
 LEAST_DISTINCT_SHARE, MOST_VARIANCE_RATIO = 0.98, 1.1
-"""What the default plan must hold."""
+"""Bounds that the default plan must hold."""
 UNIFORM, DEFAULT = "uniform shuffle", "actstore, default"
 
 

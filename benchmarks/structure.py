@@ -1,4 +1,4 @@
-"""What `structure` calls where there is nothing to find, and what it finds where something was planted.
+"""What `structure` calls in data without structure, and what it finds of planted structure.
 
     python -m benchmarks.structure [--seeds 20] [--kinds bursty zipf]
 

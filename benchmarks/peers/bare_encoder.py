@@ -1,4 +1,4 @@
-"""The bound of any TopK step with a bf16 encoder: its product x W_encᵀ alone, into memory that is already there."""
+"""The bound of any TopK step with a bf16 encoder: its product x W_encᵀ alone, into preallocated memory."""
 
 from __future__ import annotations
 

@@ -36,15 +36,15 @@ from torch import Tensor
 WARM_UP_STEPS = 2
 LEAST_STEPS = 2
 MADE_BATCHES = 4
-"""Different batches of made-up rows; they come round again."""
+"""Number of different batches of made-up rows, which are used in turn."""
 PLANNED_STEPS = 10_000
-"""What a trainer on made-up rows is told of the length of its run: every step is in the middle of its schedule."""
+"""The length of run that a trainer on made-up rows gets, so that every timed step is in the middle of its schedule."""
 SAMPLE_ROWS = 32_768
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a trainer is asked for. `lr` and `dead_rows` 0 take its own default."""
+    """A trainer's options. `lr` and `dead_rows` 0 take its own default."""
 
     d_model: int
     features: int
@@ -78,7 +78,7 @@ class Trainer:
     """W_enc (F, d), b_enc (F,), W_dec (F, d), b_dec (d,) of relu(top k of (x − b_dec) W_encᵀ + b_enc) W_dec + b_dec."""
     version: str
     facts: Callable[[], dict[str, float]] = dict
-    """More to say of the trained SAE."""
+    """Further fields about the trained SAE."""
 
 
 def made_rows(n_rows: int, d_model: int, seed: int = 0) -> NDArray[np.float32]:
