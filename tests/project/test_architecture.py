@@ -18,7 +18,7 @@ GRAPH = import_graph(ROOT)
 ROOMS = room_graph(GRAPH)
 PIPELINES = [name for name in GRAPH if name.startswith("pipelines.")]
 
-STORE_LIBRARIES = frozenset({"numpy", "zarr", "numcodecs", "google_crc32c", "obstore"})
+STORE_LIBRARIES = frozenset({"numpy", "zarr", "numcodecs", "google_crc32c", "msgspec", "obstore"})
 """What `actstore/` may import besides the standard library and itself."""
 
 COMPOSERS = frozenset({"pipelines.demo", "pipelines.lesson", "pipelines.train.sweep", "pipelines.evaluate.baselines"})
