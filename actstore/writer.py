@@ -18,15 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import paths
-from actstore.arrays import segment_objects, shard_object
+from actstore.arrays import segment_objects, shard_entry, shard_object
 from actstore.errors import DamagedStore, IdentityMismatch, LockedStore, OutputExists
-from actstore.files import object_entry, record_bytes
+from actstore.files import Entry, object_entry, record_bytes
 from actstore.folder import LOCK
 from actstore.lease import LEASES
 from actstore.open_place import open_place
 from actstore.place import Place
-from actstore.records import Entry, Records, Seal, read_manifest
-from actstore.schema import Manifest, SegmentRecord, differing_fields
+from actstore.records import Records, Seal, read_manifest
+from actstore.schema import Manifest, differing_fields
+from actstore.segment_record import SegmentRecord
 
 
 class StoreWriter:
@@ -163,12 +164,12 @@ class StoreWriter:
         for part in segment.parts:
             for shard in records.shards(segment, part):
                 committed = records.shard(segment.index, part, shard)
-                if committed["segment"] != segment.content_id:
+                if committed.segment != segment.content_id:
                     raise IdentityMismatch(
                         f"{self.place}: segment {segment.index} has shards of other text; ask for as many --tokens as when "
                         "it was begun, or begin another store."
                     )
-                kept |= set(committed["objects"])
+                kept |= set(committed.objects)
         for name in set(self.place.names(paths.array(segment.index, "").rstrip("/"))) - kept:
             self.place.remove(name)
 
@@ -199,7 +200,7 @@ def write_shard(
         name = paths.shard_object(segment.index, part, array.name, shard, kept.ndim)
         data = shard_object(array, layout, kept)
         place.publish(name, data)
-        objects[name] = object_entry(data)
+        objects[name] = shard_entry(data, layout, len(kept))
     record = record_bytes({**notes, "segment": segment.content_id, "rows": [start, stop], "objects": objects})
     _publish_record(place, record_name, record)
 

@@ -53,7 +53,8 @@ from numpy.typing import NDArray
 from actstore import paths
 from actstore.open_place import open_place
 from actstore.reader import Shard
-from actstore.schema import PARTS, ROW_PLACE_ARRAYS, CorpusIdentity, PartRecord, SegmentRecord, code_arrays
+from actstore.schema import PARTS, ROW_PLACE_ARRAYS, CorpusIdentity, code_arrays
+from actstore.segment_record import PartRecord, SegmentRecord
 from actstore.tables import text_tables, window_tables
 from actstore.writer import StoreWriter, write_shard
 from pipelines.analysis.stage import AnalyzeConfig, analyze

@@ -9,7 +9,8 @@ import numpy as np
 from actstore.layout import MIN_SHARDS, Layout, choose_layout
 from actstore.plan import PartPlan
 from actstore.reader import Store
-from actstore.schema import PARTS, Manifest, PartRecord, SegmentRecord
+from actstore.schema import PARTS, Manifest
+from actstore.segment_record import PartRecord, SegmentRecord
 from actstore.tables import Tables, text_tables, window_tables
 from pipelines.text.tokens import TokenTable
 from pipelines.text.windows import Windows, cut_windows

@@ -12,7 +12,8 @@ from typing import Any
 from actstore import paths
 from actstore.errors import InputError
 from actstore.open_place import open_place
-from actstore.schema import PARTS, SegmentRecord
+from actstore.schema import PARTS
+from actstore.segment_record import SegmentRecord
 from actstore.tables import Tables, channel_tables
 from actstore.writer import StoreWriter, require_store_place
 from pipelines.collect.collection import Collection

@@ -35,12 +35,11 @@ from actstore.schema import (
     CorpusIdentity,
     Manifest,
     ModelIdentity,
-    PartRecord,
     RowArray,
-    SegmentRecord,
     WindowPolicy,
     site_arrays,
 )
+from actstore.segment_record import PartRecord, SegmentRecord
 from actstore.writer import StoreWriter, write_shard
 
 Ints = NDArray[np.int64]

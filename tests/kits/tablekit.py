@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from storekit import StoreSpec, statistics
 
-from actstore.schema import PARTS, Manifest, PartRecord, RowArray, SegmentRecord, WindowPolicy
+from actstore.schema import PARTS, Manifest, RowArray, WindowPolicy
+from actstore.segment_record import PartRecord, SegmentRecord
 from actstore.writer import StoreWriter, write_shard
 from pipelines.text.tokens import TextCodec, TokenSource, TokenTable, load_tokenizer
 from pipelines.text.windows import cut_windows

@@ -101,11 +101,11 @@ def _index_for(codes: CodeStore, features: Ints, floor: NDArray[np.float64]) -> 
     """The index that the firings of some features are read from: None where there is none of these codes, where the
     features have too many firings, or where one counts as firing at a code of 0, which no index has."""
     record = read_index_record(codes)
-    if record is None or record["snapshot"] != codes.snapshot or (floor[features] < 0).any():
+    if record is None or record.snapshot != codes.snapshot or (floor[features] < 0).any():
         return None
     index = FeatureIndex(codes)
     n_wanted = sum(index.fires(feature) for feature in np.unique(features).tolist())
-    return index if reads_index(n_wanted, record["entries"]) else None
+    return index if reads_index(n_wanted, record.entries) else None
 
 
 class _ShardRows:

@@ -25,13 +25,12 @@ from actstore.schema import (
     CorpusIdentity,
     Manifest,
     ModelIdentity,
-    PartRecord,
-    SegmentRecord,
     WindowPolicy,
     code_arrays,
     site_arrays,
     site_values,
 )
+from actstore.segment_record import PartRecord, SegmentRecord
 from actstore.tables import Tables, channel_tables, text_tables, window_tables
 from actstore.writer import StoreWriter, write_shard
 
