@@ -6,7 +6,7 @@ directly, by the shard's index: a tenth of the time, and each chunk's crc32c is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import google_crc32c
@@ -21,6 +21,7 @@ from zarr.errors import BaseZarrError
 from zarr.storage import MemoryStore
 
 from actstore import paths
+from actstore.dimensions import row_dimensions, table_dimensions
 from actstore.errors import DamagedStore
 from actstore.files import Entry, object_entry
 from actstore.layout import Layout
@@ -49,14 +50,28 @@ def segment_objects(manifest: Manifest, segment: SegmentRecord, tables: dict[str
         for part, record in segment.parts.items()
         for array in manifest.arrays
     ]
-    return group_objects(paths.segment_group(segment.index), tables, row_arrays)
+    d_model = manifest.model.d_model
+    dimensions = {name: table_dimensions(name, values.shape, d_model) for name, values in tables.items()}
+    dimensions |= {name: row_dimensions(array.name, array.width, d_model) for name, array, _, _ in row_arrays}
+    return group_objects(paths.segment_group(segment.index), tables, row_arrays, dimensions)
 
 
 def group_objects(
-    group: str, tables: dict[str, NDArray[Any]], row_arrays: list[tuple[str, RowArray, Layout, int]]
+    group: str,
+    tables: dict[str, NDArray[Any]],
+    row_arrays: list[tuple[str, RowArray, Layout, int]],
+    dimensions: Mapping[str, tuple[str, ...]],
 ) -> dict[str, bytes]:
-    """The objects of a group in `data.zarr`: whole tables, and the metadata of row arrays (name, array, layout, rows)."""
+    """The objects of a group in `data.zarr`: whole tables, and the metadata of row arrays (name, array, layout, rows).
+
+    `dimensions` names the axes of each. A group `rows` says that its arrays are coordinates: what xarray calls the
+    values that tell where a row stands.
+    """
     memory: dict[str, Buffer] = {}
+    coordinates = {"coordinates": " ".join(name.rpartition("/")[2] for name in paths.ROW_PLACES)}
+    for part in sorted({name.removesuffix(paths.WINDOW) for name in dimensions if name.endswith(f"/{paths.WINDOW}")}):
+        where = f"{group}/{part}{paths.WINDOW.rpartition('/')[0]}"
+        zarr.create_group(MemoryStore(memory), path=where, zarr_format=3, attributes=coordinates)
     for name, values in tables.items():
         table = zarr.create_array(
             store=MemoryStore(memory),
@@ -65,11 +80,12 @@ def group_objects(
             chunks=tuple(min(TABLE_CHUNK, max(n, 1)) for n in values.shape),
             dtype=values.dtype,
             compressors=_compressors(True, values.dtype.itemsize),
+            dimension_names=dimensions[name],
             config=ALL_CHUNKS,
         )
         table[...] = values
     for name, array, layout, n_rows in row_arrays:
-        _create_row_array(memory, f"{group}/{name}", array, layout, n_rows)
+        _create_row_array(memory, f"{group}/{name}", array, layout, n_rows, dimensions[name])
     return {f"{paths.DATA}/{name}": data for name, data in _objects(memory).items()}
 
 
@@ -95,7 +111,7 @@ def read_table(objects: dict[str, bytes], places: NDArray[np.int64] | None = Non
 def shard_object(array: RowArray, layout: Layout, kept: NDArray[Any]) -> bytes:
     """The one object of a shard: its chunks, each with its crc32c, and the index. `kept` is (rows of the shard, width)."""
     memory: dict[str, Buffer] = {}
-    _create_row_array(memory, "", array, layout, len(kept))[...] = kept
+    _create_row_array(memory, "", array, layout, len(kept), None)[...] = kept
     return next(data for name, data in _objects(memory).items() if name != "zarr.json")
 
 
@@ -171,7 +187,9 @@ def _crc(data: NDArray[np.uint8]) -> bytes:
     return int(google_crc32c.value(data)).to_bytes(CRC_BYTES, "little")
 
 
-def _create_row_array(memory: dict[str, Buffer], name: str, array: RowArray, layout: Layout, n_rows: int) -> Any:
+def _create_row_array(
+    memory: dict[str, Buffer], name: str, array: RowArray, layout: Layout, n_rows: int, dimensions: tuple[str, ...] | None
+) -> Any:
     return zarr.create_array(
         store=MemoryStore(memory),
         name=name,
@@ -181,6 +199,7 @@ def _create_row_array(memory: dict[str, Buffer], name: str, array: RowArray, lay
         dtype=array.dtype,
         fill_value=_no_row_value(np.dtype(array.dtype)),
         compressors=_compressors(array.kept_as.compressed, np.dtype(array.dtype).itemsize),
+        dimension_names=dimensions,
         config=ALL_CHUNKS,
     )
 

@@ -263,7 +263,8 @@ def _publish(codes: CodeStore, layout: Layout, n_rows: int, fires: NDArray[np.in
     starts = np.concatenate([[0], np.cumsum(fires)]).astype(np.int64)
     arrays = [(array.name, array, layout, layout.n_rows) for array in index_arrays(codes, n_rows)]
     group = paths.INDEX.removeprefix(f"{paths.DATA}/")
-    for name, data in group_objects(group, {STARTS: starts}, arrays).items():
+    dimensions = {STARTS: ("feature_bounds",)} | {array.name: ("entries",) for array in index_arrays(codes, n_rows)}
+    for name, data in group_objects(group, {STARTS: starts}, arrays, dimensions).items():
         if name.startswith(f"{paths.INDEX}/"):  # the group above is the segments'
             codes.place.publish(name, data)
             entries[name] = object_entry(data)

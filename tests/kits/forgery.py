@@ -21,7 +21,7 @@ def forge(file: Path, edit: Edit) -> None:
 
 
 def forge_store(path: Path, *, manifest: Edit | None = None, segment: Edit | None = None, shard: Edit | None = None) -> None:
-    """Change the manifest, the first segment's record or its shards' records, and all that refers to them; no seal is left."""
+    """Change the manifest, the first segment's record or those of shards, and what refers to them; no seal is left."""
     for seal in path.glob("commits/*/sealed.json"):
         seal.unlink()
     if manifest is not None:
