@@ -96,6 +96,8 @@ def read_table(objects: dict[str, bytes], places: NDArray[np.int64] | None = Non
     """
     buffer = default_buffer_prototype().buffer
     try:
+        if "zarr.json" not in objects:
+            raise Unreadable("no record names such a table")
         metadata = array_metadata(objects["zarr.json"], "zarr.json")
         if metadata.n_objects != len(objects) - 1 and places is None:
             raise Unreadable(f"shape {metadata.shape} needs {metadata.n_objects} objects, {len(objects) - 1} were committed")

@@ -9,6 +9,7 @@ _TABLES = {
     paths.TOKEN_IDS: "tokens",
     paths.DOCUMENT_OFFSETS: "document_bounds",
     paths.DOCUMENT_HELDOUT: "documents",
+    paths.DOCUMENT_KEYS: "documents",
     paths.DOCUMENT_SOURCE: "name_bytes",
 }
 

@@ -23,7 +23,8 @@ DATA = "data.zarr"
 COMMITS = "commits"
 TOKEN_IDS = "tokens/ids"
 DOCUMENT_OFFSETS, DOCUMENT_HELDOUT, DOCUMENT_SOURCE = "documents/offsets", "documents/heldout", "documents/source"
-TABLES = (TOKEN_IDS, DOCUMENT_OFFSETS, DOCUMENT_HELDOUT, DOCUMENT_SOURCE)
+DOCUMENT_KEYS = "documents/keys"
+TABLES = (TOKEN_IDS, DOCUMENT_OFFSETS, DOCUMENT_HELDOUT, DOCUMENT_SOURCE, DOCUMENT_KEYS)
 TOKEN_START, N_TOKENS, FIRST_ROW = WINDOW_TABLES = ("token_start", "n_tokens", "first_row")
 WINDOW, POSITION = ROW_PLACES = ("rows/window", "rows/position")
 """The row arrays that say where each row stands."""

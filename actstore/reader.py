@@ -276,6 +276,10 @@ class Store:
     def document_names(self, segment: int) -> list[str]:
         return document_names(self.table(segment, paths.DOCUMENT_SOURCE))
 
+    def document_keys(self, segment: int) -> NDArray[np.uint64]:
+        """(n_documents,) the key of each document's whole text: equal texts have equal keys."""
+        return np.asarray(self.table(segment, paths.DOCUMENT_KEYS), np.uint64)
+
     def locate(self, row: int, part: str = "train") -> RowOrigin:
         """Where the row-th committed row of a split comes from. Raises InputError when there are not so many."""
         before = 0

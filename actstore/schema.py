@@ -202,7 +202,7 @@ class Manifest:
             )
         record = checked(parse_record(data, f"{where}: the manifest"), _ManifestRecord, f"{where}: the manifest")
         manifest = checked({**record.identity, "provenance": record.provenance}, cls, f"{where}: the manifest")
-        if what := _contradiction(manifest, record):
+        if what := _contradiction(manifest, record, f"{where}: the manifest"):
             raise DamagedStore(f"{where}: the manifest: {what}; restore it from a copy.")
         return manifest
 
@@ -244,13 +244,13 @@ class RecodedSource:
     store_id: Hex16
 
 
-def _contradiction(manifest: Manifest, record: _ManifestRecord) -> str:
+def _contradiction(manifest: Manifest, record: _ManifestRecord, where: str) -> str:
     """What in a manifest of the right fields cannot be; empty when nothing is."""
     if record.store_id != manifest.store_id:
         return f"store_id {record.store_id}, but its identity gives {manifest.store_id}"
-    checked(record.provenance.get("tokenizer_files"), dict[paths.FileName, Entry], "tokenizer_files")
+    checked(record.provenance.get("tokenizer_files"), dict[paths.FileName, Entry], f"{where}: tokenizer_files")
     if manifest.kind == "codes":
-        source = checked(manifest.source, CodeSource, "source")
+        source = checked(manifest.source, CodeSource, f"{where}: source")
         expected = code_arrays(
             manifest.arrays[-1].width if manifest.arrays else 0,
             np.min_scalar_type(source.n_features - 1).name,
@@ -258,7 +258,7 @@ def _contradiction(manifest: Manifest, record: _ManifestRecord) -> str:
         )
     else:
         if manifest.source:
-            checked(manifest.source, RecodedSource, "source")
+            checked(manifest.source, RecodedSource, f"{where}: source")
         for site in manifest.sites:
             if (encoding := manifest.array(paths.acts(site)).encoding) not in encodings():
                 return f"{site} is kept as {encoding}; there are {', '.join(encodings())}"

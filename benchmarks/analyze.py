@@ -107,7 +107,13 @@ def write_codes(path: Path, n_rows: int) -> CodeStore:
         kind="codes",
         policy=policy,
         arrays=(*ROW_PLACE_ARRAYS, *code_arrays(K, np.min_scalar_type(FEATURES - 1).name, "float32")),
-        source={"store_id": "none", "snapshot": "none", "run_id": "none", "site": "none", "n_features": FEATURES},
+        source={
+            "store_id": "0" * 16,
+            "snapshot": "0" * 16,
+            "run_id": "0" * 16,
+            "site": "resid_post.0",
+            "n_features": FEATURES,
+        },
         provenance={"model": "made-up", "run": "none", "store": "none"},
     )
     stride = CONTEXT - 1
@@ -122,6 +128,7 @@ def write_codes(path: Path, n_rows: int) -> CodeStore:
             offsets,
             np.zeros(len(offsets) - 1, np.uint8),
             [f"part{i % 7}/{i}" for i in range(len(offsets) - 1)],
+            np.arange(len(offsets) - 1, dtype=np.uint64),
         ),
         **window_tables("train", starts, lengths, starts),
         **window_tables("heldout", empty, empty, empty),

@@ -55,7 +55,7 @@ class SegmentPlan:
 
     def tables(self, table: TokenTable) -> Tables:
         """The tables from which `open` gives this plan again, and the text of its token table."""
-        tables = text_tables(table.ids, table.offsets, table.heldout, table.names)
+        tables = text_tables(table.ids, table.offsets, table.heldout, table.names, table.keys)
         for part, windows in self.windows.items():
             tables |= window_tables(part, windows.token_start, windows.n_tokens, self.plans[part].first_rows)
         return tables

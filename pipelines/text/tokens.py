@@ -23,13 +23,12 @@ from actstore.errors import InputError, StoreError
 from actstore.reader import Store
 from pipelines.shared.error_line import first_line
 from pipelines.text.corpus import Document
+from pipelines.text.split import Keys, choose_modulus, is_heldout, text_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 BATCH_DOCUMENTS = 64
-HELDOUT_MODULUS_LARGE, HELDOUT_MODULI_SMALL = 50, (20, 10, 5, 3, 2)
-LARGE_CORPUS_DOCUMENTS = 1000
 
 
 @dataclass(frozen=True)
@@ -73,15 +72,16 @@ class TextCodec:
 class TokenTable:
     """The tokens of a segment: all training documents, then the held-out ones, each followed by a separator.
 
-    `offsets` (n_documents + 1,) are the documents' first tokens. `n_train_tokens` counts the training part,
-    separators included. `begins` and `ends` are (document, token of it) in the corpus: the first that is in, and the
-    first that is not.
+    `offsets` (n_documents + 1,) are the documents' first tokens, `keys` (n_documents,) the keys of their whole texts.
+    `n_train_tokens` counts the training part, separators included. `begins` and `ends` are (document, token of it) in the
+    corpus: the first that is in, and the first that is not.
     """
 
     ids: NDArray[Any]
     offsets: NDArray[np.int64]
     heldout: NDArray[np.uint8]
     names: list[str]
+    keys: Keys
     n_train_tokens: int
     heldout_modulus: int
     begins: tuple[int, int] = (0, 0)
@@ -164,21 +164,21 @@ class TokenSource:
         self.document, self.token = document, token
         self._documents, self._codec = documents, codec
         self._dtype = np.min_scalar_type(codec.backend.get_vocab_size() - 1)
-        self._pending: deque[tuple[str, NDArray[Any]]] = deque()
+        self._pending: deque[tuple[str, int, NDArray[Any]]] = deque()
 
     def take(self, n_tokens: int, heldout_modulus: int | None) -> TokenTable | None:
         """The table of the next `n_tokens` tokens, or None when no token is left; the next table goes on where it ends.
 
-        A document is held out when sha256 of its name, first eight bytes, is 0 modulo `heldout_modulus`. None chooses
-        it: 50 from 1,000 documents on, else 20, or the largest of 10, 5, 3, 2 that holds at least one of several
-        documents out; 0 holds nothing out (a corpus of one document).
+        A document is held out when the key of its whole text is 0 modulo `heldout_modulus`; all its pieces are. None
+        chooses the modulus by the documents of this table (`choose_modulus`).
         """
         begins = self.document, self.token
         names: list[str] = []
+        keys: list[int] = []
         tokens: list[NDArray[Any]] = []
         left = n_tokens
         while left > 0 and self._fill():
-            name, ids = self._pending[0]
+            name, key, ids = self._pending[0]
             taken = ids[self.token : self.token + left]
             if self.token + len(taken) < len(ids):
                 self.token += len(taken)
@@ -187,12 +187,14 @@ class TokenSource:
                 self.document, self.token = self.document + 1, 0
             if len(taken):
                 names.append(name)
+                keys.append(key)
                 tokens.append(taken)
                 left -= len(taken)
         if not names:
             return None
-        modulus = _choose_modulus(names) if heldout_modulus is None else heldout_modulus
-        heldout = np.array([is_heldout(name, modulus) for name in names], np.uint8)
+        of_text = np.array(keys, np.uint64)
+        modulus = choose_modulus(of_text) if heldout_modulus is None else heldout_modulus
+        heldout = is_heldout(of_text, modulus).astype(np.uint8)
         order = np.argsort(heldout, kind="stable")
         lengths = np.array([len(tokens[i]) + 1 for i in order], np.int64)
         separator = np.array([self._codec.separator_token_id], self._dtype)
@@ -201,6 +203,7 @@ class TokenSource:
             offsets=np.concatenate([[0], np.cumsum(lengths)]),
             heldout=heldout[order],
             names=[names[i] for i in order],
+            keys=of_text[order],
             n_train_tokens=int(lengths[heldout[order] == 0].sum()),
             heldout_modulus=modulus,
             begins=begins,
@@ -212,30 +215,9 @@ class TokenSource:
         if not self._pending:
             batch = list(islice(self._documents, BATCH_DOCUMENTS))
             for document, ids in zip(batch, self._codec.ids([document.text for document in batch]), strict=True):
-                self._pending.append((document.name.replace("\n", " "), np.asarray(ids, self._dtype)))
+                name, key = document.name.replace("\n", " "), text_key(document.text)
+                self._pending.append((name, key, np.asarray(ids, self._dtype)))
         return bool(self._pending)
-
-
-def is_heldout(name: str, modulus: int) -> bool:
-    """Whether a document belongs to the held-out split, from its name alone."""
-    return modulus > 0 and int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % modulus == 0
-
-
-def document_half(name: str) -> int:
-    """0, the half of the documents on which things are chosen, or 1, on which they are scored; from its name alone.
-
-    The bit that decides has no part in `is_heldout`.
-    """
-    return hashlib.sha256(name.encode()).digest()[8] & 1
-
-
-def _choose_modulus(names: list[str]) -> int:
-    if len(names) >= LARGE_CORPUS_DOCUMENTS:
-        return HELDOUT_MODULUS_LARGE
-    for modulus in HELDOUT_MODULI_SMALL:
-        if 0 < sum(is_heldout(name, modulus) for name in names) < len(names):
-            return modulus
-    return 0
 
 
 def _byte_alphabet() -> dict[int, str]:

@@ -29,7 +29,7 @@ from pipelines.causal.ablate.stage import drawn_value
 from pipelines.causal.effects import measure as stage
 from pipelines.causal.effects.stage import EffectsConfig, effects
 from pipelines.causal.effects.table import document_interval, effects_lines, feature_table, read_table, summary
-from pipelines.causal.engine.drawn_firings import PART, document_halves, draw_firings, window_ids
+from pipelines.causal.engine.drawn_firings import PART, draw_firings, window_ids
 from pipelines.causal.engine.language_model import Prompt, open_spliced
 from pipelines.codes.code_store import CodeStore, read_codes
 from pipelines.codes.stage import EncodeConfig, encode
@@ -37,6 +37,7 @@ from pipelines.collect.config import CollectConfig
 from pipelines.collect.stage import collect
 from pipelines.sae.architectures.topk import TopKSae
 from pipelines.sae.checkpoint import load_run, save_run
+from pipelines.text.split import document_halves
 from pipelines.text.tokens import load_tokenizer
 
 PLANTED, CHANNEL = 7, 5
@@ -333,7 +334,7 @@ def test_firings_are_one_a_window_in_one_order_of_windows_for_all_features(codes
 
 def test_a_half_of_the_documents_keeps_to_it(codes: Path) -> None:
     opened = CodeStore(codes)
-    halves = document_halves(opened, 0)
+    halves = document_halves(opened.document_keys(0))
     totals = []
     for half in (0, 1):
         drawn = draw_firings(opened, None, 50, 0, half=half)

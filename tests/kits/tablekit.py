@@ -14,6 +14,7 @@ from storekit import StoreSpec, statistics
 from actstore.schema import PARTS, Manifest, RowArray, WindowPolicy
 from actstore.segment_record import PartRecord, SegmentRecord
 from actstore.writer import StoreWriter, write_shard
+from pipelines.text.split import text_key
 from pipelines.text.tokens import TextCodec, TokenSource, TokenTable, load_tokenizer
 from pipelines.text.windows import cut_windows
 
@@ -30,6 +31,7 @@ def token_table(documents: list[list[int]], n_heldout: int, separator: int = 1) 
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         heldout=heldout,
         names=[f"document {i}" for i in range(len(documents))],
+        keys=np.array([text_key(f"document {i}") for i in range(len(documents))], np.uint64),
         n_train_tokens=int(lengths[heldout == 0].sum()),
         heldout_modulus=0,
     )
@@ -60,7 +62,7 @@ def codes_manifest(n_features: int, k: int, codec: TextCodec) -> Manifest:
             RowArray("codes/index", k, "uint16", "packed"),
             RowArray("codes/value", k, "float32", "packed"),
         ),
-        source={"store_id": "none", "snapshot": "none", "run_id": "none", "site": SITE, "n_features": n_features},
+        source={"store_id": "0" * 16, "snapshot": "0" * 16, "run_id": "0" * 16, "site": SITE, "n_features": n_features},
         provenance={"model": "no model", "run": "no run", "store": "no store"},
     )
 
@@ -103,6 +105,7 @@ def write_table_store(
         "documents/offsets": table.offsets,
         "documents/heldout": table.heldout,
         "documents/source": np.frombuffer("\n".join(table.names).encode(), np.uint8),
+        "documents/keys": table.keys,
     }
     parts, rows, places = {}, {}, {}
     for part in PARTS:
