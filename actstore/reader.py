@@ -91,6 +91,9 @@ class Store:
         for segment in self.segments:
             if segment.store_id != self.store_id:
                 raise self._damaged(paths.MANIFEST, f"is of store {self.store_id}, the segments of {segment.store_id}")
+        seal = self._records.seal(0)
+        if seal is not None and seal.manifest.encode() != self.manifest.to_bytes():
+            raise self._damaged(paths.MANIFEST, "is not the manifest that was sealed")
         self._shards = [self._segment_shards(segment) for segment in self.segments]
         self._objects: dict[Shard, dict[str, Entry]] = {}
         self._opened: dict[tuple[Shard, str], ShardChunks] = {}
