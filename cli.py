@@ -65,6 +65,8 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
 """Heading -> command -> (its module in `pipelines/commands/`, its line in the help). An empty heading is not shown."""
 MODULES = {name: module for rows in COMMANDS.values() for name, (module, _) in rows.items()}
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "start new thread", "map segment", "bad_alloc")
+"""What libraries say when memory is refused."""
 
 
 class _Commands(click.Group):
@@ -101,15 +103,35 @@ class _Commands(click.Group):
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        except (ActstoreError, OSError) as error:
-            if debug or (isinstance(error, OSError) and not error.filename and error.errno not in FULL_DISK):
+        except (ActstoreError, OSError, MemoryError, RuntimeError, ImportError) as error:
+            if debug or not _is_expected(error):
                 raise
             click.echo(f"error: {_one_line(error)}", err=True)
             sys.exit(1)
         sys.exit(0)
 
 
+def _is_expected(error: Exception) -> bool:
+    """Whether an error is one that input, a disk or a machine can cause; any other is a fault of this program."""
+    if isinstance(error, OSError) and not isinstance(error, ActstoreError):
+        return bool(error.filename) or error.errno in (*FULL_DISK, errno.ENOMEM)
+    return isinstance(error, ActstoreError) or _is_out_of_memory(error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was refused: libraries say so by several types, of which only some are known before they are loaded."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY)
+
+
 def _one_line(error: Exception) -> str:
+    if not isinstance(error, ActstoreError) and _is_out_of_memory(error):
+        detail = " ".join(str(error).split())[:200] or type(error).__name__
+        return (
+            f"not enough memory ({detail}); do less at a time (a smaller --batch or --batch-windows, fewer --workers), or "
+            "use a machine with more; everything committed is kept."
+        )
     if isinstance(error, OSError) and not isinstance(error, ActstoreError):
         where = error.filename or "the output"
         remedy = (

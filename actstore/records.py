@@ -69,7 +69,7 @@ class Records:
         if name not in self.names:
             return None
         if segment not in self._seals:
-            self._seals[segment] = Seal.from_bytes(self.place.read(name), f"{self.place}: {name}")
+            self._seals[segment] = Seal.from_bytes(self._read(name), f"{self.place}: {name}")
         return self._seals[segment]
 
     def shards(self, segment: SegmentRecord, part: str) -> list[int]:
@@ -91,13 +91,16 @@ class Records:
         return ShardRecord.from_bytes(self._checked(name, self.seal(segment)), f"{self.place}: {name}")
 
     def _checked(self, name: str, seal: Seal | None) -> bytes:
-        try:
-            data = self.place.read(name)
-        except FileNotFoundError as error:
-            raise DamagedStore(f"{self.place}: {name} is missing{REMEDY}") from error
+        data = self._read(name)
         if seal is not None and seal.records.get(name) != object_entry(data):
             raise DamagedStore(f"{self.place}: {name} is not the record that was sealed{REMEDY}")
         return data
+
+    def _read(self, name: str) -> bytes:
+        try:
+            return self.place.read(name)
+        except FileNotFoundError as error:  # it was listed: another process removed it since
+            raise DamagedStore(f"{self.place}: {name} is missing{REMEDY}") from error
 
 
 REMEDY = "; `actstore repair` drops what is damaged, and the command that wrote the store then fills it in again."
