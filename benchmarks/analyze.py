@@ -68,7 +68,7 @@ from pipelines.shared.cluster import connect, run_tasks
 from pipelines.statistics import Extent
 from pipelines.statistics.pairs import PairTile, firings_of, marked_codes
 from pipelines.stores.made.made_store import made_manifest
-from pipelines.text.tokens import load_tokenizer
+from pipelines.text.codec import load_tokenizer
 
 REPETITIONS, TURNS = 3, 6
 FEATURES, K, DRAWN = 24_576, 32, 80
@@ -120,7 +120,7 @@ def write_codes(path: Path, n_rows: int) -> CodeStore:
     starts = np.arange(0, n_rows, stride, dtype=np.int64)
     lengths = np.minimum(stride, n_rows - starts)
     offsets = np.append(np.arange(0, n_rows, DOCUMENT_ROWS), n_rows).astype(np.int64)
-    n_vocabulary = codec.backend.get_vocab_size()
+    n_vocabulary = codec.n_vocabulary
     empty = np.empty(0, np.int64)
     tables = {
         **text_tables(

@@ -28,8 +28,8 @@ from actstore.errors import InputError
 from actstore.reader import Shard, Store
 from actstore.schema import PARTS
 from pipelines.concepts.python_labels import LABELS, first_characters, label_tokens
+from pipelines.text.codec import TextCodec
 from pipelines.text.split import document_halves
-from pipelines.text.tokens import TextCodec
 
 PYTHON, STDLIB = "python", "stdlib"
 PYTHON_NAME = re.compile(r"\.pyi?(@\d+)?$")

@@ -21,7 +21,8 @@ from pipelines.concepts.python_labels import BIT, LABELS, label_characters
 from pipelines.concepts.rules import MIN_FIRINGS, Finding, RuleScores, rule_matrix, rule_name
 from pipelines.concepts.scored_units import FIRING_SHARES, ScoredUnits, choose_thresholds
 from pipelines.concepts.stage import find_rules
-from pipelines.text.tokens import TextCodec, TokenTable
+from pipelines.text.codec import TextCodec
+from pipelines.text.tokens import TokenTable
 
 PLACE, TOKEN, AFTER = "the name after `def`", "the token `=`", "the token after `(`"
 N_DOCUMENTS = 40

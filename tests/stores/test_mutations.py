@@ -25,7 +25,7 @@ from actstore.files import content_hash
 from actstore.reader import ActivationStore
 from pipelines.analysis.reader import Analysis
 from pipelines.sae.checkpoint import load_run
-from pipelines.text.tokens import store_tokenizer
+from pipelines.text.codec import store_tokenizer
 from pipelines.train.config import TrainConfig
 from pipelines.train.saved_state import STATE, load_state
 from pipelines.train.stage import train
