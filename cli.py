@@ -6,11 +6,15 @@ dask or zarr.
 
 from __future__ import annotations
 
+import codecs
 import errno
+import io
 import logging
 import os
 import sys
+import traceback
 from importlib import import_module
+from types import TracebackType
 from typing import Any, NoReturn
 
 import click
@@ -18,6 +22,7 @@ import click
 from actstore import __version__
 from actstore.errors import ActstoreError
 from pipelines.shared.environment import set_environment
+from pipelines.shared.visible_text import escaped, visible
 
 COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Begin": {
@@ -88,12 +93,14 @@ class _Commands(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
         debug = "--debug" in sys.argv
+        sys.excepthook = _show_traceback
+        _escape_what_the_output_cannot_encode()
         try:
             super().main(*args, **{**kwargs, "standalone_mode": False})
         except click.exceptions.Exit as stop:
             sys.exit(stop.exit_code)
         except click.ClickException as error:
-            error.show()
+            _show_usage(error)
             sys.exit(error.exit_code)
         except (KeyboardInterrupt, click.Abort):
             click.echo("stopped; everything committed is kept.", err=True)
@@ -104,7 +111,7 @@ class _Commands(click.Group):
         except (ActstoreError, OSError) as error:
             if debug or (isinstance(error, OSError) and not error.filename and error.errno not in FULL_DISK):
                 raise
-            click.echo(f"error: {_one_line(error)}", err=True)
+            click.echo(visible(f"error: {_one_line(error)}"), err=True)
             sys.exit(1)
         sys.exit(0)
 
@@ -118,7 +125,35 @@ def _one_line(error: Exception) -> str:
             else "check the path and its permissions"
         )
         return f"{where}: {error.strerror}; {remedy}; everything committed is kept."
-    return " ".join(str(error).split())
+    return str(error).strip()
+
+
+def _escape_what_the_output_cannot_encode() -> None:
+    """Where the locale is not UTF-8, a letter that it lacks is printed as JSON would write it."""
+
+    def as_escapes(error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        return escaped(error.object[error.start : error.end]), error.end
+
+    codecs.register_error("actstore", as_escapes)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="actstore")
+
+
+def _show_usage(error: click.ClickException) -> None:
+    """What click says of arguments that it refuses, which it quotes as they are."""
+    error.message = visible(error.message)  # type: ignore[misc]
+    said = io.StringIO()
+    error.show(file=said)
+    for line in said.getvalue().splitlines():
+        click.echo(visible(line), err=True)
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    for entry in traceback.format_exception(kind, error, trace):
+        for line in entry.rstrip("\n").split("\n"):
+            click.echo(visible(line), err=True)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -13,6 +13,7 @@ from uuid import uuid4
 from actstore.errors import InputError
 from pipelines.compute.freed_memory import keep_freed_memory, release_freed_memory
 from pipelines.shared.progress import track
+from pipelines.shared.visible_text import say
 
 CONNECT_TIMEOUT_S = 10
 WORKERS_TIMEOUT_S = 30
@@ -48,7 +49,7 @@ def connect(scheduler: str | None, workers: int, *, threads: bool = False) -> It
         with _client(scheduler, workers, threads) as client:
             _register(client, _memory_plugin())
             if client.dashboard_link and client.scheduler_info(n_workers=0)["services"]:
-                print(f"dashboard: {client.dashboard_link}", file=sys.stderr)
+                say(f"dashboard: {client.dashboard_link}", err=True)
             yield client
     except KilledWorker as error:
         raise InputError(
