@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from actstore.errors import InputError
+from actstore.errors import ActstoreError, InputError
 from actstore.schema import ModelIdentity
 from pipelines.compute.cpu_products import speed_up
 from pipelines.models.builtin import model_path
@@ -22,25 +24,37 @@ def load_model(name: str, device: str, compute_dtype: str) -> nn.Module:
     """A causal language model of a known family: `builtin`, a hub id, or a local folder.
 
     The family may change the configuration first (`Family.adjusted`). oneDNN computes dense float32 layers on a CPU
-    (`pipelines.compute.cpu_products`). Raises InputError when there is no such model, no network for a hub id, or a weight
-    that is missing or has another shape.
+    (`pipelines.compute.cpu_products`). No code beside the weights is run, and pickled weights are read as tensors or not at
+    all. Raises InputError when there is no such model, no network for a hub id, a weight that is missing or has another
+    shape, or files that ask for code to be run.
     """
     source = resolve_model(name)
     if not Path(source).exists():
         go_offline_if_unreachable()
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(source)
-        if config.model_type not in families():
-            raise InputError(f"model {name}: family {config.model_type!r}; known are {', '.join(families())}.")
-        config = families()[config.model_type].adjusted(config)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        config = _configuration(name, source)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # said beside the error that follows
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                trust_remote_code=False,
+                weights_only=True,
+            )
+    except (ActstoreError, MemoryError):
+        raise
+    except UnpicklingError as error:
+        raise InputError(
+            f"model {name}: its pickled weights are something other than tensors; reading them could run code, and was "
+            "stopped; take the model as safetensors."
+        ) from error
+    except Exception as error:  # a stranger's configuration can be wrong in any way
         here = (
             "its folder is not a transformers model" if Path(source).exists() else "no such local folder, and the hub gave"
         )
@@ -53,6 +67,27 @@ def load_model(name: str, device: str, compute_dtype: str) -> nn.Module:
     return model.to(device=device, dtype=getattr(torch, DTYPES[compute_dtype])).eval()
 
 
+def _configuration(name: str, source: str) -> Any:
+    """The configuration, as its family adjusts it. Raises InputError for a family or an attention that is not known here."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    said, _ = PreTrainedConfig.get_config_dict(source)
+    if (family := said.get("model_type")) in (None, *families()):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        family = config.model_type
+    if family not in families():
+        unused = "; the code that comes with it is not run" if "auto_map" in said else ""
+        raise InputError(f"model {name}: family {family!r}; known are {', '.join(families())}{unused}.")
+    if config._attn_implementation not in (None, *ATTENTION):  # another name is code to fetch from the hub
+        raise InputError(
+            f"model {name}: config.json asks for attention by {config._attn_implementation!r}, known are "
+            f"{', '.join(ATTENTION)}; remove attn_implementation from it."
+        )
+    return families()[family].adjusted(config)
+
+
+ATTENTION = ("eager", "sdpa")
+"""Implementations of attention that transformers itself has for every family."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 """Compute dtypes by their names on the command line and in the manifest."""
 

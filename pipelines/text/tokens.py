@@ -106,7 +106,7 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise InputError(
             f"model {name}: no tokenizer ({first_line(error)}); put the tokenizer's files beside the model."
