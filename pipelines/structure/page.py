@@ -53,7 +53,8 @@ def _head(record: dict[str, Any]) -> list[str]:
         "# Do features fire together in a pattern?",
         "",
         f"Codes of {markdown.code(record['site'])} of {markdown.code(record['model'])} on "
-        f"{markdown.code(record['corpus'])}, run {markdown.inline(record['run_id'])}. Everything below was chosen on {first['rows']:,} rows of {first['documents']} documents and tested on {second['rows']:,} rows of "
+        f"{markdown.code(record['corpus'])}, run {markdown.inline(record['run_id'])}. Everything below was chosen on "
+        f"{first['rows']:,} rows of {first['documents']} documents and tested on {second['rows']:,} rows of "
         f"{second['documents']} others. The null keeps each feature's firings in each document (in stretches of at most "
         f"{settings['block_rows']:,} rows) and each row's number of features; {settings['draws']} draws on either half, and "
         f"{settings['null_draws_judged']} more that were judged as if observed.",
