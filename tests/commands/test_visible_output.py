@@ -59,8 +59,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, client: 
     for i in range(40):
         (texts / f"{i}{NAME}.txt").write_bytes((SENTENCE * (2 + i % 3)).encode())
     shutil.copytree(model_folder, folder / "model")
-    shown("collect", "--out", folder / "store", "--model", folder / "model", "--corpus", texts, "--layer", 1, "--context", 32,
-          "--tokens", 20_000, "--encoding", "fp32")  # fmt: skip
+    from_model = ("--model", folder / "model", "--corpus", texts, "--layer", 1, "--context", 32, "--encoding", "fp32")
+    shown("collect", "--out", folder / "store", "--tokens", 20_000, *from_model)
     shown("train", folder / "store", "--out", folder / "run", "--features", 32, "--k", 4, "--batch", 128, "--epochs", 2)
     encode(EncodeConfig(store=str(folder / "store"), run=folder / "run", out=str(folder / "codes")), client)
     analyze(AnalyzeConfig(codes=str(folder / "codes"), out=str(folder / "analysis")), client)
@@ -115,7 +115,9 @@ def test_the_colours_of_a_terminal_are_all_that_it_is_told(world: Path) -> None:
     assert result.exit_code == 0, result.stderr
     colours = re.compile(r"\x1b\[[0-9;]*m")
     assert colours.search(result.stdout)
-    assert colours.sub("", result.stdout) == "".join(f"{visible(line)}\n" for line in colours.sub("", result.stdout).splitlines())
+    assert colours.sub("", result.stdout) == "".join(
+        f"{visible(line)}\n" for line in colours.sub("", result.stdout).splitlines()
+    )
 
 
 def test_json_holds_the_true_text(world: Path) -> None:
