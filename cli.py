@@ -6,11 +6,14 @@ dask or zarr.
 
 from __future__ import annotations
 
-import errno
+import codecs
+import io
 import logging
 import os
 import sys
+import traceback
 from importlib import import_module
+from types import TracebackType
 from typing import Any, NoReturn
 
 import click
@@ -18,6 +21,8 @@ import click
 from actstore import __version__
 from actstore.errors import ActstoreError
 from pipelines.shared.environment import set_environment
+from pipelines.shared.error_line import error_line, is_expected
+from pipelines.shared.visible_text import escaped, visible
 
 COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Begin": {
@@ -64,9 +69,6 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
 }
 """Heading -> command -> (its module in `pipelines/commands/`, its line in the help). An empty heading is not shown."""
 MODULES = {name: module for rows in COMMANDS.values() for name, (module, _) in rows.items()}
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "start new thread", "map segment", "bad_alloc")
-"""What libraries say when memory is refused."""
 
 
 class _Commands(click.Group):
@@ -90,12 +92,14 @@ class _Commands(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
         debug = "--debug" in sys.argv
+        sys.excepthook = _show_traceback
+        _escape_what_the_output_cannot_encode()
         try:
             super().main(*args, **{**kwargs, "standalone_mode": False})
         except click.exceptions.Exit as stop:
             sys.exit(stop.exit_code)
         except click.ClickException as error:
-            error.show()
+            _show_usage(error)
             sys.exit(error.exit_code)
         except (KeyboardInterrupt, click.Abort):
             click.echo("stopped; everything committed is kept.", err=True)
@@ -104,43 +108,39 @@ class _Commands(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except (ActstoreError, OSError, MemoryError, RuntimeError, ImportError) as error:
-            if debug or not _is_expected(error):
+            if debug or not is_expected(error):
                 raise
-            click.echo(f"error: {_one_line(error)}", err=True)
+            click.echo(visible(f"error: {error_line(error)}"), err=True)
             sys.exit(1)
         sys.exit(0)
 
 
-def _is_expected(error: Exception) -> bool:
-    """Whether an error is one that input, a disk or a machine can cause; any other is a fault of this program."""
-    if isinstance(error, OSError) and not isinstance(error, ActstoreError):
-        return bool(error.filename) or error.errno in (*FULL_DISK, errno.ENOMEM)
-    return isinstance(error, ActstoreError) or _is_out_of_memory(error)
+def _escape_what_the_output_cannot_encode() -> None:
+    """Where the locale is not UTF-8, a letter that it lacks is printed as JSON would write it."""
+
+    def as_escapes(error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        return escaped(error.object[error.start : error.end]), error.end
+
+    codecs.register_error("actstore", as_escapes)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="actstore")
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether memory was refused: libraries say so by several types, of which only some are known before they are loaded."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY)
+def _show_usage(error: click.ClickException) -> None:
+    """What click says of arguments that it refuses, which it quotes as they are."""
+    error.message = visible(error.message)  # type: ignore[misc]
+    said = io.StringIO()
+    error.show(file=said)
+    for line in said.getvalue().splitlines():
+        click.echo(visible(line), err=True)
 
 
-def _one_line(error: Exception) -> str:
-    if not isinstance(error, ActstoreError) and _is_out_of_memory(error):
-        detail = " ".join(str(error).split())[:200] or type(error).__name__
-        return (
-            f"not enough memory ({detail}); do less at a time (a smaller --batch or --batch-windows, fewer --workers), or "
-            "use a machine with more; everything committed is kept."
-        )
-    if isinstance(error, OSError) and not isinstance(error, ActstoreError):
-        where = error.filename or "the output"
-        remedy = (
-            "free some space and run the same command again"
-            if error.errno in FULL_DISK
-            else "check the path and its permissions"
-        )
-        return f"{where}: {error.strerror}; {remedy}; everything committed is kept."
-    return " ".join(str(error).split())
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    for entry in traceback.format_exception(kind, error, trace):
+        for line in entry.rstrip("\n").split("\n"):
+            click.echo(visible(line), err=True)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -32,7 +32,7 @@ from pipelines.concepts.table import concept_lines  # noqa: E402
 from pipelines.demo import DemoConfig, read_demo, rule_counts, run_demo  # noqa: E402
 from pipelines.sae.checkpoint import load_run  # noqa: E402
 from pipelines.shared.cluster import connect, share  # noqa: E402
-from pipelines.text.tokens import store_tokenizer  # noqa: E402
+from pipelines.text.codec import store_tokenizer  # noqa: E402
 
 NEURON_TOKENS = 300_000
 """Tokens of the demo's text; neurons take four times the space of the residual stream."""

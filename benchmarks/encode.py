@@ -107,7 +107,7 @@ def measure(n_rows: int, threads: int, repetitions: int) -> dict[str, dict[str, 
     torch.set_num_threads(threads)
     with (
         tempfile.TemporaryDirectory() as name,
-        Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=":0") as client,
+        Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0") as client,
     ):
         folder = Path(name)
         store = ActivationStore(make_store(folder / "store", n_rows, D_MODEL))

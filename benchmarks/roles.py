@@ -50,7 +50,7 @@ from pipelines.concepts.labels import read_labels, shard_labels  # noqa: E402
 from pipelines.models.forward import logits  # noqa: E402
 from pipelines.shared.progress import track  # noqa: E402
 from pipelines.shared.visible_text import visible  # noqa: E402
-from pipelines.text.tokens import store_tokenizer  # noqa: E402
+from pipelines.text.codec import store_tokenizer  # noqa: E402
 
 MIN_F1 = 0.6
 """Least F1 on the choosing half of a feature that follows a rule, for the rule to be a role."""

@@ -42,7 +42,7 @@ from pipelines.models.sites.site import Site
 from pipelines.sae.base import Objective, Sae
 from pipelines.sae.checkpoint import RunRecord, require_match, save_run
 from pipelines.sae.textbook import SparseAutoencoder, sae_loss
-from pipelines.shared.visible_text import visible
+from pipelines.shared.visible_text import say, visible
 from pipelines.statistics import frequency_bands
 from pipelines.text.codec import TextCodec, codec_of, open_tokenizer
 from pipelines.text.corpus import open_corpus
@@ -141,7 +141,7 @@ def collect_activations(
     if not ids:
         raise InputError(f"corpus {corpus}: has no token; pass some text.")
     rows = torch.cat([_rows(model, layer, text) for text in ids])
-    print(f"{model_name}, output of block {layer}: {len(rows):,} tokens of {len(ids):,} texts, {rows.shape[1]} values each")
+    say(f"{model_name}, output of block {layer}: {len(rows):,} tokens of {len(ids):,} texts, {rows.shape[1]} values each")
     return Collected(rows, tokenizer, model)
 
 
@@ -185,7 +185,7 @@ def train_sae(
             absolute = losses.codes.values.detach().sum() / (len(batch) * n_features)
             sums += torch.stack([losses.terms["mse"].detach(), absolute])
         reconstruction, sparsity = (sums * num_epochs / n_steps).tolist()
-        print(
+        say(
             f"epoch {epoch + 1:>2}/{num_epochs}: reconstruction {reconstruction:.5f}, sparsity {sparsity:.5f}, "
             f"FVE {_pooled_fve(sae, rows[:FVE_ROWS]):.4f}"
         )
@@ -218,13 +218,13 @@ def inspect_features(
     values, indices = _codes(sae, torch.cat([_rows(model, layer, _fitting(text, model, codec)) for text in ids]))
     tokens = [codec.token_text(i) for text in ids for i in text]
     rate = None if activations is None else _fired(sae, activations).mean(axis=0)
-    print(f"{len(tokens)} tokens of {len(ids)} texts; features by mean activation, with the tokens that fire them most:")
+    say(f"{len(tokens)} tokens of {len(ids)} texts; features by mean activation, with the tokens that fire them most:")
     firings_of = {}
     for feature, mean, firings in strongest(values, indices, sae.n_features, FEATURES_SHOWN, top_n):
         firings_of[feature] = [(tokens[row], value) for row, value in firings]
         shown = "  ".join(f"{visible(token)!r} {value:.2f}" for token, value in firings_of[feature])
         seen = "" if rate is None else f"  fires on {rate[feature]:>6.1%}"
-        print(f"feature {feature:>5}  mean {mean:>7.3f}{seen}:  {shown}")
+        say(f"feature {feature:>5}  mean {mean:>7.3f}{seen}:  {shown}")
     return firings_of
 
 
@@ -264,15 +264,15 @@ def analyze_feature_statistics(sae: SparseAutoencoder | Sae, activations: Tensor
     frequency, bands = fires / n_rows, frequency_bands(fires, n_rows)
     top = np.argsort(-fires, kind="stable")[:top_n].tolist()
     joint = (fired[:, top].T @ fired[:, top]).toarray() / n_rows
-    print(f"{n_rows:,} rows, {len(frequency):,} features; by share of rows:")
-    print(f"  always > 90 %: {bands['always']}   common (10, 90]: {bands['common']}   rare (1, 10]: {bands['rare']}")
+    say(f"{n_rows:,} rows, {len(frequency):,} features; by share of rows:")
+    say(f"  always > 90 %: {bands['always']}   common (10, 90]: {bands['common']}   rare (1, 10]: {bands['rare']}")
     with_dead = bands["very rare"] + bands["dead"]
-    print(f"  very rare (0, 1]: {bands['very rare']}   dead: {bands['dead']}   (the textbook's very rare: {with_dead})")
-    print(f"the {len(top)} most frequent:  " + "  ".join(f"{feature} {frequency[feature]:.1%}" for feature in top))
+    say(f"  very rare (0, 1]: {bands['very rare']}   dead: {bands['dead']}   (the textbook's very rare: {with_dead})")
+    say(f"the {len(top)} most frequent:  " + "  ".join(f"{feature} {frequency[feature]:.1%}" for feature in top))
     first, second = np.triu_indices(len(top), k=1)
-    print("together in most rows (share of rows):")
+    say("together in most rows (share of rows):")
     for i in np.argsort(-joint[first, second], kind="stable")[:PAIRS_SHOWN]:
-        print(f"  {top[first[i]]:>5} and {top[second[i]]:>5}  {joint[first[i], second[i]]:.2%}")
+        say(f"  {top[first[i]]:>5} and {top[second[i]]:>5}  {joint[first[i], second[i]]:.2%}")
     return FeatureStatistics(bands, frequency, top, joint)
 
 

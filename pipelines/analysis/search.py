@@ -9,6 +9,7 @@ import numpy as np
 
 from actstore.errors import InputError
 from pipelines.analysis.reader import Analysis
+from pipelines.shared import markdown
 from pipelines.shared.visible_text import visible
 
 COMMON_WORDS = frozenset({"a", "after", "an", "and", "in", "is", "of", "or", "that", "the", "token"})
@@ -65,7 +66,7 @@ def _on(analysis: Analysis, tokens: list[int], top: int) -> dict[str, Any]:
 
 def _rules(analysis: Analysis, text: str, top: int) -> list[dict[str, Any]]:
     """Findings whose rule quotes the text as a token, or has it among its words."""
-    quoted, words = f"`{visible(text)}`", text.strip()
+    quoted, words = markdown.code(text), text.strip()
     is_word = re.fullmatch(r"[\w ]{2,}", words) and words.lower() not in COMMON_WORDS
     pattern = re.compile(rf"\b{re.escape(words)}\b", re.IGNORECASE) if is_word else None
     fitting = [f for f in analysis.findings if quoted in f["rule"] or (pattern and pattern.search(f["rule"]))]

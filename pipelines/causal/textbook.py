@@ -25,7 +25,7 @@ from pipelines.models.sites.site import Site
 from pipelines.sae.base import Sae
 from pipelines.sae.checkpoint import RunRecord
 from pipelines.sae.textbook import SparseAutoencoder
-from pipelines.shared.visible_text import visible
+from pipelines.shared.visible_text import say, visible
 from pipelines.text.codec import codec_of
 
 COMPONENTS = {"attn": "attn_out", "mlp": "mlp_out"}
@@ -70,14 +70,14 @@ def direct_logit_attribution(
     shares = dict(zip(attribution.names, attribution.shares.tolist(), strict=True))
     parts = {name.replace(".", "_"): shares.pop(name) for name in attribution.names if name.startswith(("attn.", "mlp."))}
     parts = dict(sorted(parts.items(), key=lambda part: -part[1]))
-    print(f"logit of token {target_token_id}{' above the mean one' if centred else ''}: {attribution.logit:.3f}")
+    say(f"logit of token {target_token_id}{' above the mean one' if centred else ''}: {attribution.logit:.3f}")
     for name, share in parts.items():
-        print(f"  {name:<8} {share:>+9.3f}")
+        say(f"  {name:<8} {share:>+9.3f}")
     if final_norm:
         others = "  ".join(f"{name} {share:+.3f}" for name, share in shares.items())
-        print(f"  {others}  sum of all {attribution.shares.sum():.3f}")
+        say(f"  {others}  sum of all {attribution.shares.sum():.3f}")
     else:
-        print(f"  without the final norm: with the embeddings these sum to {attribution.shares.sum():.3f}")
+        say(f"  without the final norm: with the embeddings these sum to {attribution.shares.sum():.3f}")
     return parts
 
 
@@ -186,13 +186,13 @@ def record_of(sae: Sae, layer: int, **known: Any) -> RunRecord:
 
 
 def _print_ablated(text: str, feature: int, n_fires: int, n_tokens: int, ablated: Ablated) -> None:
-    print(f"feature {feature} set to 0 in {visible(text)!r}; it fires at {n_fires} of {n_tokens} tokens")
+    say(f"feature {feature} set to 0 in {visible(text)!r}; it fires at {n_fires} of {n_tokens} tokens")
     for name, tokens in (("normal", ablated.normal), ("ablated", ablated.ablated)):
-        print(f"  {name:<8}" + "  ".join(f"{visible(token)!r} {probability:.3f}" for token, probability in tokens))
+        say(f"  {name:<8}" + "  ".join(f"{visible(token)!r} {probability:.3f}" for token, probability in tokens))
     beside = ""
     if ablated.kl_reconstruction is not None:
         beside = f"   (reconstruction alone {ablated.kl_reconstruction:.4f}, feature on top {ablated.kl_feature:.4f})"
-    print(f"  KL(normal ‖ ablated) {ablated.kl:.4f} nat{beside}")
+    say(f"  KL(normal ‖ ablated) {ablated.kl:.4f} nat{beside}")
 
 
 def _ids(model: nn.Module, given: Tensor | Mapping[str, Tensor], name: str) -> Tensor:

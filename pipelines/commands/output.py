@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from pipelines.shared.visible_text import escaped, replaced, visible
+
 
 def announced(command: str, config: Any, auto: tuple[str, ...] = ()) -> Any:
     """Say on stderr what a command runs with, defaults included; returns the configuration.
@@ -18,7 +20,7 @@ def announced(command: str, config: Any, auto: tuple[str, ...] = ()) -> Any:
     """
     given = {name: value for name, value in vars(config).items() if value not in (None, ())}
     fields = (f"{name}={_asked(value, name in auto)}" for name, value in given.items())
-    click.echo(f"{command}: {' '.join(fields)}".replace("\n", "⏎"), err=True)
+    click.echo(visible(f"{command}: {' '.join(fields)}"), err=True)
     return config
 
 
@@ -33,16 +35,18 @@ def sole(value: Any) -> Any:
 
 
 def show(value: Any, as_json: bool, lines: Callable[[Any], Iterable[str]]) -> None:
-    """Print a result: all of it as JSON, or its lines."""
+    """Print a result: all of it as JSON, or its lines, each made visible."""
     if as_json:
         click.echo(as_json_text(value))
     else:
         for line in lines(value):
-            click.echo(line)
+            click.echo(visible(line))
 
 
 def as_json_text(value: Any) -> str:
     """A result as strict JSON: numbers as numbers, NaN and infinities as null. Raises TypeError for any other type.
+
+    Texts are those of the result, whatever they hold: a character that a terminal obeys or does not draw is an escape.
 
     >>> print(as_json_text({"fve": float("nan"), "out": PurePath("run")}))
     {
@@ -50,7 +54,8 @@ def as_json_text(value: Any) -> str:
      "out": "run"
     }
     """
-    return json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False)
+    return "\n".join(replaced(line, escaped) for line in text.split("\n"))
 
 
 def _plain(value: Any) -> Any:

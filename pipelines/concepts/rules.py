@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from actstore import paths
 from actstore.reader import Shard, Store
 from pipelines.concepts.labels import SegmentLabels, shard_labels
-from pipelines.shared.visible_text import visible
+from pipelines.shared import markdown
 
 MIN_FIRINGS = 20
 """A rule is chosen from at least this many firings on the choosing half."""
@@ -125,7 +125,7 @@ def rule_name(rule: int, labels: tuple[str, ...], token_texts: list[str]) -> tup
     if rule < len(labels):
         return labels[rule], "place"
     kind, token = divmod(rule - len(labels), len(token_texts))
-    text = f"`{visible(token_texts[token])}`"
+    text = markdown.code(token_texts[token])
     return (f"the token {text}", "token") if kind == 0 else (f"the token after {text}", "after")
 
 

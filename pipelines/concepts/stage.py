@@ -25,6 +25,7 @@ from pipelines.concepts.scored_units import ScoredUnits, choose_thresholds, scor
 from pipelines.concepts.table import beside_record, concept_record, findings_text, table_bytes
 from pipelines.concepts.unions import Union, find_unions
 from pipelines.sae.checkpoint import load_run
+from pipelines.shared import markdown
 from pipelines.shared.cluster import connect, share
 from pipelines.text.codec import TextCodec, store_tokenizer
 
@@ -216,6 +217,6 @@ def _published(
     with publish_folder(folder) as own:
         publish_bytes(own / TABLE, table_bytes(rows))
         publish_bytes(own / FEATURES, table_bytes([asdict(finding) for finding in findings]))
-        publish_bytes(own / TEXT, (text + "\n").encode())
+        publish_bytes(own / TEXT, (markdown.inline(text) + "\n").encode())
         publish_json(own / SUMMARY, {"format": "actstore-concepts", "version": 1, **record})
     return {"out": str(folder), **record}

@@ -212,9 +212,9 @@ def random_weights_model(name: str, folder: Path, seed: int) -> str:
     source = resolve_model(name)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = GPT2LMHeadModel(GPT2Config.from_pretrained(source))
+        model = GPT2LMHeadModel(GPT2Config.from_pretrained(source, trust_remote_code=False))
     unfinished = folder.with_name(f".{folder.name}.tmp")
-    AutoTokenizer.from_pretrained(source).save_pretrained(unfinished)
+    AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(unfinished)
     model.save_pretrained(unfinished)
     unfinished.rename(folder)
     return str(folder)

@@ -3,46 +3,61 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from actstore.errors import InputError
+from actstore.errors import ActstoreError, InputError
 from actstore.schema import ModelIdentity
 from pipelines.compute.cpu_products import speed_up
 from pipelines.models.builtin import model_path
 from pipelines.models.families.registry import families, family_of
-from pipelines.shared.error_line import first_line
+from pipelines.shared.error_line import first_line, is_out_of_memory
 from pipelines.shared.hub_connection import go_offline_if_unreachable
-from pipelines.text.codec import TextCodec, load_tokenizer
 
 
 def load_model(name: str, device: str, compute_dtype: str) -> nn.Module:
     """A causal language model of a known family: `builtin`, a hub id, or a local folder.
 
     The family may change the configuration first (`Family.adjusted`). oneDNN computes dense float32 layers on a CPU
-    (`pipelines.compute.cpu_products`). Raises InputError when there is no such model, no network for a hub id, or a weight
-    that is missing or has another shape.
+    (`pipelines.compute.cpu_products`). No code beside the weights is run, and pickled weights are read as tensors or not at
+    all. Raises InputError when there is no such model, no network for a hub id, a weight that is missing or has another
+    shape, or files that ask for code to be run.
     """
     source = resolve_model(name)
     if not Path(source).exists():
         go_offline_if_unreachable()
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    _require_no_adapter(name, source)
     try:
-        config = AutoConfig.from_pretrained(source)
-        if config.model_type not in families():
-            raise InputError(f"model {name}: family {config.model_type!r}; known are {', '.join(families())}.")
-        config = families()[config.model_type].adjusted(config)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        _require_no_adapter(name, source)
+        config = _configuration(name, source)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # said beside the error that follows
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                trust_remote_code=False,
+                weights_only=True,
+            )
+    except ActstoreError:
+        raise
+    except UnpicklingError as error:
+        raise InputError(
+            f"model {name}: its pickled weights are something other than tensors; reading them could run code, and was "
+            "stopped; take the model as safetensors."
+        ) from error
+    except Exception as error:  # a stranger's configuration can be wrong in any way
+        if is_out_of_memory(error):
+            raise
         here = (
             "its folder is not a transformers model" if Path(source).exists() else "no such local folder, and the hub gave"
         )
@@ -53,22 +68,6 @@ def load_model(name: str, device: str, compute_dtype: str) -> nn.Module:
         raise InputError(f"model {name}: {len(missing)} weights are missing, such as {missing[0]}; restore its files.")
     speed_up(model)
     return model.to(device=device, dtype=getattr(torch, DTYPES[compute_dtype])).eval()
-
-
-def load_own_tokenizer(name: str, model: nn.Module) -> tuple[TextCodec, dict[str, bytes]]:
-    """The tokenizer that lies beside the model `name`, and the files that a store keeps of it.
-
-    Raises InputError when there is none, or when it is not this model's: it has ids that the model does not know, or less
-    than half as many tokens as the model (whose vocabulary may be padded a little).
-    """
-    codec, files = load_tokenizer(resolve_model(name))
-    known = int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
-    if codec.largest_id >= known or 2 * codec.n_tokens < known:
-        raise InputError(
-            f"model {name}: its tokenizer has {codec.n_tokens:,} tokens, ids up to {codec.largest_id:,}; the model knows "
-            f"{known:,}: put the tokenizer that it was trained with beside it (tokenizer.json)."
-        )
-    return codec, files
 
 
 def _require_no_adapter(name: str, source: str) -> None:
@@ -82,6 +81,27 @@ def _require_no_adapter(name: str, source: str) -> None:
         )
 
 
+def _configuration(name: str, source: str) -> Any:
+    """The configuration, as its family adjusts it. Raises InputError for a family or an attention that is not known here."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    said, _ = PreTrainedConfig.get_config_dict(source)
+    if (family := said.get("model_type")) in (None, *families()):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        family = config.model_type
+    if family not in families():
+        unused = "; the code that comes with it is not run" if "auto_map" in said else ""
+        raise InputError(f"model {name}: family {family!r}; known are {', '.join(families())}{unused}.")
+    if config._attn_implementation not in (None, *ATTENTION):  # another name is code to fetch from the hub
+        raise InputError(
+            f"model {name}: config.json asks for attention by {config._attn_implementation!r}, known are "
+            f"{', '.join(ATTENTION)}; remove attn_implementation from it."
+        )
+    return families()[family].adjusted(config)
+
+
+ATTENTION = ("eager", "sdpa")
+"""Implementations of attention that transformers itself has for every family."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 """Compute dtypes by their names on the command line and in the manifest."""
 
@@ -89,6 +109,11 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 def resolve_model(name: str) -> str:
     """The folder of the shipped model for `builtin`; any other name unchanged."""
     return str(model_path()) if name == "builtin" else name
+
+
+def n_known_tokens(model: nn.Module) -> int:
+    """How many token ids a model takes: its vocabulary, which may be padded beyond its tokenizer's."""
+    return int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
 
 
 def choose_device(device: str) -> str:

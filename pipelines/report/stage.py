@@ -16,6 +16,7 @@ from actstore.errors import InputError, OutputExists
 from actstore.files import publish_bytes, require_free_space
 from pipelines.analysis.reader import Analysis
 from pipelines.report.view import joined_data, pieces, views
+from pipelines.shared.visible_text import visible
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def render(analysis: Analysis, n_examples: int) -> str:
     )
     # jinja2's tojson escapes < > & ' on top of this, so that no token can end the script element
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False, "allow_nan": False}
+    environment.filters["visible"] = visible
     record = analysis.record
     return environment.get_template("frame.html").render(
         record=record,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing import resource_tracker
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
 from actstore.errors import InputError
 from pipelines.compute.freed_memory import keep_freed_memory, release_freed_memory
 from pipelines.shared.progress import track
+from pipelines.shared.visible_text import say
 
 CONNECT_TIMEOUT_S = 10
 WORKERS_TIMEOUT_S = 30
@@ -24,6 +27,8 @@ QUIET = {
     "distributed.worker.memory.monitor-interval": "500ms",
 }
 """Settings of local clusters. Two idle workers take 0.8 % of two cores; with Dask's default intervals, 4.1 %."""
+DASHBOARD, LOOPBACK = "actstore.dashboard-address", "127.0.0.1:0"
+"""The key of the address in Dask's configuration (DASK_ACTSTORE__DASHBOARD_ADDRESS in the environment), and the default."""
 KEPT_BYTES = 32 << 20
 """Freed memory that a worker keeps for its next tasks."""
 
@@ -32,7 +37,8 @@ KEPT_BYTES = 32 << 20
 def connect(scheduler: str | None, workers: int, *, threads: bool = False) -> Iterator[Any]:
     """A Dask client of the scheduler at an address such as tcp://host:8786, or of `workers` local processes (or threads).
 
-    The dashboard's address is printed to stderr where a dashboard is served. A scheduler without workers, because they are
+    The dashboard's address is printed to stderr where a dashboard is served; that of local workers listens on this machine
+    alone, unless Dask's configuration has another address under `DASHBOARD`. A scheduler without workers, because they are
     starting or restarting, has half a minute to get one.
 
     Raises InputError in four cases: the scheduler does not answer within ten seconds; it has no worker after half a minute;
@@ -47,8 +53,8 @@ def connect(scheduler: str | None, workers: int, *, threads: bool = False) -> It
     try:
         with _client(scheduler, workers, threads) as client:
             _register(client, _memory_plugin())
-            if client.dashboard_link and client.scheduler_info(n_workers=0)["services"]:
-                print(f"dashboard: {client.dashboard_link}", file=sys.stderr)
+            if link := _dashboard_link(client, scheduler):
+                say(f"dashboard: {link}", err=True)
             yield client
     except KilledWorker as error:
         raise InputError(
@@ -60,6 +66,28 @@ def connect(scheduler: str | None, workers: int, *, threads: bool = False) -> It
             f"workers: none was left for {NO_WORKERS_S} s, they died while they started, most likely for want of memory; "
             "run the same command again, with fewer --workers; what was committed is kept."
         ) from error
+
+
+def _dashboard_link(client: Any, scheduler: str | None) -> str:
+    """Where the dashboard can be seen; empty where none is served."""
+    if not client.dashboard_link or not client.scheduler_info(n_workers=0)["services"]:
+        return ""
+    link = urlsplit(client.dashboard_link)
+    host = "" if scheduler else _dashboard_address().rpartition(":")[0]
+    # a cluster of threads has no address of its own, and Dask then shows that of the machine's network
+    return urlunsplit(link._replace(netloc=f"{host}:{link.port}") if host else link)
+
+
+def _dashboard_address() -> str:
+    """Where the dashboard of local workers listens, as HOST:PORT or :PORT. Raises InputError for anything else."""
+    import dask
+
+    address = str(dask.config.get(DASHBOARD, LOOPBACK))
+    if not re.fullmatch(r".*:\d{1,5}", address):
+        raise InputError(
+            f"{DASHBOARD} {address} (Dask's configuration): no address; give it as HOST:PORT, such as {LOOPBACK}."
+        )
+    return address
 
 
 def _register(client: Any, plugin: Any) -> None:
@@ -103,10 +131,12 @@ def _client(scheduler: str | None, workers: int, threads: bool) -> Iterator[Any]
         settings = QUIET | {"distributed.scheduler.no-workers-timeout": NO_WORKERS_S}
         with ExitStack() as stack:
             with _spared_interrupts(), dask.config.set(settings):
-                shape = {"n_workers": 1, "threads_per_worker": workers, "processes": False}
-                if not threads:
-                    shape = {"n_workers": workers, "threads_per_worker": 1}
-                cluster = stack.enter_context(LocalCluster(**shape, dashboard_address=":0"))
+                shape: dict[str, Any] = {"n_workers": workers, "threads_per_worker": 1}
+                if threads:
+                    # such a worker has no address either, and its own server would listen on all interfaces
+                    shape = {"n_workers": 1, "threads_per_worker": workers, "processes": False}
+                    shape["worker_dashboard_address"] = LOOPBACK
+                cluster = stack.enter_context(LocalCluster(**shape, dashboard_address=_dashboard_address()))
             yield stack.enter_context(Client(cluster))
         return
     try:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from pipelines.shared.visible_text import say, visible
 
 LOG_INTERVAL_S = 10.0
 
@@ -20,7 +21,7 @@ class Tracker:
         self.label, self.total, self.unit, self.done, self._before = label, total, unit, 0, 0
         self._shown = shown
         self._bar = bar
-        self._task = bar.add_task(label, total=total, note="") if bar else None
+        self._task = bar.add_task(visible(label), total=total, note="") if bar else None
         self._started = self._last = time.monotonic()
 
     @property
@@ -40,14 +41,14 @@ class Tracker:
 
     def advance(self, n: int, note: str = "") -> None:
         self.done += n
-        note = f"{rate_text(self.rate)} {self.unit}/s  {note}"
+        note = f"{rate_text(self.rate)} {self.unit}/s  {visible(note)}"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.done, note=note)
         elif self._shown and (time.monotonic() - self._last >= LOG_INTERVAL_S or self.done >= self.total):
             self._last = time.monotonic()
             if self.done < self.total and self.rate > 0:
                 note = f"{duration((self.total - self.done) / self.rate)} left, {note}"
-            print(f"{self.label}: {self.done:,} of {self.total:,} {self.unit}  {note}", file=sys.stderr, flush=True)
+            say(f"{self.label}: {self.done:,} of {self.total:,} {self.unit}  {note}", err=True)
 
 
 @contextmanager
@@ -58,11 +59,11 @@ def track(label: str, total: int, unit: str = "rows", *, shown: bool = True) -> 
         yield Tracker(label, total, unit, None, shown=shown)
         return
     columns = (
-        TextColumn("{task.description:<9}"),
+        TextColumn("{task.description:<9}", markup=False),
         BarColumn(bar_width=30),
         TaskProgressColumn(),
         TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console) as bar:
         yield Tracker(label, total, unit, bar)

@@ -10,6 +10,7 @@ import numpy as np
 from actstore import paths
 from pipelines.analysis.reader import Analysis
 from pipelines.codes.code_store import CodeStore
+from pipelines.shared import markdown
 from pipelines.shared.visible_text import visible
 from pipelines.structure.sample import Sample
 from pipelines.text.codec import TextCodec
@@ -36,7 +37,9 @@ class Naming:
         if feature in self._rules:
             return self._rules[feature]
         tokens = self.analysis.top_tokens(feature, 3)
-        return "on " + ", ".join(f"`{visible(token.text)}` {token.share:.0%}" for token in tokens) if tokens else "silent"
+        return (
+            "on " + ", ".join(f"{markdown.code(token.text)} {token.share:.0%}" for token in tokens) if tokens else "silent"
+        )
 
     def contexts(self, features: list[int], at_least: int = 2, n: int = N_CONTEXTS) -> list[dict[str, str]]:
         """Up to `n` rows, each from another document, in which most of some features fire, and at least so many.

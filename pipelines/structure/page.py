@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from pipelines.shared import markdown
+
 SHOWN = 8
 
 
@@ -42,8 +44,7 @@ def _share(part: int, whole: int) -> str:
 
 def _examples(found: list[dict[str, str]]) -> Iterable[str]:
     for example in found:
-        text = example["text"].replace("``", "` `")
-        yield f"  - {example['document']}: `` {text} ``"
+        yield f"  - {markdown.code(example['document'])}: {markdown.code(example['text'])}"
 
 
 def _head(record: dict[str, Any]) -> list[str]:
@@ -51,8 +52,9 @@ def _head(record: dict[str, Any]) -> list[str]:
     return [
         "# Do features fire together in a pattern?",
         "",
-        f"Codes of `{record['site']}` of {record['model']} on {record['corpus']}, run {record['run_id']}. Everything below "
-        f"was chosen on {first['rows']:,} rows of {first['documents']} documents and tested on {second['rows']:,} rows of "
+        f"Codes of {markdown.code(record['site'])} of {markdown.code(record['model'])} on "
+        f"{markdown.code(record['corpus'])}, run {markdown.inline(record['run_id'])}. Everything below was chosen on "
+        f"{first['rows']:,} rows of {first['documents']} documents and tested on {second['rows']:,} rows of "
         f"{second['documents']} others. The null keeps each feature's firings in each document (in stretches of at most "
         f"{settings['block_rows']:,} rows) and each row's number of features; {settings['draws']} draws on either half, and "
         f"{settings['null_draws_judged']} more that were judged as if observed.",
@@ -129,7 +131,7 @@ def _communities(record: dict[str, Any]) -> list[str]:
             f"half too. There they fire together {facts['lift_2']:.1f} times as often as in the null (95 % "
             f"{facts['lift_2_low']:.1f} to {facts['lift_2_high']:.1f}, q = {facts['q_2']:.1e}). Most linked:",
             "",
-            *(f"  - feature {one['feature']}: {one['name']}" for one in facts["central"]),
+            *(f"  - feature {one['feature']}: {markdown.inline(one['name'])}" for one in facts["central"]),
             "",
             "  Where most of its features fire at once:",
             "",
@@ -150,9 +152,10 @@ def _implications(record: dict[str, Any]) -> list[str]:
         f"{implications['replicated']:,} hold on the other half.",
     ]
     for arrow in [arrow for arrow in implications["arrows"] if "names" in arrow]:
+        source, target = map(markdown.inline, arrow["names"])
         lines += [
             "",
-            f"**{arrow['source']} ⇒ {arrow['target']}**: {arrow['names'][0]} ⇒ {arrow['names'][1]}. Of "
+            f"**{arrow['source']} ⇒ {arrow['target']}**: {source} ⇒ {target}. Of "
             f"{arrow['source_fires_2']:,} firings {arrow['target_given_source_2']:.1%} are with the other "
             f"({arrow['target_given_source_1']:.1%} where it was chosen; in the null {arrow['null_2']:.1%}); the other way "
             f"{arrow['source_given_target_1']:.1%}. q = {arrow['q_2']:.1e}.",
@@ -163,9 +166,10 @@ def _implications(record: dict[str, Any]) -> list[str]:
 
 
 def _pair_line(facts: dict[str, Any]) -> list[str]:
+    left, right = map(markdown.inline, facts["names"])
     return [
         "",
-        f"**{facts['left']} and {facts['right']}**: {facts['names'][0]}; {facts['names'][1]}. Together in "
+        f"**{facts['left']} and {facts['right']}**: {left}; {right}. Together in "
         f"{facts['count_2']:,} rows, {facts['expected_2']:,.0f} in the null: {facts['lift_2']:.2f} times as often (95 % "
         f"{facts['lift_2_low']:.2f} to {facts['lift_2_high']:.2f}), q = {facts['q_2']:.1e}; φ {facts['phi']:.3f} against "
         f"{facts['null_phi']:.3f}, NPMI {facts['npmi']:.2f} against {facts['null_npmi']:.2f}.",
@@ -204,9 +208,10 @@ def _duplicates(record: dict[str, Any]) -> list[str]:
     ]
     for facts in duplicates["pairs"][:10]:
         cosine = "" if facts["decoder_cosine"] is None else f", cosine {facts['decoder_cosine']:.2f}"
+        left, right = map(markdown.inline, facts["names"])
         lines.append(
             f"- {facts['features'][0]} and {facts['features'][1]}: Jaccard {facts['jaccard_1']:.2f}, "
-            f"{facts['jaccard_2']:.2f} on the other half{cosine}; {facts['names'][0]}; {facts['names'][1]}"
+            f"{facts['jaccard_2']:.2f} on the other half{cosine}; {left}; {right}"
         )
     return lines
 
@@ -219,7 +224,7 @@ def _hubs(record: dict[str, Any]) -> list[str]:
         "|---|---|---|---|",
     ]
     rows = [
-        f"| {hub['feature']} | {hub['edges_1']:,} | {hub['edges_2']:,} | {hub['name'].replace('|', '¦')} |"
+        f"| {hub['feature']} | {hub['edges_1']:,} | {hub['edges_2']:,} | {markdown.cell(hub['name'])} |"
         for hub in record["hubs"]
     ]
     return lines + rows

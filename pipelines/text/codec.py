@@ -131,7 +131,7 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise InputError(
             f"model {name}: no tokenizer ({first_line(error)}); put the tokenizer's files beside the model."
@@ -168,6 +168,21 @@ def load_tokenizer(name: str) -> tuple[TextCodec, dict[str, bytes]]:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+    return codec, files
+
+
+def load_own_tokenizer(name: str, folder: str, n_known: int) -> tuple[TextCodec, dict[str, bytes]]:
+    """The tokenizer that lies beside the model `name`, which knows `n_known` tokens; and the files that a store keeps of it.
+
+    Raises InputError when there is none in `folder`, or when it is not this model's: it has ids that the model does not
+    know, or less than half as many tokens as the model (whose vocabulary may be padded a little).
+    """
+    codec, files = load_tokenizer(folder)
+    if codec.largest_id >= n_known or 2 * codec.n_tokens < n_known:
+        raise InputError(
+            f"model {name}: its tokenizer has {codec.n_tokens:,} tokens, ids up to {codec.largest_id:,}; the model knows "
+            f"{n_known:,}: put the tokenizer that it was trained with beside it (tokenizer.json)."
+        )
     return codec, files
 
 

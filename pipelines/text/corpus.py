@@ -225,8 +225,8 @@ def _decoded(data: bytes, encoding: str, path: Path, begin: int) -> str:
 
 
 def _printable(name: Path) -> str:
-    """A file's name as text that can be encoded, whatever bytes the file system has for it."""
-    return os.fsencode(name.as_posix()).decode(errors="replace")
+    """A file's name as text that can be encoded, in one line, since a store keeps a name a line; whatever bytes it has."""
+    return os.fsencode(name.as_posix()).decode(errors="replace").replace("\n", "⏎")
 
 
 def _column_of(record: Any, column: str, where: object) -> str:

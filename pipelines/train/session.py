@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,6 +21,7 @@ from pipelines.sae.base import Sae
 from pipelines.sae.checkpoint import RunRecord, save_run
 from pipelines.sae.row_sample import SAMPLE_ROWS, sample_rows, usual_code_width
 from pipelines.shared.progress import Tracker, track
+from pipelines.shared.visible_text import say
 from pipelines.train.config import TrainConfig, recorded, require_same
 from pipelines.train.log import MetricsLog
 from pipelines.train.new_trainee import Samples, new_trainee
@@ -216,7 +216,7 @@ class Session:
             raise InputError(f"{said}, and another --out.")
         self.diverged[index], self.metrics[index] = rows, {}
         if self.ranks.is_first:
-            print(f"{said}; the other SAEs go on.", file=sys.stderr)
+            say(f"{said}; the other SAEs go on.", err=True)
 
     def _leave_out_broken(self) -> None:
         """Leave out SAEs with non-finite parameters: the last step may have broken them after its loss was computed."""

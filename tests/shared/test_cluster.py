@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import warnings
+from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipelines.shared.cluster import _register, connect, run_tasks, share
+from actstore.errors import InputError
+from pipelines.shared.cluster import DASHBOARD, _register, connect, run_tasks, share
 
 
 def plus(shared: tuple[NDArray[np.int64], str], number: int) -> int:
@@ -52,3 +55,45 @@ def test_a_worker_that_dies_while_a_command_connects_does_not_end_it() -> None:
     _register(Unsteady(2), None)
     with pytest.raises(OSError, match="Timed out"):
         _register(Unsteady(3), None)
+
+
+def listens_on(n_processes: int) -> set[str]:
+    """The addresses with their ports, as the kernel writes them, at which this process and its children take connections."""
+    processes, sockets, addresses = [os.getpid()], set(), set()
+    for process in processes:
+        for children in Path(f"/proc/{process}/task").glob("*/children"):
+            processes += map(int, children.read_text().split())
+        for descriptor in Path(f"/proc/{process}/fd").iterdir():
+            sockets.add(str(descriptor.readlink()) if descriptor.is_symlink() else "")
+    assert len(processes) > n_processes
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                addresses.add(fields[1])
+    return addresses
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="the kernel tells who listens under Linux alone")
+@pytest.mark.parametrize("threads", [False, True])
+def test_local_workers_listen_on_this_machine_alone(threads: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    before = listens_on(0)
+    with connect(None, 2, threads=threads):
+        opened = listens_on(0 if threads else 2) - before
+    assert opened
+    assert {address.partition(":")[0] for address in opened} == {"0100007F"}
+    assert "dashboard: http://127.0.0.1:" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="the kernel tells who listens under Linux alone")
+def test_the_dashboard_listens_elsewhere_when_that_is_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
+    before = listens_on(0)
+    with dask.config.set({DASHBOARD: "0.0.0.0:0"}), connect(None, 1, threads=True):
+        opened = listens_on(0) - before
+    assert any(address.startswith("00000000:") for address in opened)
+    assert "dashboard: http://0.0.0.0:" in capfd.readouterr().err
+
+
+def test_an_address_that_is_none_is_refused() -> None:
+    with dask.config.set({DASHBOARD: 8787}), pytest.raises(InputError, match=r"dashboard-address 8787"), connect(None, 1):
+        raise AssertionError

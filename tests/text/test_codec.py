@@ -13,8 +13,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from actstore.errors import InputError
-from pipelines.models.load import load_model, load_own_tokenizer
-from pipelines.text.codec import TextCodec, load_tokenizer, parse_tokenizer
+from pipelines.models.load import load_model
+from pipelines.text.codec import TextCodec, load_own_tokenizer, load_tokenizer, parse_tokenizer
 from pipelines.text.corpus import Document
 from pipelines.text.tokens import TokenSource
 
@@ -196,15 +196,15 @@ def own_model(model_folder: Path, tmp_path: Path) -> Path:
 def test_a_tokenizer_that_is_not_the_models_is_one_line(own_model: Path, tmp_path: Path) -> None:
     """A folder whose tokenizer has another name gave one of 1 token, and then a corpus without text."""
     model = load_model(str(own_model), "cpu", "fp32")
-    n_tokens = load_own_tokenizer(str(own_model), model)[0].n_tokens
+    n_tokens = load_own_tokenizer(str(own_model), str(own_model), model.config.vocab_size)[0].n_tokens
     tiny = Tokenizer(models.WordLevel({END_OF_TEXT: 0}, unk_token=END_OF_TEXT))
     tiny.save(str(own_model / "tokenizer.json"))
     with pytest.raises(InputError, match=rf"its tokenizer has 1 tokens, ids up to 0; the model knows {n_tokens}: put"):
-        load_own_tokenizer(str(own_model), model)
+        load_own_tokenizer(str(own_model), str(own_model), model.config.vocab_size)
     for file in own_model.glob("*token*"):
         file.unlink()
     with pytest.raises(InputError, match=r"no tokenizer|no end-of-text token|its tokenizer has"):
-        load_own_tokenizer(str(own_model), model)
+        load_own_tokenizer(str(own_model), str(own_model), model.config.vocab_size)
 
 
 def test_a_tokenizer_with_ids_beyond_the_model_is_one_line(own_model: Path) -> None:
@@ -213,7 +213,7 @@ def test_a_tokenizer_with_ids_beyond_the_model_is_one_line(own_model: Path) -> N
     definition["model"]["vocab"]["Q"] = n = model.config.vocab_size
     (own_model / "tokenizer.json").write_text(json.dumps(definition))
     with pytest.raises(InputError, match=rf"its tokenizer has {n} tokens, ids up to {n}; the model knows {n}"):
-        load_own_tokenizer(str(own_model), model)
+        load_own_tokenizer(str(own_model), str(own_model), model.config.vocab_size)
 
 
 def test_a_vocabulary_that_is_padded_is_the_models(own_model: Path, tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_a_vocabulary_that_is_padded_is_the_models(own_model: Path, tmp_path: Pa
     for file in own_model.glob("*token*"):
         shutil.copy(file, tmp_path / "padded")
     model = load_model(str(tmp_path / "padded"), "cpu", "fp32")
-    codec, _ = load_own_tokenizer(str(tmp_path / "padded"), model)
+    codec, _ = load_own_tokenizer(str(tmp_path / "padded"), str(tmp_path / "padded"), model.config.vocab_size)
     assert codec.token_text(447) == "<447>"
 
 

@@ -274,3 +274,19 @@ def test_the_standard_library_is_a_corpus_without_tests() -> None:
     head = [next(opened.documents(skip)) for skip in range(3)]
     assert [document.name for document in head] == [piece.name for piece in opened.pieces[:3]]
     assert all(document.text for document in head)
+
+
+def test_a_file_whose_name_has_two_lines_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "a\nb.txt").write_text("one")
+    (tmp_path / "c.txt").write_text("two")
+    assert texts(tmp_path) == {"a⏎b.txt": "one", "c.txt": "two"}
+
+
+def test_code_beside_a_data_set_is_not_run(tmp_path: Path) -> None:
+    folder, mark = tmp_path / "data", tmp_path / "ran"
+    folder.mkdir()
+    (folder / "data.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    with pytest.raises(InputError, match="cannot be streamed") as refused:
+        documents(f"hf:{folder}")
+    assert "\n" not in str(refused.value)
+    assert not mark.exists()

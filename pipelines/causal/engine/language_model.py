@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from actstore.errors import IdentityMismatch, InputError, StoreError
 from actstore.reader import ActivationStore
 from pipelines.models.families.registry import family_of
-from pipelines.models.load import choose_device, load_model, load_own_tokenizer, model_identity
+from pipelines.models.load import choose_device, load_model, model_identity, n_known_tokens, resolve_model
 from pipelines.models.sites.site import Site
 from pipelines.sae.base import Sae
 from pipelines.sae.checkpoint import RunRecord, load_run, require_match
-from pipelines.text.codec import TextCodec, store_tokenizer
+from pipelines.text.codec import TextCodec, load_own_tokenizer, store_tokenizer
 
 DEFAULT_MODEL = "gpt2"
 
@@ -108,7 +108,7 @@ def open_language_model(model: str, device: str = "auto", *, bos: bool = True, k
     """A model and the tokenizer that lies beside it. Raises InputError when either cannot be loaded."""
     chosen = choose_device(device)
     loaded = frozen(load_model(model, chosen, "fp32"))  # first: without network it is soon refused, and its reason is clear
-    codec, _ = load_own_tokenizer(model, loaded)
+    codec, _ = load_own_tokenizer(model, resolve_model(model), n_known_tokens(loaded))
     return LanguageModel(model, loaded, codec, bos, keep_special, chosen)
 
 

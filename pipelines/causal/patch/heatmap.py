@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from actstore.errors import InputError
-from pipelines.shared.visible_text import BAR, visible
+from pipelines.shared.visible_text import BAR, Visible, visible
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,18 +26,20 @@ CELL = 6
 
 def heat_lines(rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]]) -> list[str]:
     """One line a row, the columns' names above. NaN is an empty cell."""
+    rows = list(map(visible, rows))
     width = max(map(len, rows))
     largest = max((abs(v) for row in values for v in row if math.isfinite(v)), default=0.0) or 1.0
     if len(columns) > MAX_NUMBERED:
         legend = f"a full block is {largest:.3g}, `-` is below 0 by more than an eighth of it"
         cells = ["".join(_coloured(_block(v, largest), v, largest) for v in row) for row in values]
         shown = " ".join(f"{i} {visible(name)!r}" for i, name in enumerate(columns))
-        return [f"columns: {shown}", legend, *(f"{n:<{width}} {line}" for n, line in zip(rows, cells, strict=True))]
+        blocks = (Visible(f"{name:<{width}} {line}") for name, line in zip(rows, cells, strict=True))
+        return [f"columns: {shown}", legend, *blocks]
     heads = "".join(f"{_short(name):>{CELL}}" for name in columns)
     lines = [f"{'':<{width}} {heads}"]
     for name, row in zip(rows, values, strict=True):
         cells = ["".join(_coloured(f"{_number(v):>{CELL}}", v, largest) for v in row)]
-        lines.append(f"{name:<{width}} {''.join(cells)}")
+        lines.append(Visible(f"{name:<{width}} {''.join(cells)}"))
     return lines
 
 
@@ -64,15 +66,19 @@ def save_heatmap(
     figure = Figure(figsize=(2 + 0.45 * len(columns), 1.6 + 0.24 * len(rows)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
-    labels = [visible(name).replace("$", r"\$") for name in columns]
-    axes.set_xticks(range(len(columns)), labels=labels, rotation=60, ha="right")
-    axes.set_yticks(range(len(rows)), labels=list(rows))
-    axes.set_title(title.replace("$", r"\$"), fontsize=9)
+    axes.set_xticks(range(len(columns)), labels=list(map(_label, columns)), rotation=60, ha="right")
+    axes.set_yticks(range(len(rows)), labels=list(map(_label, rows)))
+    axes.set_title(_label(title), fontsize=9)
     figure.colorbar(image)
     figure.supxlabel(unit, fontsize=8)  # beside the bar, a long unit is cut off where the grid is low
     kept = io.BytesIO()
     figure.savefig(kept, format=path.suffix[1:].lower(), dpi=120)
     publish_bytes(path, kept.getvalue())
+
+
+def _label(text: str) -> str:
+    """Text in a picture: visible, and no formula."""
+    return visible(text).replace("$", r"\$")
 
 
 def _number(value: float) -> str:

@@ -53,7 +53,7 @@ def model_document_bits_per_byte(folder: Path, pinned: PinnedDocuments, split: s
     """Bits per byte of the model in `folder` on the documents of a split, computed in fp32."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", trust_remote_code=False)
     ids = encode_documents(Tokenizer.from_file(str(folder / "tokenizer.json")), pinned.documents[split])
     n_bytes = sum(document.n_bytes for document in pinned.documents[split])
     return float(document_bits(model, ids).sum()) / n_bytes
