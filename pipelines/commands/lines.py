@@ -25,7 +25,7 @@ def some(names: list[str]) -> str:
 
 
 def collect_lines(result: dict[str, Any]) -> list[str]:
-    before = result["shards_committed_before"]
+    before, replaced = result["shards_committed_before"], result.get("lone_surrogates")
     return aligned(
         [
             ("store", f"{result['store']} (id {result['store_id']})"),
@@ -33,6 +33,8 @@ def collect_lines(result: dict[str, Any]) -> list[str]:
             ("shards", f"{result['shards']:,}" + (f", {before:,} of them were there before" if before else "")),
             ("device", result.get("device")),
             ("corpus", "exhausted: it has no more tokens" if result["corpus_exhausted"] else None),
+            ("skipped", result.get("corpus_skipped")),
+            ("replaced", f"{replaced:,} lone surrogates, by U+FFFD" if replaced else None),
         ]
     )
 
@@ -46,6 +48,7 @@ def estimate_lines(result: dict[str, Any]) -> list[str]:
             ("memory", size(result["memory_bytes"])),
             ("time", f"{duration(result['seconds'])} at {result['tokens_per_s']:,} tokens/s"),
             ("device", result["device"]),
+            ("skipped", result.get("corpus_skipped")),
             (
                 "shards",
                 f"{result['shards']:,} of {result['shard_rows']:,} rows, in chunks of {result['chunk_rows']:,} rows",

@@ -7,11 +7,11 @@ document's tokens followed by one separator; documents held out for evaluation c
 from __future__ import annotations
 
 import hashlib
+import sys
 import tempfile
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +22,12 @@ from tokenizers import Tokenizer
 from actstore.errors import InputError, StoreError
 from actstore.reader import Store
 from pipelines.shared.error_line import first_line
-from pipelines.text.corpus import Document
+from pipelines.text.document import Document, without_lone_surrogates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-BATCH_DOCUMENTS = 64
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 64, 1 << 20
 HELDOUT_MODULUS_LARGE, HELDOUT_MODULI_SMALL = 50, (20, 10, 5, 3, 2)
 LARGE_CORPUS_DOCUMENTS = 1000
 
@@ -46,8 +46,11 @@ class TextCodec:
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
     def ids(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        """Token ids of each text, without special tokens. U+FFFD is read for a lone surrogate; a line on stderr counts them."""
+        whole = [without_lone_surrogates(text) for text in texts]
+        if n_replaced := sum(n for _, n in whole):
+            print(f"{n_replaced:,} lone surrogates of the text are read as U+FFFD.", file=sys.stderr)
+        return [e.ids for e in self.backend.encode_batch_fast([text for text, _ in whole], add_special_tokens=False)]
 
     def text(self, ids: NDArray[np.integer] | list[int]) -> str:
         return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=False))
@@ -157,13 +160,15 @@ def parse_tokenizer(data: bytes, where: str, bos_token_id: int, separator_token_
 class TokenSource:
     """A corpus's tokens from one place on, taken table after table; no document is read or tokenised twice.
 
-    `document` and `token` say where the next table begins: behind the first `token` tokens of that document.
+    `document` and `token` say where the next table begins: behind the first `token` tokens of that document. `n_replaced`
+    counts the lone surrogates that were replaced in the documents read so far.
     """
 
     def __init__(self, documents: Iterator[Document], codec: TextCodec, document: int = 0, token: int = 0):
         self.document, self.token = document, token
         self._documents, self._codec = documents, codec
         self._dtype = np.min_scalar_type(codec.backend.get_vocab_size() - 1)
+        self.n_replaced = 0
         self._pending: deque[tuple[str, NDArray[Any]]] = deque()
 
     def take(self, n_tokens: int, heldout_modulus: int | None) -> TokenTable | None:
@@ -210,10 +215,20 @@ class TokenSource:
     def _fill(self) -> bool:
         """Tokenise some more documents when none is waiting; False at the end of the corpus."""
         if not self._pending:
-            batch = list(islice(self._documents, BATCH_DOCUMENTS))
+            batch = self._batch()
+            self.n_replaced += sum(document.n_replaced for document in batch)
             for document, ids in zip(batch, self._codec.ids([document.text for document in batch]), strict=True):
                 self._pending.append((document.name.replace("\n", " "), np.asarray(ids, self._dtype)))
         return bool(self._pending)
+
+    def _batch(self) -> list[Document]:
+        """The next documents that are tokenised together: some of them, or few long ones."""
+        batch: list[Document] = []
+        left = BATCH_CHARACTERS
+        while len(batch) < BATCH_DOCUMENTS and left > 0 and (document := next(self._documents, None)) is not None:
+            batch.append(document)
+            left -= len(document.text)
+        return batch
 
 
 def is_heldout(name: str, modulus: int) -> bool:
