@@ -65,6 +65,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
 """Heading -> command -> (its module in `pipelines/commands/`, its line in the help). An empty heading is not shown."""
 MODULES = {name: module for rows in COMMANDS.values() for name, (module, _) in rows.items()}
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+SHOWN_CHARACTERS = 40
 
 
 class _Commands(click.Group):
@@ -100,6 +101,14 @@ class _Commands(click.Group):
             sys.exit(130)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except UnicodeEncodeError as error:
+            if debug or error.reason != "surrogates not allowed":
+                raise
+            shown = ascii(error.object[max(0, error.start - SHOWN_CHARACTERS) : error.end])
+            click.echo(
+                f"error: {shown}: ends in a byte or half character that is not UTF-8; rename it or pass it so.", err=True
+            )
             sys.exit(1)
         except (ActstoreError, OSError) as error:
             if debug or (isinstance(error, OSError) and not error.filename and error.errno not in FULL_DISK):

@@ -34,7 +34,7 @@ def collect_lines(result: dict[str, Any]) -> list[str]:
             ("device", result.get("device")),
             ("corpus", "exhausted: it has no more tokens" if result["corpus_exhausted"] else None),
             ("skipped", result.get("corpus_skipped")),
-            ("replaced", f"{replaced:,} lone surrogates, by U+FFFD" if replaced else None),
+            ("surrogates", f"{replaced:,} lone, replaced by U+FFFD" if replaced else None),
         ]
     )
 

@@ -40,7 +40,8 @@ KINDS_SHOWN = 5
 class Corpus:
     """A named, ordered set of documents that can be read again from any document on.
 
-    `skipped` says how many of the named files it leaves out, and of which kinds; empty where none.
+    `spec` can be encoded, which the name of a file need not be. `skipped` says how many of the named files are left out, and
+    of which kinds; empty where none.
     """
 
     spec: str
@@ -70,7 +71,7 @@ def open_corpus(spec: str, seed: int) -> Corpus:
     if spec.startswith("hf:"):
         location, column = _split_column(spec.removeprefix("hf:"))
         piece, fingerprint = hub_piece(location, column or DEFAULT_COLUMN)
-        return Corpus(spec, fingerprint, (piece,))
+        return Corpus(_printable(spec), fingerprint, (piece,))
     found, column = _files_of(spec), None
     if not found:
         pattern, column = _split_column(spec)
@@ -82,7 +83,7 @@ def open_corpus(spec: str, seed: int) -> Corpus:
     if not paths:
         raise InputError(f"corpus {spec}: {skipped}; read are {READ}.")
     parent = paths[0].parent if len(paths) == 1 else Path(*_common_parts(paths))
-    return _local(spec, [(path, _printable(path.relative_to(parent))) for path in paths], column, seed, skipped)
+    return _local(spec, [(path, _printable(path.relative_to(parent).as_posix())) for path in paths], column, seed, skipped)
 
 
 def _skipped(paths: list[Path]) -> str:
@@ -108,7 +109,7 @@ def _local(spec: str, files: list[tuple[Path, str]], column: str | None, seed: i
         digest.update(name.encode() + b"\0" + content)
         pieces.extend(_pieces_of(path, name, n_bytes, column))
     order = permutation(len(pieces), seed, DOCUMENT_ORDER)
-    return Corpus(spec, digest.hexdigest(), tuple(pieces[i] for i in order), skipped)
+    return Corpus(_printable(spec), digest.hexdigest(), tuple(pieces[i] for i in order), skipped)
 
 
 def _pieces_of(path: Path, name: str, n_bytes: int, column: str | None) -> list[Any]:
@@ -132,9 +133,9 @@ def _pieces_of(path: Path, name: str, n_bytes: int, column: str | None) -> list[
     return list(text_pieces(path, name, n_bytes))
 
 
-def _printable(name: Path) -> str:
-    """A file's name as text that can be encoded, whatever bytes the file system has for it."""
-    return os.fsencode(name.as_posix()).decode(errors="replace")
+def _printable(name: str) -> str:
+    """A name as text that can be encoded, whatever bytes the file system has for it."""
+    return os.fsencode(name).decode(errors="replace")
 
 
 def _split_column(spec: str) -> tuple[str, str | None]:

@@ -27,7 +27,7 @@ from pipelines.text.document import Document, without_lone_surrogates
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-BATCH_DOCUMENTS, BATCH_CHARACTERS = 64, 1 << 20
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 64, 1 << 19
 HELDOUT_MODULUS_LARGE, HELDOUT_MODULI_SMALL = 50, (20, 10, 5, 3, 2)
 LARGE_CORPUS_DOCUMENTS = 1000
 
@@ -46,10 +46,10 @@ class TextCodec:
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
     def ids(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens. U+FFFD is read for a lone surrogate; a line on stderr counts them."""
+        """Token ids of each text, without special tokens; lone surrogates are read as U+FFFD, and counted on stderr."""
         whole = [without_lone_surrogates(text) for text in texts]
         if n_replaced := sum(n for _, n in whole):
-            print(f"{n_replaced:,} lone surrogates of the text are read as U+FFFD.", file=sys.stderr)
+            print(f"lone surrogates of the text, read as U+FFFD: {n_replaced:,}", file=sys.stderr)
         return [e.ids for e in self.backend.encode_batch_fast([text for text, _ in whole], add_special_tokens=False)]
 
     def text(self, ids: NDArray[np.integer] | list[int]) -> str:

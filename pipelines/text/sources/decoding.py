@@ -40,7 +40,7 @@ def decoded(blocks: Iterable[bytes | memoryview], where: object, encoding: str =
             raise InputError(
                 f"{where}: byte {at - n_held + error.start} is not {encoding}; convert the file to UTF-8."
             ) from error
-        except (UnicodeError, LookupError, TypeError) as error:
+        except UnicodeError as error:
             raise InputError(f"{where}: cannot be read as {encoding} ({error}); convert the file to UTF-8.") from error
         at += len(block)
 
@@ -75,7 +75,7 @@ def source_encoding(head: bytes, path: Path) -> str:
     ascii_only = re.sub(rb"[\x80-\xff]", b"?", head[len(mark) :])  # a character cut at the head's end is no fault
     try:
         encoding = tokenize.detect_encoding(io.BytesIO(mark + ascii_only).readline)[0].removesuffix("-sig")
-        b"".decode(encoding)  # a coding line may name what is no encoding of text
+        b"x".decode(encoding)  # a coding line may name what is no encoding of text
     except (SyntaxError, LookupError, UnicodeError) as error:
         raise InputError(f"{path}: {getattr(error, 'msg', error)}; convert the file to UTF-8.") from error
     return encoding

@@ -98,7 +98,7 @@ def _record_documents(name: str, line: bytes, at: int | None, column: str, path:
     """The documents of one record, whose bytes begin at byte `at` of its file, where that is known."""
     if at == 0:
         line, at = line.removeprefix(MARK), 0
-    if len(line) > LONG_RECORD_BYTES and (raw := _raw_at(line, column)) is not None and raw[:1] == b'"':
+    if len(line) > LONG_RECORD_BYTES and (raw := _raw_at(line, column)) is not None and raw[0] == ord('"'):
         yield from documents_of(name, _string_pieces(raw, f"{path}: {name}"))
         return
     where = path if at is not None else f"{path}: {name}"

@@ -22,7 +22,7 @@ def text_pieces_of(value: Any, column: str, where: object) -> Iterator[str]:
     """A value's text, in pieces. Raises InputError, with its type, for a value that is not text."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, bytes | bytearray | memoryview):
+    elif isinstance(value, bytes | memoryview):
         yield from decoded([value], f"{where}: column {column!r}")
     elif isinstance(value, list) and (text := conversation(value)) is not None:
         yield text
