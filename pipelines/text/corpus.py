@@ -146,6 +146,8 @@ def _split_column(spec: str) -> tuple[str, str | None]:
 def _files_of(pattern: str) -> list[Path]:
     """The files of a folder, a file or a glob, sorted; a file of that very name comes before the glob."""
     path = Path(pattern)
+    if not pattern:
+        return []
     if path.is_dir():
         paths = list(path.rglob("*"))
     elif path.is_file():

@@ -50,10 +50,14 @@ def zstd(data: bytes) -> bytes:
     return bytes(pa.Codec("zstd").compress(data, asbytes=True))
 
 
-def parquet(values: Any, column: str = "text") -> bytes:
+def parquet_of(table: pa.Table) -> bytes:
     file = io.BytesIO()
-    pyarrow.parquet.write_table(pa.table({column: values}), file)
+    pyarrow.parquet.write_table(table, file)
     return file.getvalue()
+
+
+def parquet(values: Any) -> bytes:
+    return parquet_of(pa.table({"text": values}))
 
 
 def jsonl(*texts: str) -> bytes:
@@ -143,6 +147,8 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "quotes.csv": (b'text,n\n"a"b,1\n', "line 2 is not well quoted"),
     "open-quote.csv": (b'text\n"a\nb\n', "line 3 is not well quoted"),
     "fields.csv": (b"text,n\na\n", "record 0 has 1 fields, the first line has 2"),
+    "twice.csv": (b"text,text\na,b\n", "has two columns 'text'; rename one"),
+    "twice.parquet": (parquet_of(pa.table([["a"], ["b"]], names=["text", "text"])), "has two columns 'text'; rename one"),
     "columns.csv": (b"a;text\nb;c\n", "no column 'text'; it has a;text"),
     "not.parquet": (b"PAR1", "not a readable parquet file"),
     "empty.parquet": (b"", "not a readable parquet file"),
@@ -330,6 +336,23 @@ def test_a_packed_file_has_the_documents_of_the_unpacked_one(tmp_path: Path) -> 
     assert len(plain) > 20
     for name in ("book.txt.gz", "book.txt.zst"):
         assert {own.name.partition("@")[2]: own.text for own in documents(tmp_path / name) if own.text} == plain
+
+
+def test_reading_goes_on_inside_a_long_or_packed_text(tmp_path: Path) -> None:
+    for name in ("long-line.txt.gz", "long-line.jsonl", "packed.jsonl.zst", "fields.csv"):
+        (tmp_path / name).write_bytes(READ[name][0])
+    opened = open_corpus(str(tmp_path), 0)
+    everything = list(opened.documents())
+    assert len(everything) > 14
+    for n_taken in range(len(everything) + 2):
+        assert list(opened.documents(n_taken)) == everything[n_taken:]
+
+
+def test_nothing_is_read_where_nothing_is_named() -> None:
+    """An empty specification is not this folder."""
+    for spec in ("", "#", "#text"):
+        with pytest.raises(InputError, match="no file there"):
+            open_corpus(spec, 0)
 
 
 def test_documents_are_tokenised_together_up_to_a_number_of_characters(model_folder: Path) -> None:

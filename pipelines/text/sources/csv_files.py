@@ -39,7 +39,7 @@ class CsvFile:
 
     def _documents(self, records: Iterator[list[str]]) -> Iterator[Document]:
         header = next(records, [])
-        if self.column not in header:
+        if header.count(self.column) != 1:
             raise no_column(self.column, header, self.path)
         place = header.index(self.column)
         for index, fields in enumerate(fields for fields in records if fields):

@@ -54,7 +54,7 @@ class ParquetPiece:
         elif isinstance(value, pyarrow.ListScalar) and (text := conversation(value.as_py())) is not None:
             yield text
         else:
-            raise not_text(self.column, str(value.type), where)
+            raise not_text(self.column, str(value.type), where, has_keys=isinstance(value, pyarrow.StructScalar))
 
 
 def parquet_pieces(path: Path, name: str, column: str) -> list[ParquetPiece]:
@@ -67,10 +67,10 @@ def parquet_pieces(path: Path, name: str, column: str) -> list[ParquetPiece]:
 
 def _keys_of(schema: Any, column: str) -> list[str] | None:
     """The keys that lead to a column: itself, or those of a path into structs; None where there is none."""
-    if column in schema.names:
+    if schema.names.count(column) == 1:
         return [column]
     first, *rest = column.split(".")
-    if first not in schema.names:
+    if not rest or schema.names.count(first) != 1:
         return None
     kind = schema.field(first).type
     for key in rest:

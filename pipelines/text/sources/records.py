@@ -27,7 +27,8 @@ def text_pieces_of(value: Any, column: str, where: object) -> Iterator[str]:
     elif isinstance(value, list) and (text := conversation(value)) is not None:
         yield text
     elif value is not None:
-        raise not_text(column, _TYPES.get(type(value), type(value).__name__), where)
+        kind = _TYPES.get(type(value), type(value).__name__)
+        raise not_text(column, kind, where, has_keys=isinstance(value, dict))
 
 
 def value_at(record: Any, column: str, where: object) -> Any:
@@ -49,13 +50,16 @@ def conversation(messages: list[Any]) -> str | None:
 
 
 def no_column(column: str, there: list[str], where: object) -> InputError:
+    """Why a table without the column, or with two of that name, is refused."""
     names = ", ".join(map(str, there)) or "none"
+    if column in there:
+        return InputError(f"corpus {where}: has two columns {column!r}; rename one of them.")
     return InputError(f"corpus {where}: no column {column!r}; it has {names}: choose one with #column.")
 
 
-def not_text(column: str, kind: str, where: object) -> InputError:
-    remedy = f"choose another with #column, or what is in it with #{column}.key"
-    return InputError(f"corpus {where}: column {column!r} holds {kind}, not text; {remedy}.")
+def not_text(column: str, kind: str, where: object, *, has_keys: bool = False) -> InputError:
+    inside = f", or what is in it with #{column}.key" if has_keys else ""
+    return InputError(f"corpus {where}: column {column!r} holds {kind}, not text; choose another with #column{inside}.")
 
 
 def _value_at(record: Any, column: str) -> tuple[bool, Any]:
