@@ -37,12 +37,18 @@ def decoded(blocks: Iterable[bytes | memoryview], where: object, encoding: str =
             yield decoder.decode(block, is_last)
         except UnicodeDecodeError as error:
             n_held = len(error.object) - len(block)  # bytes of a character that began in the block before
-            raise InputError(
-                f"{where}: byte {at - n_held + error.start} is not {encoding}; convert the file to UTF-8."
-            ) from error
+            raise _not_encoded(where, at - n_held + error.start, encoding) from error
         except UnicodeError as error:
             raise InputError(f"{where}: cannot be read as {encoding} ({error}); convert the file to UTF-8.") from error
         at += len(block)
+
+
+def text_of(data: bytes | memoryview, where: object, at: int = 0) -> str:
+    """The text of UTF-8 bytes, the first of which is byte `at` of `where`. Raises InputError as `decoded` does."""
+    try:
+        return str(data, "utf-8")
+    except UnicodeDecodeError as error:
+        raise _not_encoded(where, at + error.start, "utf-8") from error
 
 
 def without_mark(pieces: Iterable[str]) -> Iterator[str]:
@@ -79,6 +85,10 @@ def source_encoding(head: bytes, path: Path) -> str:
     except (SyntaxError, LookupError, UnicodeError) as error:
         raise InputError(f"{path}: {getattr(error, 'msg', error)}; convert the file to UTF-8.") from error
     return encoding
+
+
+def _not_encoded(where: object, byte: int, encoding: str) -> InputError:
+    return InputError(f"{where}: byte {byte} is not {encoding}; convert the file to UTF-8.")
 
 
 def _with_end(blocks: Iterable[bytes | memoryview]) -> Iterator[tuple[bytes | memoryview, bool]]:

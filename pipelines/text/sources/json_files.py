@@ -17,7 +17,7 @@ import msgspec
 
 from actstore.errors import InputError
 from pipelines.text.document import Document, documents_of
-from pipelines.text.sources.decoding import MARK, decoded
+from pipelines.text.sources.decoding import MARK, text_of
 from pipelines.text.sources.opened import is_packed, opened
 from pipelines.text.sources.records import text_pieces_of, value_at
 from pipelines.text.sources.text_files import named_ranges, seek_line
@@ -82,7 +82,7 @@ class JsonFile:
         try:
             return msgspec.json.decode(data, type=list[msgspec.Raw])
         except (msgspec.DecodeError, RecursionError):
-            value = _parsed("".join(decoded([data], self.path)), self.path, "JSON")
+            value = _parsed(text_of(data, self.path), self.path, "JSON")
             return value if isinstance(value, list) else [value]
 
 
@@ -102,7 +102,7 @@ def _record_documents(name: str, line: bytes, at: int | None, column: str, path:
         yield from documents_of(name, _string_pieces(raw, f"{path}: {name}"))
         return
     where = path if at is not None else f"{path}: {name}"
-    text = "".join(decoded([line], where, at=at or 0))
+    text = text_of(line, where, at or 0)
     if text.strip():
         yield from _value_documents(name, _parsed(text, path), column, path)
 
@@ -154,6 +154,5 @@ def _string_pieces(raw: memoryview, where: str) -> Iterator[str]:
             stop = whole.end()
             while raw[stop] & 0xC0 == 0x80:  # inside a character
                 stop -= 1
-        text = "".join(decoded([raw[at:stop]], where, at=at - 1))
-        yield json.loads(f'"{text}"')
+        yield json.loads(f'"{text_of(raw[at:stop], where, at - 1)}"')
         at = stop
