@@ -66,6 +66,8 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
 MODULES = {name: module for rows in COMMANDS.values() for name, (module, _) in rows.items()}
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 SHOWN_CHARACTERS = 40
+NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "start new thread", "map segment", "bad_alloc")
+"""What libraries say when memory is refused."""
 
 
 class _Commands(click.Group):
@@ -102,23 +104,40 @@ class _Commands(click.Group):
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        except UnicodeEncodeError as error:
-            if debug or error.reason != "surrogates not allowed":
-                raise
-            shown = ascii(error.object[max(0, error.start - SHOWN_CHARACTERS) : error.end])
-            click.echo(
-                f"error: {shown}: ends in a byte or half character that is not UTF-8; rename it or pass it so.", err=True
-            )
-            sys.exit(1)
-        except (ActstoreError, OSError) as error:
-            if debug or (isinstance(error, OSError) and not error.filename and error.errno not in FULL_DISK):
+        except (ActstoreError, OSError, MemoryError, RuntimeError, ImportError, UnicodeEncodeError) as error:
+            if debug or not _is_expected(error):
                 raise
             click.echo(f"error: {_one_line(error)}", err=True)
             sys.exit(1)
         sys.exit(0)
 
 
+def _is_expected(error: Exception) -> bool:
+    """Whether an error is one that input, a disk or a machine can cause; any other is a fault of this program."""
+    if isinstance(error, OSError) and not isinstance(error, ActstoreError):
+        return bool(error.filename) or error.errno in (*FULL_DISK, errno.ENOMEM)
+    if isinstance(error, UnicodeEncodeError):  # a byte of an argument that is not UTF-8, half a character of JSON
+        return error.reason == "surrogates not allowed"
+    return isinstance(error, ActstoreError) or _is_out_of_memory(error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was refused: libraries say so by several types, of which only some are known before they are loaded."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY)
+
+
 def _one_line(error: Exception) -> str:
+    if isinstance(error, UnicodeEncodeError):
+        shown = ascii(error.object[max(0, error.start - SHOWN_CHARACTERS) : error.end])
+        return f"{shown}: ends in what UTF-8 cannot encode; rename it, or pass it in UTF-8."
+    if not isinstance(error, ActstoreError) and _is_out_of_memory(error):
+        detail = " ".join(str(error).split())[:200] or type(error).__name__
+        return (
+            f"not enough memory ({detail}); do less at a time (a smaller --batch or --batch-windows, fewer --workers), or "
+            "use a machine with more; everything committed is kept."
+        )
     if isinstance(error, OSError) and not isinstance(error, ActstoreError):
         where = error.filename or "the output"
         remedy = (

@@ -6,7 +6,7 @@ directly, by the shard's index: a tenth of the time, and each chunk's crc32c is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import google_crc32c
@@ -17,13 +17,18 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
 from zarr.core.array_spec import ArrayConfigParams
 from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.errors import BaseZarrError
 from zarr.storage import MemoryStore
 
 from actstore import paths
+from actstore.dimensions import row_dimensions, table_dimensions
+from actstore.errors import DamagedStore
+from actstore.files import Entry, object_entry
 from actstore.layout import Layout
-from actstore.schema import Manifest, RowArray, SegmentRecord
+from actstore.schema import TABLE_CHUNK, Manifest, RowArray
+from actstore.segment_record import SegmentRecord
+from actstore.zarr_metadata import array_metadata
 
-TABLE_CHUNK = 1 << 20
 ALL_CHUNKS: ArrayConfigParams = {"write_empty_chunks": True}
 """Chunks of zeros are written too, since a missing chunk counts as a fault."""
 CRC_BYTES = 4
@@ -45,14 +50,28 @@ def segment_objects(manifest: Manifest, segment: SegmentRecord, tables: dict[str
         for part, record in segment.parts.items()
         for array in manifest.arrays
     ]
-    return group_objects(paths.segment_group(segment.index), tables, row_arrays)
+    d_model = manifest.model.d_model
+    dimensions = {name: table_dimensions(name, values.shape, d_model) for name, values in tables.items()}
+    dimensions |= {name: row_dimensions(array.name, array.width, d_model) for name, array, _, _ in row_arrays}
+    return group_objects(paths.segment_group(segment.index), tables, row_arrays, dimensions)
 
 
 def group_objects(
-    group: str, tables: dict[str, NDArray[Any]], row_arrays: list[tuple[str, RowArray, Layout, int]]
+    group: str,
+    tables: dict[str, NDArray[Any]],
+    row_arrays: list[tuple[str, RowArray, Layout, int]],
+    dimensions: Mapping[str, tuple[str, ...]],
 ) -> dict[str, bytes]:
-    """The objects of a group in `data.zarr`: whole tables, and the metadata of row arrays (name, array, layout, rows)."""
+    """The objects of a group in `data.zarr`: whole tables, and the metadata of row arrays (name, array, layout, rows).
+
+    `dimensions` names the axes of each. A group `rows` says that its arrays are coordinates: what xarray calls the
+    values that tell where a row stands.
+    """
     memory: dict[str, Buffer] = {}
+    coordinates = {"coordinates": " ".join(name.rpartition("/")[2] for name in paths.ROW_PLACES)}
+    for part in sorted({name.removesuffix(paths.WINDOW) for name in dimensions if name.endswith(f"/{paths.WINDOW}")}):
+        where = f"{group}/{part}{paths.WINDOW.rpartition('/')[0]}"
+        zarr.create_group(MemoryStore(memory), path=where, zarr_format=3, attributes=coordinates)
     for name, values in tables.items():
         table = zarr.create_array(
             store=MemoryStore(memory),
@@ -61,11 +80,12 @@ def group_objects(
             chunks=tuple(min(TABLE_CHUNK, max(n, 1)) for n in values.shape),
             dtype=values.dtype,
             compressors=_compressors(True, values.dtype.itemsize),
+            dimension_names=dimensions[name],
             config=ALL_CHUNKS,
         )
         table[...] = values
     for name, array, layout, n_rows in row_arrays:
-        _create_row_array(memory, f"{group}/{name}", array, layout, n_rows)
+        _create_row_array(memory, f"{group}/{name}", array, layout, n_rows, dimensions[name])
     return {f"{paths.DATA}/{name}": data for name, data in _objects(memory).items()}
 
 
@@ -75,19 +95,36 @@ def read_table(objects: dict[str, bytes], places: NDArray[np.int64] | None = Non
     With `places`, only the values there of a table of one dimension: the objects of other chunks are not needed.
     """
     buffer = default_buffer_prototype().buffer
-    memory = MemoryStore({name: buffer.from_bytes(data) for name, data in objects.items()})
     try:
-        table = zarr.open_array(memory, mode="r")
+        if "zarr.json" not in objects:
+            raise Unreadable("no record names such a table")
+        metadata = array_metadata(objects["zarr.json"], "zarr.json")
+        if metadata.n_objects != len(objects) - 1 and places is None:
+            raise Unreadable(f"shape {metadata.shape} needs {metadata.n_objects} objects, {len(objects) - 1} were committed")
+        if max(metadata.chunk_shape, default=1) > TABLE_CHUNK:
+            raise Unreadable(f"chunks of {metadata.chunk_shape} values; a table has {TABLE_CHUNK:,} at most")
+        memory = MemoryStore({name: buffer.from_bytes(data) for name, data in objects.items()})
+        table = zarr.open_array(memory, mode="r", zarr_format=3)
         return np.asarray(table[...] if places is None else table.vindex[places])
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
+    except (ValueError, TypeError, IndexError, OSError, RuntimeError, KeyError, BaseZarrError, DamagedStore) as error:
         raise Unreadable(str(error)) from error
 
 
 def shard_object(array: RowArray, layout: Layout, kept: NDArray[Any]) -> bytes:
     """The one object of a shard: its chunks, each with its crc32c, and the index. `kept` is (rows of the shard, width)."""
     memory: dict[str, Buffer] = {}
-    _create_row_array(memory, "", array, layout, len(kept))[...] = kept
+    _create_row_array(memory, "", array, layout, len(kept), None)[...] = kept
     return next(data for name, data in _objects(memory).items() if name != "zarr.json")
+
+
+def shard_entry(data: bytes, layout: Layout, n_rows: int) -> Entry:
+    """The entry of a shard's object that holds `n_rows` rows: with the stored crc32c of each chunk that holds rows.
+
+    A chunk's own crc32c tells that it is whole; that it is the one that was committed, only this copy of it tells.
+    """
+    index = read_index(data[-index_bytes(layout) :], -(-n_rows // layout.chunk_rows))
+    ends = [int(offset) + int(length) for offset, length in index.tolist()]
+    return {**object_entry(data), "chunk_crc32c": "".join(data[end - CRC_BYTES : end].hex() for end in ends)}
 
 
 def index_bytes(layout: Layout) -> int:
@@ -127,15 +164,22 @@ def neighbours(chunks: list[tuple[int, int]], most_bytes: int, most_chunks: int)
         yield together
 
 
-def check_chunk(data: NDArray[np.uint8], crc: bytes | bytearray) -> None:
-    """Raises Unreadable when a chunk's bytes do not have the crc32c that follows them."""
-    if _crc(data) != crc:
+def check_chunk(data: NDArray[np.uint8], stored: bytes, committed: bytes) -> None:
+    """Raises Unreadable when a chunk's bytes do not have the crc32c that follows them, or that is not the committed one."""
+    if _crc(data) != stored:
         raise Unreadable("the crc32c of a chunk does not match")
+    if stored != committed:
+        raise Unreadable(f"another chunk lies there: its crc32c is {stored.hex()}, {committed.hex()} was committed")
 
 
 def unpack_chunk(data: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
     """Decompress a chunk's checked bytes into `out`. Raises Unreadable."""
     try:
+        _, n_unpacked, _, n_packed = np.frombuffer(data[:16], "<u4").tolist()  # Blosc's header
+        if (n_packed, n_unpacked) != (data.nbytes, out.nbytes):
+            raise Unreadable(
+                f"a chunk of {data.nbytes:,} bytes, to be unpacked to {out.nbytes:,}, says {n_packed:,} and {n_unpacked:,}"
+            )
         blosc.decompress(data, out)
     except (ValueError, RuntimeError) as error:
         raise Unreadable(f"a chunk does not decompress ({error})") from error
@@ -145,7 +189,9 @@ def _crc(data: NDArray[np.uint8]) -> bytes:
     return int(google_crc32c.value(data)).to_bytes(CRC_BYTES, "little")
 
 
-def _create_row_array(memory: dict[str, Buffer], name: str, array: RowArray, layout: Layout, n_rows: int) -> Any:
+def _create_row_array(
+    memory: dict[str, Buffer], name: str, array: RowArray, layout: Layout, n_rows: int, dimensions: tuple[str, ...] | None
+) -> Any:
     return zarr.create_array(
         store=MemoryStore(memory),
         name=name,
@@ -155,6 +201,7 @@ def _create_row_array(memory: dict[str, Buffer], name: str, array: RowArray, lay
         dtype=array.dtype,
         fill_value=_no_row_value(np.dtype(array.dtype)),
         compressors=_compressors(array.kept_as.compressed, np.dtype(array.dtype).itemsize),
+        dimension_names=dimensions,
         config=ALL_CHUNKS,
     )
 

@@ -7,6 +7,7 @@ value that is of another type, out of bounds, missing or unknown is one DamagedS
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import msgspec
@@ -23,14 +24,21 @@ Width = Annotated[int, Meta(ge=0, le=1 << 24)]
 """Numbers a row: features, channels, tokens of a vocabulary."""
 Hex16 = Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")]
 """An id: the first 16 hex digits of a SHA-256."""
+HexWords = Annotated[str, Meta(pattern=r"^([0-9a-f]{8})*\Z")]
+"""Words of 32 bits, each as eight hex digits."""
 Hex64 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 """A SHA-256."""
 LARGEST_RECORD = 1 << 30
 """Bytes of the longest record that is read."""
 
 
+def one_of(*names: str) -> Meta:
+    """The annotation of a text that is one of some names."""
+    return Meta(pattern=rf"^({'|'.join(map(re.escape, names))})\Z")
+
+
 def parse_json(data: bytes, where: str) -> Any:
-    """The value of a JSON text in UTF-8. Raises DamagedStore for anything else: NaN, half a character, nesting without end."""
+    """The value of a JSON text in UTF-8. Raises DamagedStore for anything else: NaN, half a character, endless nesting."""
     if len(data) > LARGEST_RECORD:
         raise DamagedStore(
             f"{where}: {len(data):,} bytes of JSON, at most {LARGEST_RECORD:,} are read; restore it from a copy."

@@ -12,13 +12,22 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
+from actstore.checked_json import Count, Hex64, HexWords, checked, parse_json
 from actstore.errors import DamagedStore, NoSpace
 
 RESERVE_BYTES = 64 << 20
 """Bytes left free on a disk, so that records and metrics can always be written."""
 CONTENT = "content_sha256"
+
+
+class Entry(TypedDict):
+    """What a record says of an object: its length and sha256; of a shard also the crc32c that ends each of its chunks."""
+
+    bytes: Count
+    sha256: Hex64
+    chunk_crc32c: NotRequired[HexWords]
 
 
 def canonical_json(value: Any) -> str:
@@ -33,10 +42,7 @@ def content_hash(value: Any) -> str:
 
 def read_json(path: Path) -> Any:
     """Raises DamagedStore, naming the file, when it holds no JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DamagedStore(f"{path}: not readable as JSON ({error}); restore it from a copy.") from error
+    return parse_json(path.read_bytes(), str(path))
 
 
 def fsync_path(path: Path) -> None:
@@ -104,7 +110,7 @@ def publish_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def object_entry(data: bytes) -> dict[str, Any]:
+def object_entry(data: bytes) -> Entry:
     """Length and sha256 of an object's bytes, as records hold them.
 
     Not the crc32c: every chunk ends in its own, and the crc of data followed by its crc is the same for all data.
@@ -120,14 +126,17 @@ def record_bytes(value: dict[str, Any]) -> bytes:
 
 def parse_record(data: bytes, where: str) -> dict[str, Any]:
     """The value that `record_bytes` was given. Raises DamagedStore when the bytes are not those of `record_bytes`."""
+    value = checked(parse_json(data, where), dict[str, Any], where)
+    if CONTENT not in value:
+        raise DamagedStore(f"{where}: not a record, since {CONTENT} is missing")
+    stated = value.pop(CONTENT)
     try:
-        value = json.loads(data)
-        stated = value.pop(CONTENT)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DamagedStore(f"{where}: not a readable record ({type(error).__name__})") from error
-    if content_hash(value) != stated or record_bytes(value) != data:  # the same number can be written in two ways
+        is_as_written = content_hash(value) == stated and record_bytes(value) == data
+    except ValueError:  # 1e999 is read as infinity
+        is_as_written = False
+    if not is_as_written:  # the same number can be written in two ways
         raise DamagedStore(f"{where}: was changed after it was written")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def free_bytes(path: Path) -> int:

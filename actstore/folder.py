@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from actstore.errors import DamagedStore
 from actstore.files import fsync_path, publish_bytes, require_free_space, write_beside
 from actstore.lease import held_lease, held_lock
 from actstore.place import Place
@@ -26,13 +27,38 @@ class Folder(Place):
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.url = str(path)
+        self._plain: set[str] = set()
         self.readers = max(1, min(4, len(os.sched_getaffinity(0))))
 
+    def _own(self, name: str) -> Path:
+        """The path of an object. Raises DamagedStore where a link would lead elsewhere: links are no objects.
+
+        A folder that was looked at once is not looked at again: reading a chunk costs one look, at its file.
+        """
+        *folders, _ = parts = name.split("/")
+        if not all(parts) or {".", ".."} & set(parts):
+            raise DamagedStore(f"{self.url}: {name!r} is not the name of an object below it.")
+        above = "/".join(folders)
+        if above not in self._plain:
+            for n in range(1, len(folders) + 1):
+                self._refuse_link("/".join(folders[:n]))
+            if (self.path / above).is_dir():
+                self._plain.add(above)
+        self._refuse_link(name)
+        return self.path / name
+
+    def _refuse_link(self, name: str) -> None:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if stat.S_ISLNK(os.lstat(f"{self.url}/{name}").st_mode):
+                raise DamagedStore(
+                    f"{self.url}: {name} is a link, and no object; put a copy of what it leads to in its place (`cp -rL`)."
+                )
+
     def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
+        return self._own(name).read_bytes()
 
     def read_into(self, name: str, start: int, *buffers: memoryview) -> int:
-        descriptor = os.open(f"{self.url}/{name}", os.O_RDONLY)
+        descriptor = os.open(self._own(name), os.O_RDONLY)
         try:
             return os.preadv(descriptor, buffers, start)
         finally:
@@ -40,7 +66,7 @@ class Folder(Place):
 
     def n_bytes(self, name: str) -> int | None:
         try:
-            return (self.path / name).stat().st_size
+            return self._own(name).stat().st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -49,7 +75,9 @@ class Folder(Place):
         for file in (self.path / prefix).rglob("*"):
             if not is_temporary(file.name):
                 with suppress(FileNotFoundError):  # a writer may remove it meanwhile
-                    status = file.stat()
+                    status = file.lstat()
+                    if stat.S_ISLNK(status.st_mode):
+                        self._refuse_link(file.relative_to(self.path).as_posix())
                     if stat.S_ISREG(status.st_mode):
                         sizes[file.relative_to(self.path).as_posix()] = status.st_size
         return sizes
@@ -60,10 +88,10 @@ class Folder(Place):
         return {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else {"."}
 
     def publish(self, name: str, data: bytes) -> None:
-        publish_bytes(self.path / name, data, _own_mark())
+        publish_bytes(self._own(name), data, _own_mark())
 
     def create(self, name: str, data: bytes) -> bool:
-        path = self.path / name
+        path = self._own(name)
         temporary = write_beside(path, data, _own_mark())
         try:
             os.link(temporary, path)  # unlike a rename, fails when the name is taken
@@ -81,7 +109,7 @@ class Folder(Place):
         return True
 
     def remove(self, name: str) -> None:
-        (self.path / name).unlink(missing_ok=True)
+        self._own(name).unlink(missing_ok=True)
 
     def clear_leftovers(self) -> None:
         for file in self.path.rglob(".*.tmp"):

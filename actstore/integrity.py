@@ -20,14 +20,16 @@ import numpy as np
 from actstore import paths
 from actstore.arrays import CRC_BYTES, Unreadable, check_chunk, index_bytes, neighbours, read_index
 from actstore.errors import DamagedStore, NotAStore
-from actstore.files import object_entry, parse_record
+from actstore.files import Entry, object_entry, parse_record
+from actstore.index_record import IndexRecord
 from actstore.layout import Layout
 from actstore.place import Place
-from actstore.records import Entry, Seal
-from actstore.schema import Manifest, SegmentRecord
+from actstore.records import Seal
+from actstore.schema import Manifest
+from actstore.segment_record import SegmentRecord, ShardRecord
 
 LEVELS = ("meta", "crc", "full")
-UNREADABLE = (DamagedStore, NotAStore, OSError, KeyError, TypeError)
+UNREADABLE = (DamagedStore, NotAStore, OSError)
 """The errors of reading a record: its bytes are no record, or the disk does not return them."""
 PIECE_BYTES = 4 << 20
 SHARD_OBJECT = re.compile(r"/(rows|values)/c/\d+$")
@@ -155,40 +157,38 @@ class Inspection:
             self._add_check(key, entry)
         is_complete = True
         for part, record in segment.parts.items():
-            for shard in range(record.layout.n_shards):
-                is_complete &= self._read_shard(segment, part, shard, seal)
+            there = paths.shards_of_records(self.there, index, part, record.layout.n_shards)
+            is_complete &= len(there) == record.layout.n_shards
+            for shard in range(record.layout.n_shards) if seal is not None else there:
+                self._read_shard(segment, part, shard, seal)
         for extra in sorted(set(self.there) | set(seal.records if seal else ())):
             if extra.startswith(f"{paths.commits(index)}/mixed-"):
                 self._record(extra, seal, None, partial(parse_record, where=extra))
         if is_complete and seal is None and paths.sealed_record(index) not in self.there:
             self._fault(paths.sealed_record(index), "missing, though every shard is committed")
 
-    def _read_shard(self, segment: SegmentRecord, part: str, shard: int, seal: Seal | None) -> bool:
-        """Whether there is a commit record, which need not be a good one."""
+    def _read_shard(self, segment: SegmentRecord, part: str, shard: int, seal: Seal | None) -> None:
         name, key = paths.shard_record(segment.index, part, shard), (segment.index, part, shard)
         if name not in self.there:
-            if seal is not None:
-                self._fault(name, "missing", key)
-            return False
-        record = self._record(name, seal, key, partial(parse_record, where=name))
-        if record is not None and not segment.is_record_of(record, part, shard):
+            self._fault(name, "missing", key)
+            return
+        record = self._record(name, seal, key, partial(ShardRecord.from_bytes, where=name))
+        if record is not None and self.manifest is not None and not record.is_of(self.manifest, segment, part, shard):
             self._fault(name, "is of another shard", key)
         elif record is not None:
-            for object_name, entry in record["objects"].items():
+            for object_name, entry in record.objects.items():
                 self._add_check(object_name, entry, key, segment.parts[part].layout)
-        return True
 
     def _read_index(self) -> None:
         """The feature index of a code store, where it has one."""
         name = paths.INDEX_RECORD
-        record = self._record(name, None, None, partial(parse_record, where=name))
+        record = self._record(name, None, None, partial(IndexRecord.from_bytes, where=name))
         if record is None:
             return
-        if self.manifest is not None and record["store_id"] != self.manifest.store_id:
-            self._fault(name, f"is of store {record['store_id']}, the manifest is of {self.manifest.store_id}")
-        layout = Layout(record["entries"], record["shard_entries"], record["chunk_entries"])
-        for object_name, entry in record["objects"].items():
-            self._add_check(object_name, entry, None, layout if SHARD_OBJECT.search(object_name) else None)
+        if self.manifest is not None and record.store_id != self.manifest.store_id:
+            self._fault(name, f"is of store {record.store_id}, the manifest is of {self.manifest.store_id}")
+        for object_name, entry in record.objects.items():
+            self._add_check(object_name, entry, None, record.layout if SHARD_OBJECT.search(object_name) else None)
 
     def _record(self, name: str, seal: Seal | None, key: ShardKey | None, parse: Callable[[bytes], Any]) -> Any:
         """The record, or None and a fault where the record is missing or damaged."""
@@ -298,7 +298,7 @@ def _fault_of(place: Place, check: _Check, n_bytes: int | None, level: str) -> s
         return None
     try:
         if level == "crc" and check.layout is not None:
-            _check_chunks(place, check.name, n_bytes, check.layout)
+            _check_chunks(place, check.name, n_bytes, check.layout, bytes.fromhex(check.entry.get("chunk_crc32c", "")))
             return None
         digest = hashlib.sha256()
         for piece in _pieces(place, check.name, n_bytes):
@@ -310,11 +310,16 @@ def _fault_of(place: Place, check: _Check, n_bytes: int | None, level: str) -> s
     return f"sha256 {digest.hexdigest()[:12]}, {check.entry['sha256'][:12]} was committed"
 
 
-def _check_chunks(place: Place, name: str, n_bytes: int, layout: Layout) -> None:
-    """Read a shard's index and every chunk that it names. Raises Unreadable."""
+def _check_chunks(place: Place, name: str, n_bytes: int, layout: Layout, committed: bytes) -> None:
+    """Read a shard's index and every chunk that it names, and compare those that hold rows with the crc32c that were
+    committed, four bytes each. Raises Unreadable."""
     index = bytearray(index_bytes(layout))
-    place.read_into(name, n_bytes - len(index), memoryview(index))
-    chunks = read_index(bytes(index), len(index) // 16, may_be_absent=True)
+    place.read_into(name, max(0, n_bytes - len(index)), memoryview(index))
+    chunks, number = read_index(bytes(index), len(index) // 16, may_be_absent=True), 0
+    if (chunks[:, 1] < CRC_BYTES).any() or (chunks.sum(axis=1) > n_bytes - len(index)).any():
+        raise Unreadable("the shard's index names a chunk that is not in it")
+    if len(chunks) < len(committed) // CRC_BYTES:
+        raise Unreadable(f"{len(chunks)} chunks, {len(committed) // CRC_BYTES} were committed")
     for together in neighbours(chunks.tolist(), PIECE_BYTES, len(chunks)):
         start, n_read = together[0][0], sum(length for _, length in together)
         data = np.empty(n_read, np.uint8)
@@ -322,7 +327,9 @@ def _check_chunks(place: Place, name: str, n_bytes: int, layout: Layout) -> None
             raise Unreadable("a chunk ends early")
         for offset, length in together:
             chunk = data[offset - start : offset - start + length]
-            check_chunk(chunk[:-CRC_BYTES], chunk[-CRC_BYTES:].tobytes())
+            stored = chunk[-CRC_BYTES:].tobytes()
+            check_chunk(chunk[:-CRC_BYTES], stored, committed[CRC_BYTES * number :][:CRC_BYTES] or stored)
+            number += 1
 
 
 def _pieces(place: Place, name: str, n_bytes: int) -> Iterator[memoryview]:

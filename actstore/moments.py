@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ class SiteStatistics:
     mean_norm: float
 
     @classmethod
-    def of_records(cls, records: Iterable[tuple[int, dict[str, Any]]]) -> SiteStatistics:
+    def of_records(cls, records: Iterable[tuple[int, Mapping[str, Any]]]) -> SiteStatistics:
         """From pairs of a number of rows and what `RowMoments.record` said of them."""
         total, mean, second, norm = 0, np.zeros(0), np.zeros(0), 0.0
         for n_rows, own in records:

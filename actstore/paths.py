@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Annotated
+
+from msgspec import Meta
+
+_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}"
+_SITE = r"[A-Za-z][A-Za-z0-9_]{0,99}\.[0-9]{1,6}"
+FileName = Annotated[str, Meta(pattern=rf"^{_PART}\Z")]
+"""A file of `tokenizer/`, as a manifest may name it."""
+ObjectName = Annotated[str, Meta(pattern=rf"^data\.zarr(/{_PART})+\Z")]
+"""An object below `data.zarr`, as a record may name it: no part of the name begins with a dot."""
+RecordName = Annotated[str, Meta(pattern=rf"^commits(/{_PART})+\Z")]
+SiteName = Annotated[str, Meta(pattern=rf"^{_SITE}\Z")]
+ArrayName = Annotated[str, Meta(pattern=rf"^((rows|codes)/[a-z]+|rows|values|(acts|scales)/{_SITE})\Z")]
+"""A row array, or one of a feature index."""
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 DATA = "data.zarr"
 COMMITS = "commits"
 TOKEN_IDS = "tokens/ids"
 DOCUMENT_OFFSETS, DOCUMENT_HELDOUT, DOCUMENT_SOURCE = "documents/offsets", "documents/heldout", "documents/source"
-TABLES = (TOKEN_IDS, DOCUMENT_OFFSETS, DOCUMENT_HELDOUT, DOCUMENT_SOURCE)
+DOCUMENT_KEYS = "documents/keys"
+TABLES = (TOKEN_IDS, DOCUMENT_OFFSETS, DOCUMENT_HELDOUT, DOCUMENT_SOURCE, DOCUMENT_KEYS)
 TOKEN_START, N_TOKENS, FIRST_ROW = WINDOW_TABLES = ("token_start", "n_tokens", "first_row")
 WINDOW, POSITION = ROW_PLACES = ("rows/window", "rows/position")
 """The row arrays that say where each row stands."""
@@ -75,6 +91,14 @@ def sealed_record(segment: int) -> str:
 
 def shard_record(segment: int, part: str, shard: int) -> str:
     return f"{commits(segment)}/{part}/{shard:06d}.json"
+
+
+def shards_of_records(names: Collection[str], segment: int, part: str, n_shards: int) -> list[int]:
+    """The shards below `n_shards` of a part whose commit records are among some names, in order."""
+    prefix = f"{commits(segment)}/{part}/"
+    numbers = (name.removeprefix(prefix).removesuffix(".json") for name in names if name.startswith(prefix))
+    shards = {int(number) for number in numbers if number.isdecimal() and number.isascii()}
+    return sorted(shard for shard in shards if shard < n_shards and shard_record(segment, part, shard) in names)
 
 
 def environment_record(segment: int, probe: str) -> str:

@@ -17,15 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import paths
-from actstore.arrays import TABLE_CHUNK, Unreadable, read_table
+from actstore.arrays import Unreadable, read_table
 from actstore.encodings.channels import Channels
 from actstore.errors import DamagedStore, IdentityMismatch, IncompleteStore, InputError, NotAStore
-from actstore.files import content_hash, object_entry
+from actstore.files import Entry, content_hash, object_entry
 from actstore.moments import SiteStatistics
 from actstore.open_place import absolute, open_place
 from actstore.place import Place
 from actstore.records import Records, read_manifest
-from actstore.schema import PARTS, RowArray, SegmentRecord
+from actstore.schema import PARTS, TABLE_CHUNK, RowArray
+from actstore.segment_record import SegmentRecord, ShardRecord, SiteRecord
 from actstore.shard_chunks import ShardChunks
 from actstore.tables import Tables, document_names
 
@@ -90,8 +91,11 @@ class Store:
         for segment in self.segments:
             if segment.store_id != self.store_id:
                 raise self._damaged(paths.MANIFEST, f"is of store {self.store_id}, the segments of {segment.store_id}")
+        seal = self._records.seal(0)
+        if seal is not None and seal.manifest.encode() != self.manifest.to_bytes():
+            raise self._damaged(paths.MANIFEST, "is not the manifest that was sealed")
         self._shards = [self._segment_shards(segment) for segment in self.segments]
-        self._objects: dict[Shard, dict[str, dict[str, Any]]] = {}
+        self._objects: dict[Shard, dict[str, Entry]] = {}
         self._opened: dict[tuple[Shard, str], ShardChunks] = {}
         self._tables: dict[tuple[int, str], NDArray[Any]] = {}
         self._channels: dict[tuple[int, str], Channels] = {}
@@ -275,6 +279,10 @@ class Store:
     def document_names(self, segment: int) -> list[str]:
         return document_names(self.table(segment, paths.DOCUMENT_SOURCE))
 
+    def document_keys(self, segment: int) -> NDArray[np.uint64]:
+        """(n_documents,) the key of each document's whole text: equal texts have equal keys."""
+        return np.asarray(self.table(segment, paths.DOCUMENT_KEYS), np.uint64)
+
     def locate(self, row: int, part: str = "train") -> RowOrigin:
         """Where the row-th committed row of a split comes from. Raises InputError when there are not so many."""
         before = 0
@@ -304,21 +312,20 @@ class Store:
             (shard.n_rows, own) for shard, own in zip(shards, self._site_records(site, part), strict=True)
         )
 
-    def objects(self, shard: Shard) -> dict[str, dict[str, Any]]:
-        """The entry, `{bytes, sha256}`, of each object that a shard's commit record names."""
+    def objects(self, shard: Shard) -> dict[str, Entry]:
+        """The entry of each object that a shard's commit record names."""
         if shard not in self._objects:
-            self._objects[shard] = self._record(shard)["objects"]
+            self._objects[shard] = self._record(shard).objects
         return self._objects[shard]
 
     def notes(self, shard: Shard) -> dict[str, Any]:
         """What a shard's commit record says besides its rows and objects: statistics, and what computed them."""
-        record = self._record(shard)
-        return {key: value for key, value in record.items() if key not in ("rows", "objects", "segment")}
+        return self._record(shard).notes
 
-    def _site_records(self, site: str, part: str) -> Iterator[dict[str, Any]]:
+    def _site_records(self, site: str, part: str) -> Iterator[SiteRecord]:
         """What each shard's record says of a site; from a server, several are read at a time."""
         with ThreadPoolExecutor(self.place.readers) as pool:
-            yield from pool.map(lambda shard: self._record(shard)["stats"][site], self.shards(part))
+            yield from pool.map(lambda shard: self._record(shard).stats[site], self.shards(part))
 
     def _places(self, shard: Shard, start: int = 0, stop: int | None = None) -> tuple[NDArray[np.int64], ...]:
         """Rows [start, stop) of a shard, (n,) each: window, position, token index, and token to tell the document by."""
@@ -327,10 +334,10 @@ class Store:
         policy = self.manifest.policy
         return window, position, policy.token_index(starts, position), policy.token_at(starts, position)
 
-    def _record(self, shard: Shard) -> dict[str, Any]:
+    def _record(self, shard: Shard) -> ShardRecord:
         """A shard's commit record. Raises DamagedStore when it is that of another shard."""
         record = self._records.shard(shard.segment, shard.part, shard.index)
-        if not self.segments[shard.segment].is_record_of(record, shard.part, shard.index):
+        if not record.is_of(self.manifest, self.segments[shard.segment], shard.part, shard.index):
             raise self._damaged(paths.shard_record(shard.segment, shard.part, shard.index), "is of another shard")
         return record
 
@@ -357,10 +364,10 @@ class Store:
         if (shard, name) not in self._opened:
             array = self.manifest.array(name)
             key = paths.shard_object(shard.segment, shard.part, name, shard.index, 1 + len(array.tail))
-            committed = self.objects(shard)[key]["bytes"]
+            committed = self.objects(shard)[key]
             layout = self.segments[shard.segment].parts[shard.part].layout
             try:
-                self._opened[shard, name] = ShardChunks.open(self.place, key, array, committed, layout, shard.n_chunks)
+                self._opened[shard, name] = ShardChunks.open(self.place, key, array, committed, layout, shard.index)
             except (Unreadable, FileNotFoundError) as error:
                 raise self._damaged(key, error) from error
         return self._opened[shard, name]

@@ -17,7 +17,8 @@ from actstore.errors import EncodingError
 from actstore.moments import RowMoments
 from actstore.open_place import open_place
 from actstore.reader import ActivationStore, Shard
-from actstore.schema import PARTS, Manifest, SegmentRecord, site_arrays, site_values
+from actstore.schema import PARTS, Manifest, site_arrays, site_values
+from actstore.segment_record import SegmentRecord
 from actstore.tables import channel_tables
 from actstore.writer import StoreWriter, require_store_place, write_shard
 

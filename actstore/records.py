@@ -10,23 +10,21 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from actstore import paths
+from actstore.checked_json import checked
 from actstore.errors import DamagedStore, NotAStore
-from actstore.files import object_entry, parse_record, record_bytes
+from actstore.files import Entry, object_entry, parse_record, record_bytes
 from actstore.place import Place
-from actstore.schema import Manifest, SegmentRecord
-
-Entry = dict[str, Any]
-"""`{bytes, sha256}` of an object."""
+from actstore.schema import Manifest
+from actstore.segment_record import SegmentRecord, ShardRecord
 
 
 @dataclass(frozen=True)
 class Seal:
     """What a finished segment consists of: the entry of every record, and copies of the two that say what it is."""
 
-    records: dict[str, Entry]
+    records: dict[paths.RecordName, Entry]
     manifest: str
     segment: str
 
@@ -36,7 +34,7 @@ class Seal:
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> Seal:
         """Raises DamagedStore when it was changed after it was written."""
-        return cls(**parse_record(data, where))
+        return checked(parse_record(data, where), cls, where)
 
 
 class Records:
@@ -71,36 +69,38 @@ class Records:
         if name not in self.names:
             return None
         if segment not in self._seals:
-            self._seals[segment] = Seal.from_bytes(self.place.read(name), f"{self.place}: {name}")
+            self._seals[segment] = Seal.from_bytes(self._read(name), f"{self.place}: {name}")
         return self._seals[segment]
 
     def shards(self, segment: SegmentRecord, part: str) -> list[int]:
         """The committed shards of a part, in order."""
         seal = self.seal(segment.index)
-        every = range(segment.parts[part].layout.n_shards)
-        committed = [shard for shard in every if paths.shard_record(segment.index, part, shard) in self.names]
-        if seal is not None and len(committed) < len(every):
-            lost = min(set(every) - set(committed))
+        n_shards = segment.parts[part].layout.n_shards
+        committed = paths.shards_of_records(self.names, segment.index, part, n_shards)
+        if seal is not None and len(committed) < n_shards:
+            lost = next(shard for shard in itertools.count() if shard >= len(committed) or committed[shard] != shard)
             raise DamagedStore(
                 f"{self.place}: segment {segment.index} is sealed but the commit record of {part} shard {lost} is missing"
                 f"{REMEDY}"
             )
         return committed
 
-    def shard(self, segment: int, part: str, shard: int) -> dict[str, Any]:
+    def shard(self, segment: int, part: str, shard: int) -> ShardRecord:
         """The commit record of a shard."""
         name = paths.shard_record(segment, part, shard)
-        data = self._checked(name, self.seal(segment))
-        return parse_record(data, f"{self.place}: {name}")
+        return ShardRecord.from_bytes(self._checked(name, self.seal(segment)), f"{self.place}: {name}")
 
     def _checked(self, name: str, seal: Seal | None) -> bytes:
-        try:
-            data = self.place.read(name)
-        except FileNotFoundError as error:
-            raise DamagedStore(f"{self.place}: {name} is missing{REMEDY}") from error
+        data = self._read(name)
         if seal is not None and seal.records.get(name) != object_entry(data):
             raise DamagedStore(f"{self.place}: {name} is not the record that was sealed{REMEDY}")
         return data
+
+    def _read(self, name: str) -> bytes:
+        try:
+            return self.place.read(name)
+        except FileNotFoundError as error:  # it was listed: another process removed it since
+            raise DamagedStore(f"{self.place}: {name} is missing{REMEDY}") from error
 
 
 REMEDY = "; `actstore repair` drops what is damaged, and the command that wrote the store then fills it in again."

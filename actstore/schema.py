@@ -7,34 +7,39 @@ compared. docs/FORMAT.md is the normative description of the JSON.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from typing import Any, cast
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from actstore import paths
+from actstore.checked_json import Count, Hex16, Width, checked, one_of, parse_json
 from actstore.encodings.base import Encoding
 from actstore.encodings.channels import Channels
-from actstore.encodings.registry import encoding_of
+from actstore.encodings.registry import encoding_of, encodings
 from actstore.errors import DamagedStore, InputError, NotAStore
-from actstore.files import content_hash, parse_record, record_bytes
-from actstore.layout import Layout
+from actstore.files import Entry, content_hash, parse_record, record_bytes
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+CHUNK_BYTES = 1 << 30
+"""Most bytes of an unpacked chunk: what a reader allocates on the word of a record."""
+TABLE_CHUNK = 1 << 20
+"""Values of a table in one object."""
 PARTS = ("train", "heldout")
 """The two splits of a segment; the index is the `part` of the plan."""
+NUMBERS = [f"{kind}{bits}" for kind in ("uint", "int") for bits in (8, 16, 32, 64)] + ["float16", "float32", "float64"]
+"""The dtypes of arrays."""
 
 
 @dataclass(frozen=True)
 class RowArray:
     """One value per row: `width` numbers each, or one scalar where width is 0."""
 
-    name: str
-    width: int
-    dtype: str
+    name: paths.ArrayName
+    width: Width
+    dtype: Annotated[str, one_of(*NUMBERS)]
     encoding: str
 
     @property
@@ -81,8 +86,8 @@ class ModelIdentity:
     """Which weights the rows came from."""
 
     architecture: str
-    n_layer: int
-    d_model: int
+    n_layer: Count
+    d_model: Width
     weights_sha256: str
 
 
@@ -98,12 +103,12 @@ class CorpusIdentity:
 class WindowPolicy:
     """How text becomes windows, and which positions of a window are kept as rows."""
 
-    context: int
+    context: Annotated[int, Meta(ge=1, le=1 << 24)]
     bos: bool
-    packing: str
+    packing: Annotated[str, one_of("packed", "document")]
     keep_special: bool
-    bos_token_id: int
-    separator_token_id: int
+    bos_token_id: Width
+    separator_token_id: Width
 
     @property
     def stride(self) -> int:
@@ -134,14 +139,14 @@ class Manifest:
     snapshot, the run they were made from and its number of features. `provenance` is free-form and no part of the identity.
     """
 
-    kind: str
+    kind: Annotated[str, one_of("activations", "codes")]
     model: ModelIdentity
     tokenizer_sha256: str
     corpus: CorpusIdentity
     policy: WindowPolicy
     arrays: tuple[RowArray, ...]
-    compute_dtype: str
-    seed: int
+    compute_dtype: Annotated[str, one_of("fp32", "bf16")]
+    seed: Annotated[int, Meta(ge=0)]
     source: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -187,12 +192,7 @@ class Manifest:
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> Manifest:
         """Raises NotAStore for another format or version, DamagedStore when it was changed after it was written."""
-        try:
-            value = json.loads(data)
-        except ValueError as error:
-            raise DamagedStore(
-                f"{where}: the manifest is not readable as JSON ({error}); restore it from a copy."
-            ) from error
+        value = parse_json(data, f"{where}: the manifest")
         if not isinstance(value, dict) or value.get("format") != "actstore":
             raise NotAStore(f"{where}: not an actstore manifest; pass a folder that `collect` or `encode` wrote.")
         if value.get("version") != FORMAT_VERSION:
@@ -200,20 +200,11 @@ class Manifest:
                 f"{where}: format version {value.get('version')}, this program reads {FORMAT_VERSION}; "
                 "use the actstore version that wrote it."
             )
-        value = parse_record(data, f"{where}: the manifest")
-        identity = cast(dict[str, Any], value["identity"])
-        return cls(
-            kind=identity["kind"],
-            model=ModelIdentity(**identity["model"]),
-            tokenizer_sha256=identity["tokenizer_sha256"],
-            corpus=CorpusIdentity(**identity["corpus"]),
-            policy=WindowPolicy(**identity["policy"]),
-            arrays=tuple(RowArray(**array) for array in identity["arrays"]),
-            compute_dtype=identity["compute_dtype"],
-            seed=identity["seed"],
-            source=identity["source"],
-            provenance=value["provenance"],
-        )
+        record = checked(parse_record(data, f"{where}: the manifest"), _ManifestRecord, f"{where}: the manifest")
+        manifest = checked({**record.identity, "provenance": record.provenance}, cls, f"{where}: the manifest")
+        if what := _contradiction(manifest, record, f"{where}: the manifest"):
+            raise DamagedStore(f"{where}: the manifest: {what}; restore it from a copy.")
+        return manifest
 
     def array(self, name: str) -> RowArray:
         """Raises InputError when the store has no such array."""
@@ -221,6 +212,75 @@ class Manifest:
             if array.name == name:
                 return array
         raise InputError(f"no array {name} here; there are {', '.join(array.name for array in self.arrays)}.")
+
+
+@dataclass(frozen=True)
+class _ManifestRecord:
+    """The fields of `manifest.json`."""
+
+    format: str
+    version: int
+    store_id: str
+    identity: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CodeSource:
+    """What the rows of a code store were made from: a store at a snapshot, one site of it, and a run."""
+
+    store_id: Hex16
+    snapshot: Hex16
+    run_id: Hex16
+    site: paths.SiteName
+    n_features: Annotated[int, Meta(ge=1, le=1 << 24)]
+    kernel: str = ""
+
+
+@dataclass(frozen=True)
+class RecodedSource:
+    """Which store a store in another encoding was made from."""
+
+    store_id: Hex16
+
+
+def _contradiction(manifest: Manifest, record: _ManifestRecord, where: str) -> str:
+    """What in a manifest of the right fields cannot be; empty when nothing is."""
+    if record.store_id != manifest.store_id:
+        return f"store_id {record.store_id}, but its identity gives {manifest.store_id}"
+    checked(record.provenance.get("tokenizer_files"), dict[paths.FileName, Entry], f"{where}: tokenizer_files")
+    if manifest.kind == "codes":
+        source = checked(manifest.source, CodeSource, f"{where}: source")
+        expected = code_arrays(
+            manifest.arrays[-1].width if manifest.arrays else 0,
+            np.min_scalar_type(source.n_features - 1).name,
+            manifest.arrays[-1].dtype if manifest.arrays else "",
+        )
+    else:
+        if manifest.source:
+            checked(manifest.source, RecodedSource, f"{where}: source")
+        for site in manifest.sites:
+            if (encoding := manifest.array(paths.acts(site)).encoding) not in encodings():
+                return f"{site} is kept as {encoding}; there are {', '.join(encodings())}"
+        expected = [
+            array
+            for site in manifest.sites
+            for array in site_arrays(site, manifest.d_model(site), manifest.array(paths.acts(site)).encoding)
+        ]
+    expected = [*ROW_PLACE_ARRAYS, *expected]
+    is_expected = len(expected) == len(manifest.arrays) > len(ROW_PLACE_ARRAYS)
+    if not is_expected or not all(map(_is_kept_as, manifest.arrays, expected)):
+        return f"its arrays {[array.name for array in manifest.arrays]} are not those of a store of {manifest.kind}"
+    if any(array.width < 1 for array in expected if array.name.startswith(("acts/", "codes/"))):
+        return "an array of width 0"
+    return ""
+
+
+def _is_kept_as(array: RowArray, expected: RowArray) -> bool:
+    """Whether an array is the expected one; integers and codes may also be of a wider dtype, packed or not."""
+    plain = {"raw", "packed"}
+    as_plain = {array.encoding, expected.encoding} <= plain and np.can_cast(expected.dtype, array.dtype, "safe")
+    return (array.name, array.width) == (expected.name, expected.width) and (array == expected or as_plain)
 
 
 def differing_fields(ours: Manifest, theirs: Manifest) -> list[str]:
@@ -238,65 +298,3 @@ def differing_fields(ours: Manifest, theirs: Manifest) -> list[str]:
 
     left, right = leaves(ours.identity()), leaves(theirs.identity())
     return [f"{key}: {left.get(key)} / {right.get(key)}" for key in sorted(left | right) if left.get(key) != right.get(key)]
-
-
-@dataclass(frozen=True)
-class PartRecord:
-    """One split of a segment: how many windows and rows it has and how the rows are cut."""
-
-    n_windows: int
-    n_rows: int
-    shard_rows: int
-    chunk_rows: int
-
-    @property
-    def layout(self) -> Layout:
-        return Layout(self.n_rows, self.shard_rows, self.chunk_rows)
-
-
-@dataclass(frozen=True)
-class SegmentRecord:
-    """A segment whose token tables are complete; published before its first row is written.
-
-    The text begins with document `first_document` of the corpus, behind the first `first_token` tokens of it, and goes
-    on to document `next_document`, behind `next_token` tokens of that. `objects` maps every table object to its length
-    and sha256. `environment` says what computed the rows.
-    """
-
-    store_id: str
-    index: int
-    first_document: int
-    first_token: int
-    next_document: int
-    next_token: int
-    n_documents: int
-    n_tokens: int
-    heldout_modulus: int
-    parts: dict[str, PartRecord]
-    environment: dict[str, Any]
-    objects: dict[str, dict[str, Any]]
-
-    @cached_property
-    def content_id(self) -> str:
-        """Sixteen hex digits naming the text, the windows and the cut into shards: what a shard's bytes depend on."""
-        parts = {name: asdict(part) for name, part in self.parts.items()}
-        return content_hash([self.store_id, self.index, parts, self.objects])[:16]
-
-    def is_record_of(self, record: dict[str, Any], part: str, shard: int) -> bool:
-        """Whether a commit record is the one of this shard of this segment."""
-        folder = paths.array(self.index, part) + "/"
-        return (
-            record["segment"] == self.content_id
-            and record["rows"] == list(self.parts[part].layout.shard_range(shard))
-            and all(name.startswith(folder) for name in record["objects"])
-        )
-
-    def to_bytes(self) -> bytes:
-        return record_bytes(asdict(self))
-
-    @classmethod
-    def from_bytes(cls, data: bytes, where: str) -> SegmentRecord:
-        """Raises DamagedStore when it was changed after it was written."""
-        value = parse_record(data, where)
-        parts = {name: PartRecord(**part) for name, part in value["parts"].items()}
-        return cls(**{**value, "parts": parts})

@@ -19,13 +19,15 @@ def text_tables(
     offsets: NDArray[np.int64],
     heldout: NDArray[np.uint8],
     names: Sequence[str],
+    keys: NDArray[np.uint64],
 ) -> Tables:
-    """A segment's text: token ids (n_tokens,), and each document's first token, with the end, split and name."""
+    """A segment's text: token ids (n_tokens,), and each document's first token, with the end, split, name and text key."""
     return {
         paths.TOKEN_IDS: ids,
         paths.DOCUMENT_OFFSETS: offsets,
         paths.DOCUMENT_HELDOUT: heldout,
         paths.DOCUMENT_SOURCE: np.frombuffer("\n".join(names).encode(), np.uint8),
+        paths.DOCUMENT_KEYS: keys,
     }
 
 

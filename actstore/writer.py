@@ -18,15 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import paths
-from actstore.arrays import segment_objects, shard_object
+from actstore.arrays import segment_objects, shard_entry, shard_object
 from actstore.errors import DamagedStore, IdentityMismatch, LockedStore, OutputExists
-from actstore.files import object_entry, record_bytes
+from actstore.files import Entry, object_entry, record_bytes
 from actstore.folder import LOCK
 from actstore.lease import LEASES
 from actstore.open_place import open_place
 from actstore.place import Place
-from actstore.records import Entry, Records, Seal, read_manifest
-from actstore.schema import Manifest, SegmentRecord, differing_fields
+from actstore.records import Records, Seal, read_manifest
+from actstore.schema import Manifest, differing_fields
+from actstore.segment_record import SegmentRecord
 
 
 class StoreWriter:
@@ -91,7 +92,7 @@ class StoreWriter:
         self._remove_leftovers(published)
         there = self.place.names(paths.DATA)
         for name, data in objects.items():
-            if name not in there or self.place.read(name) != data:  # earlier segments share the groups above them
+            if name not in there or _read(self.place, name) != data:  # earlier segments share the groups above them
                 self.place.publish(name, data)
         _publish_record(self.place, paths.segment_record(record.index), published.to_bytes())
         return published
@@ -150,7 +151,7 @@ class StoreWriter:
         own = paths.sealed_record(segment.index)  # which another, who took this writer for dead, may have put by now
         names = [name for name in self.place.names(paths.commits(segment.index)) if name.endswith(".json") and name != own]
         seal = Seal(
-            {name: object_entry(self.place.read(name)) for name in names},
+            {name: object_entry(data) for name in names if (data := _read(self.place, name)) is not None},
             manifest=self.manifest.to_bytes().decode(),
             segment=segment.to_bytes().decode(),
         )
@@ -163,12 +164,12 @@ class StoreWriter:
         for part in segment.parts:
             for shard in records.shards(segment, part):
                 committed = records.shard(segment.index, part, shard)
-                if committed["segment"] != segment.content_id:
+                if committed.segment != segment.content_id:
                     raise IdentityMismatch(
                         f"{self.place}: segment {segment.index} has shards of other text; ask for as many --tokens as when "
                         "it was begun, or begin another store."
                     )
-                kept |= set(committed["objects"])
+                kept |= set(committed.objects)
         for name in set(self.place.names(paths.array(segment.index, "").rstrip("/"))) - kept:
             self.place.remove(name)
 
@@ -199,7 +200,7 @@ def write_shard(
         name = paths.shard_object(segment.index, part, array.name, shard, kept.ndim)
         data = shard_object(array, layout, kept)
         place.publish(name, data)
-        objects[name] = object_entry(data)
+        objects[name] = shard_entry(data, layout, len(kept))
     record = record_bytes({**notes, "segment": segment.content_id, "rows": [start, stop], "objects": objects})
     _publish_record(place, record_name, record)
 
@@ -249,7 +250,7 @@ def _publish_tokenizer(place: Place, files: dict[str, bytes], entries: dict[str,
     """Publish the files that a manifest names where they are missing, or others. Raises DamagedStore when it cannot."""
     for name, entry in entries.items():
         key = f"{paths.TOKENIZER}/{name}"
-        if place.exists(key) and object_entry(place.read(key)) == entry:
+        if (there := _read(place, key)) is not None and object_entry(there) == entry:
             continue
         if object_entry(files.get(name, b"")) != entry:
             raise DamagedStore(
@@ -259,7 +260,15 @@ def _publish_tokenizer(place: Place, files: dict[str, bytes], entries: dict[str,
         place.publish(key, files[name])
 
 
+def _read(place: Place, name: str) -> bytes | None:
+    """An object's bytes; None where there is none, or none any more: a listing may be older than what it lists."""
+    try:
+        return place.read(name)
+    except FileNotFoundError:
+        return None
+
+
 def _publish_record(place: Place, name: str, data: bytes) -> None:
     """Put a record that must be new, or be there with the same bytes."""
-    if not place.create(name, data) and place.read(name) != data:
+    if not place.create(name, data) and _read(place, name) != data:
         raise LockedStore(f"{place}: {name} was put by another writer meanwhile; run the command again to go on from there.")

@@ -53,7 +53,8 @@ from numpy.typing import NDArray
 from actstore import paths
 from actstore.open_place import open_place
 from actstore.reader import Shard
-from actstore.schema import PARTS, ROW_PLACE_ARRAYS, CorpusIdentity, PartRecord, SegmentRecord, code_arrays
+from actstore.schema import PARTS, ROW_PLACE_ARRAYS, CorpusIdentity, code_arrays
+from actstore.segment_record import PartRecord, SegmentRecord
 from actstore.tables import text_tables, window_tables
 from actstore.writer import StoreWriter, write_shard
 from pipelines.analysis.stage import AnalyzeConfig, analyze
@@ -67,7 +68,7 @@ from pipelines.shared.cluster import connect, run_tasks
 from pipelines.statistics import Extent
 from pipelines.statistics.pairs import PairTile, firings_of, marked_codes
 from pipelines.stores.made.made_store import made_manifest
-from pipelines.text.tokens import load_tokenizer
+from pipelines.text.codec import load_tokenizer
 
 REPETITIONS, TURNS = 3, 6
 FEATURES, K, DRAWN = 24_576, 32, 80
@@ -106,14 +107,20 @@ def write_codes(path: Path, n_rows: int) -> CodeStore:
         kind="codes",
         policy=policy,
         arrays=(*ROW_PLACE_ARRAYS, *code_arrays(K, np.min_scalar_type(FEATURES - 1).name, "float32")),
-        source={"store_id": "none", "snapshot": "none", "run_id": "none", "site": "none", "n_features": FEATURES},
+        source={
+            "store_id": "0" * 16,
+            "snapshot": "0" * 16,
+            "run_id": "0" * 16,
+            "site": "resid_post.0",
+            "n_features": FEATURES,
+        },
         provenance={"model": "made-up", "run": "none", "store": "none"},
     )
     stride = CONTEXT - 1
     starts = np.arange(0, n_rows, stride, dtype=np.int64)
     lengths = np.minimum(stride, n_rows - starts)
     offsets = np.append(np.arange(0, n_rows, DOCUMENT_ROWS), n_rows).astype(np.int64)
-    n_vocabulary = codec.backend.get_vocab_size()
+    n_vocabulary = codec.n_vocabulary
     empty = np.empty(0, np.int64)
     tables = {
         **text_tables(
@@ -121,6 +128,7 @@ def write_codes(path: Path, n_rows: int) -> CodeStore:
             offsets,
             np.zeros(len(offsets) - 1, np.uint8),
             [f"part{i % 7}/{i}" for i in range(len(offsets) - 1)],
+            np.arange(len(offsets) - 1, dtype=np.uint64),
         ),
         **window_tables("train", starts, lengths, starts),
         **window_tables("heldout", empty, empty, empty),

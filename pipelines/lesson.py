@@ -44,8 +44,8 @@ from pipelines.sae.checkpoint import RunRecord, require_match, save_run
 from pipelines.sae.textbook import SparseAutoencoder, sae_loss
 from pipelines.shared.visible_text import visible
 from pipelines.statistics import frequency_bands
+from pipelines.text.codec import TextCodec, codec_of, open_tokenizer
 from pipelines.text.corpus import open_corpus
-from pipelines.text.tokens import TextCodec, codec_of, open_tokenizer
 from pipelines.train.config import TrainConfig, recorded
 from pipelines.train.trainee import Recipe, Trainee
 
@@ -216,7 +216,7 @@ def inspect_features(
     if not ids or top_n < 1:
         raise InputError(f"texts: {len(ids)} have a token, top_n is {top_n}; need at least 1 of each.")
     values, indices = _codes(sae, torch.cat([_rows(model, layer, _fitting(text, model, codec)) for text in ids]))
-    tokens = [codec.text([i]) for text in ids for i in text]
+    tokens = [codec.token_text(i) for text in ids for i in text]
     rate = None if activations is None else _fired(sae, activations).mean(axis=0)
     print(f"{len(tokens)} tokens of {len(ids)} texts; features by mean activation, with the tokens that fire them most:")
     firings_of = {}

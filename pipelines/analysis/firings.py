@@ -11,7 +11,7 @@ from actstore.errors import InputError
 from pipelines.analysis.reader import Analysis
 from pipelines.codes.code_store import CodeStore
 from pipelines.codes.feature_index import FeatureIndex, RowPlaces
-from pipelines.text.tokens import TextCodec, store_tokenizer
+from pipelines.text.codec import TextCodec, store_tokenizer
 
 BEFORE, AFTER = 8, 4
 """Tokens of text given around a firing's token, within its document."""
@@ -62,7 +62,7 @@ def _in_text(codes: CodeStore, places: RowPlaces, rows: list[int], values: list[
     for i, (row, value) in enumerate(zip(rows, values, strict=True)):
         segment, document = int(places.segment[i]), int(places.document[i])
         before, after = _around(codes, codec, segment, document, int(places.token_index[i]))
-        token = codec.text([int(places.token[i])])
+        token = codec.token_text(int(places.token[i]))
         firings.append(Firing(row, value, names[segment][document], int(places.position[i]), token, before, after))
     return firings
 

@@ -25,7 +25,7 @@ from pipelines.analysis.record import read_analysis_record
 from pipelines.statistics import BANDS, association, band_numbers
 from pipelines.statistics.of_codes.bins import QUANTILES
 from pipelines.statistics.value_bins import bin_edges
-from pipelines.text.tokens import parse_tokenizer
+from pipelines.text.codec import parse_tokenizer
 
 FINDINGS = "findings.json"
 STRUCTURE, PAIRS = "structure", "pairs.parquet"

@@ -42,7 +42,7 @@ from pipelines.statistics import Extent, frequency_bands
 from pipelines.statistics.of_codes.bins import QUANTILES
 from pipelines.statistics.of_codes.counts import FeatureCounts
 from pipelines.statistics.statistic import Arrays
-from pipelines.text.tokens import store_tokenizer
+from pipelines.text.codec import store_tokenizer
 
 EXAMPLE_CHUNK_BYTES = 1 << 17
 JOINT = 20
@@ -122,7 +122,7 @@ def _job(config: AnalyzeConfig, codes: CodeStore, work: Place) -> Job:
     extent = Extent(
         n_features=codes.n_features,
         k=codes.k,
-        n_vocabulary=store_tokenizer(codes).backend.get_vocab_size(),
+        n_vocabulary=store_tokenizer(codes).n_vocabulary,
         context=codes.manifest.policy.context,
         n_documents=len(names),
         n_parts=len(corpus_parts(names)[0]),

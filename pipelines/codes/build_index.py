@@ -17,13 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import paths
-from actstore.arrays import group_objects, shard_object
+from actstore.arrays import group_objects, shard_entry, shard_object
 from actstore.errors import DamagedStore
-from actstore.files import object_entry, record_bytes
+from actstore.files import Entry, object_entry, record_bytes
 from actstore.layout import Layout
 from actstore.open_place import absolute, open_place
 from actstore.reader import Shard
-from actstore.records import Entry
 from pipelines.codes.code_store import CodeStore, open_codes, read_codes
 from pipelines.codes.feature_index import SHARD_ENTRIES, STARTS, RowNumbers, index_arrays, index_layout, read_index_record
 from pipelines.shared.cluster import run_tasks
@@ -102,10 +101,10 @@ def has_index(codes: CodeStore) -> bool:
         record = read_index_record(codes)
     except DamagedStore:
         return False
-    if record is None or record["snapshot"] != codes.snapshot:
+    if record is None or record.snapshot != codes.snapshot:
         return False
     there = codes.place.names(paths.INDEX)
-    return all(there.get(name) == entry["bytes"] for name, entry in record["objects"].items())
+    return all(there.get(name) == entry["bytes"] for name, entry in record.objects.items())
 
 
 def build_index(codes: CodeStore, client: Any) -> None:
@@ -236,7 +235,7 @@ def merge_shard(
     for array, kept in zip(index_arrays(codes, RowNumbers.of(codes).n_rows), columns, strict=True):
         name, data = paths.index_object(array.name, number), shard_object(array, layout, kept.astype(array.dtype))
         place.publish(name, data)
-        entries[name] = object_entry(data)
+        entries[name] = shard_entry(data, layout, len(kept))
     return entries, _checksum(key, row)
 
 
@@ -264,7 +263,8 @@ def _publish(codes: CodeStore, layout: Layout, n_rows: int, fires: NDArray[np.in
     starts = np.concatenate([[0], np.cumsum(fires)]).astype(np.int64)
     arrays = [(array.name, array, layout, layout.n_rows) for array in index_arrays(codes, n_rows)]
     group = paths.INDEX.removeprefix(f"{paths.DATA}/")
-    for name, data in group_objects(group, {STARTS: starts}, arrays).items():
+    dimensions = {STARTS: ("feature_bounds",)} | {array.name: ("entries",) for array in index_arrays(codes, n_rows)}
+    for name, data in group_objects(group, {STARTS: starts}, arrays, dimensions).items():
         if name.startswith(f"{paths.INDEX}/"):  # the group above is the segments'
             codes.place.publish(name, data)
             entries[name] = object_entry(data)

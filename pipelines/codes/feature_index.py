@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import paths
-from actstore.arrays import CRC_BYTES, Unreadable, check_chunk, index_bytes, neighbours, read_index, read_table, unpack_chunk
+from actstore.arrays import Unreadable, read_table
 from actstore.errors import DamagedStore, IncompleteStore, InputError
-from actstore.files import object_entry, parse_record
+from actstore.files import object_entry
+from actstore.index_record import IndexRecord
 from actstore.layout import Layout
 from actstore.reader import Shard
 from actstore.schema import PARTS, RowArray
-from actstore.shard_chunks import READ_BYTES, READ_CHUNKS
+from actstore.shard_chunks import ShardChunks
 from pipelines.codes.code_store import CodeStore
 
 SHARD_ENTRIES, CHUNK_ENTRIES = 1 << 21, 4096
@@ -101,15 +102,14 @@ class FeatureIndex:
             raise IncompleteStore(
                 f"{codes.url}: has no feature index; run `encode` again with the same arguments to make it."
             )
-        if record["snapshot"] != codes.snapshot:
+        if record.snapshot != codes.snapshot:
             raise IncompleteStore(
-                f"{codes.url}: its feature index is of snapshot {record['snapshot']}, the codes are {codes.snapshot}; "
+                f"{codes.url}: its feature index is of snapshot {record.snapshot}, the codes are {codes.snapshot}; "
                 "run `encode` again with the same arguments to make it anew."
             )
-        self.record: dict[str, Any] = record
-        self.layout = Layout(record["entries"], record["shard_entries"], record["chunk_entries"])
+        self.record, self.layout = record, record.layout
         self._arrays = index_arrays(codes, self.numbers.n_rows)
-        self._chunks: dict[tuple[str, int], list[tuple[int, int]]] = {}
+        self._chunks: dict[str, ShardChunks] = {}
 
     @cached_property
     def numbers(self) -> RowNumbers:
@@ -120,15 +120,19 @@ class FeatureIndex:
         """(F + 1,) where each feature's entries begin."""
         prefix = f"{paths.INDEX}/{STARTS}/"
         objects = {}
-        for name, entry in self.record["objects"].items():
+        for name, entry in self.record.objects.items():
             if name.startswith(prefix):
                 objects[name.removeprefix(prefix)] = data = self._read(name)
                 if object_entry(data) != entry:
                     raise self._damaged(name, "its bytes are not those that were committed")
         try:
-            return np.asarray(read_table(objects), np.int64)
+            starts = np.asarray(read_table(objects), np.int64)
         except Unreadable as error:
             raise self._damaged(prefix, error) from error
+        bounds = np.array([0, *starts, self.record.entries])
+        if starts.shape != (self.codes.n_features + 1,) or (np.diff(bounds) < 0).any() or bounds[-1] != starts[-1]:
+            raise self._damaged(prefix, f"{len(starts):,} starts do not divide {self.record.entries:,} entries")
+        return starts
 
     def fires(self, feature: int) -> int:
         """In how many rows a feature fires. Raises InputError for an id that is not a feature's."""
@@ -206,33 +210,14 @@ class FeatureIndex:
         size, name = self.layout.chunk_rows, paths.index_object(array.name, shard)
         first_chunk, last_chunk = first // size, -(-last // size)
         kept = np.empty((last_chunk - first_chunk) * size, array.dtype)
-        parts = iter(kept.reshape(-1, size).view(np.uint8))
         try:
-            chunks = self._chunks_of(name, shard)[first_chunk:last_chunk]
-            for together in neighbours(chunks, READ_BYTES, READ_CHUNKS):
-                read = np.empty(sum(length for _, length in together), np.uint8)
-                if self.codes.place.read_into(name, together[0][0], read.data) != len(read):
-                    raise Unreadable("a chunk ends early")
-                for data in np.split(read, np.cumsum([length for _, length in together[:-1]])):
-                    check_chunk(data[:-CRC_BYTES], data[-CRC_BYTES:].tobytes())
-                    unpack_chunk(data[:-CRC_BYTES], next(parts))
-        except (Unreadable, FileNotFoundError) as error:
+            if name not in self._chunks:
+                entry = self.record.objects[name]
+                self._chunks[name] = ShardChunks.open(self.codes.place, name, array, entry, self.layout, shard)
+            self._chunks[name].read(first_chunk, last_chunk, kept)
+        except (Unreadable, FileNotFoundError, KeyError) as error:
             raise self._damaged(name, error) from error
         return kept[first - first_chunk * size : last - first_chunk * size]
-
-    def _chunks_of(self, name: str, shard: int) -> list[tuple[int, int]]:
-        """Where the chunks of an object lie. The object's length is checked against the committed one first."""
-        if (name, shard) not in self._chunks:
-            committed, n_bytes = self.record["objects"][name]["bytes"], self.codes.place.n_bytes(name)
-            if n_bytes != committed:
-                raise Unreadable(
-                    "it is missing" if n_bytes is None else f"it has {n_bytes} bytes, {committed} were committed"
-                )
-            index = bytearray(index_bytes(self.layout))
-            self.codes.place.read_into(name, committed - len(index), memoryview(index))
-            bounds = read_index(bytes(index), self.layout.n_chunks(shard))
-            self._chunks[name, shard] = [(offset, length) for offset, length in bounds.tolist()]
-        return self._chunks[name, shard]
 
     def _read(self, name: str) -> bytes:
         try:
@@ -246,10 +231,10 @@ class FeatureIndex:
         )
 
 
-def read_index_record(codes: CodeStore) -> dict[str, Any] | None:
+def read_index_record(codes: CodeStore) -> IndexRecord | None:
     """The record of a finished index; None where there is no index."""
     try:
         data = codes.place.read(paths.INDEX_RECORD)
     except FileNotFoundError:
         return None
-    return parse_record(data, f"{codes.url}: {paths.INDEX_RECORD}")
+    return IndexRecord.from_bytes(data, f"{codes.url}: {paths.INDEX_RECORD}")

@@ -31,8 +31,9 @@ from pipelines.collect.segment_plan import SegmentPlan
 from pipelines.models.capture import capture
 from pipelines.models.load import DTYPES, choose_device, load_model, model_identity
 from pipelines.models.sites.site import Site
+from pipelines.text.codec import TextCodec
 from pipelines.text.corpus import Corpus
-from pipelines.text.tokens import TextCodec, TokenSource, TokenTable
+from pipelines.text.tokens import TokenSource, TokenTable
 from pipelines.text.windows import Windows
 
 Ints = NDArray[np.int64]

@@ -21,7 +21,8 @@ from actstore.files import record_bytes
 from actstore.open_place import absolute
 from actstore.place import Place
 from actstore.reader import Store
-from actstore.schema import PARTS, SegmentRecord
+from actstore.schema import PARTS
+from actstore.segment_record import SegmentRecord
 from actstore.writer import write_shard
 from pipelines.collect.collection import Collection
 from pipelines.collect.config import CollectConfig

@@ -9,7 +9,8 @@ import numpy as np
 from actstore.layout import MIN_SHARDS, Layout, choose_layout
 from actstore.plan import PartPlan
 from actstore.reader import Store
-from actstore.schema import PARTS, Manifest, PartRecord, SegmentRecord
+from actstore.schema import PARTS, Manifest
+from actstore.segment_record import PartRecord, SegmentRecord
 from actstore.tables import Tables, text_tables, window_tables
 from pipelines.text.tokens import TokenTable
 from pipelines.text.windows import Windows, cut_windows
@@ -54,7 +55,7 @@ class SegmentPlan:
 
     def tables(self, table: TokenTable) -> Tables:
         """The tables from which `open` gives this plan again, and the text of its token table."""
-        tables = text_tables(table.ids, table.offsets, table.heldout, table.names)
+        tables = text_tables(table.ids, table.offsets, table.heldout, table.names, table.keys)
         for part, windows in self.windows.items():
             tables |= window_tables(part, windows.token_start, windows.n_tokens, self.plans[part].first_rows)
         return tables

@@ -7,12 +7,14 @@ the store is the same, bit for bit.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 from actstore import paths
 from actstore.errors import InputError
 from actstore.open_place import open_place
-from actstore.schema import PARTS, SegmentRecord
+from actstore.schema import PARTS
+from actstore.segment_record import SegmentRecord
 from actstore.tables import Tables, channel_tables
 from actstore.writer import StoreWriter, require_store_place
 from pipelines.collect.collection import Collection
@@ -21,6 +23,7 @@ from pipelines.collect.fill import fill_by_workers, fill_here
 from pipelines.collect.prepare import prepare
 from pipelines.collect.segment_plan import SegmentPlan
 from pipelines.shared.cluster import connect
+from pipelines.text.copies import Copies
 from pipelines.text.tokens import TokenSource, TokenTable
 
 SEGMENT_TOKENS = 64 << 20
@@ -72,6 +75,7 @@ def collect(config: CollectConfig) -> dict[str, Any]:
         "corpus_exhausted": sum(segment.n_tokens for segment in segments) < config.tokens,
         "corpus_skipped": collection.text.corpus.skipped,
         "lone_surrogates": source.n_replaced,
+        "added": asdict(run.copies),
     }
 
 
@@ -81,6 +85,7 @@ class _Run:
     def __init__(self, collection: Collection, writer: StoreWriter, client: Any):
         self.collection, self.writer, self.client = collection, writer, client
         self.probes: dict[int, str] = {}
+        self.copies = Copies()
 
     def n_committed(self) -> int:
         records = self.writer.records()
@@ -103,6 +108,7 @@ class _Run:
         """Publish the next segment: a token table, its windows, its cut into shards, and the channels' means and
         deviations."""
         index = len(self.writer.segments())
+        self.copies += Copies.of(table)
         plan = self.collection.plan(table, index)
         first_windows = plan.windows[PARTS[0]]
         self.probes[index] = self.collection.probe(first_windows)

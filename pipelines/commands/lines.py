@@ -6,6 +6,8 @@ from typing import Any
 
 from pipelines.commands.output import duration, number, size
 
+UNUSUAL_SHARE = 0.3
+"""From this share of held-out tokens on, a collection is warned."""
 SHOWN_NAMES = 5
 """Most names of a list that are printed; the others are counted."""
 
@@ -35,8 +37,31 @@ def collect_lines(result: dict[str, Any]) -> list[str]:
             ("corpus", "exhausted: it has no more tokens" if result["corpus_exhausted"] else None),
             ("skipped", result.get("corpus_skipped")),
             ("surrogates", f"{replaced:,} lone, replaced by U+FFFD" if replaced else None),
+            *_split_lines(result["added"]),
         ]
     )
+
+
+def _split_lines(added: dict[str, int]) -> list[tuple[str, str | None]]:
+    """What was held out of the text that was added, and what that text says twice."""
+    if not added["documents"]:
+        return []
+    share = added["heldout_tokens"] / max(added["tokens"], 1)
+    warning = None
+    if not added["heldout"]:
+        warning = "nothing is held out, so nothing can be evaluated on other text: collect several documents"
+    elif share > UNUSUAL_SHARE:
+        warning = f"{share:.0%} of the tokens are held out and not trained on: collect more documents, or smaller ones"
+    repeated, near = added["repeated"], added["near"]
+    return [
+        ("held out", f"{share:.1%} of the tokens, {added['heldout']:,} of {added['documents']:,} documents"),
+        (
+            "copies",
+            f"{repeated:,} documents repeat the text of another, on the same side of the split" if repeated else None,
+        ),
+        ("near copies", f"{near:,} held-out documents share half of their text with training documents" if near else None),
+        ("warning", warning),
+    ]
 
 
 def estimate_lines(result: dict[str, Any]) -> list[str]:

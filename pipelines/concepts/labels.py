@@ -28,7 +28,8 @@ from actstore.errors import InputError
 from actstore.reader import Shard, Store
 from actstore.schema import PARTS
 from pipelines.concepts.python_labels import LABELS, first_characters, label_tokens
-from pipelines.text.tokens import TextCodec, document_half
+from pipelines.text.codec import TextCodec
+from pipelines.text.split import document_halves
 
 PYTHON, STDLIB = "python", "stdlib"
 PYTHON_NAME = re.compile(r"\.pyi?(@\d+)?$")
@@ -67,12 +68,13 @@ class LabelTable:
 
 @dataclass(frozen=True)
 class StoredDocument:
-    """A document as a store holds it: (segment, first, last + 1) places of the token tables, in order.
+    """A document as a store holds it, with its text's key and its `spans` in the token tables: (segment, first, last + 1).
 
     It has several when it was cut by a token limit and the store then extended. `is_cut`: the store ends within it.
     """
 
     name: str
+    key: int
     spans: tuple[tuple[int, int, int], ...]
     is_cut: bool = False
 
@@ -115,7 +117,7 @@ def stored_documents(store: Store) -> list[StoredDocument]:
     for segment in store.segments:
         names = store.document_names(segment.index)
         offsets = store.table(segment.index, paths.DOCUMENT_OFFSETS).tolist()
-        heldout = store.table(segment.index, paths.DOCUMENT_HELDOUT)
+        heldout, keys = store.table(segment.index, paths.DOCUMENT_HELDOUT), store.document_keys(segment.index)
         before, last = last, {}
         for i, name in enumerate(names):
             part = PARTS[int(heldout[i])]
@@ -126,7 +128,7 @@ def stored_documents(store: Store) -> list[StoredDocument]:
                 last[part] = going_on
             else:
                 last[part] = len(documents)
-                documents.append(StoredDocument(name, (span,)))
+                documents.append(StoredDocument(name, int(keys[i]), (span,)))
     if store.segments and store.segments[-1].next_token:
         for i in last.values():
             documents[i] = replace(documents[i], is_cut=True)
@@ -260,9 +262,10 @@ def _table(store: Store, documents: list[StoredDocument], names: tuple[str, ...]
     """Labels of documents as labels of the token tables, separators and other documents without any."""
     sizes = [len(store.table(segment.index, paths.TOKEN_IDS)) for segment in store.segments]
     halves = [np.zeros(n, np.bool_) for n in sizes]
-    for document in documents:
+    half_of = document_halves(np.array([document.key for document in documents], np.uint64))
+    for document, half in zip(documents, half_of.tolist(), strict=True):
         for segment, start, stop in document.spans:
-            halves[segment][start : stop + 1] = document_half(document.name)
+            halves[segment][start : stop + 1] = half
     rows: list[list[NDArray[np.int64]]] = [[] for _ in sizes]
     columns: list[list[NDArray[np.int64]]] = [[] for _ in sizes]
     for document, token, label in places:

@@ -26,7 +26,7 @@ from pipelines.concepts.table import beside_record, concept_record, findings_tex
 from pipelines.concepts.unions import Union, find_unions
 from pipelines.sae.checkpoint import load_run
 from pipelines.shared.cluster import connect, share
-from pipelines.text.tokens import TextCodec, store_tokenizer
+from pipelines.text.codec import TextCodec, store_tokenizer
 
 SUMMARY, TABLE, FEATURES, TEXT = "concepts.json", "concepts.parquet", "features.parquet", "findings.md"
 MAIN_F1 = 0.5
@@ -108,7 +108,7 @@ def find_rules(codes: CodeStore, codec: TextCodec, client: Any, labels: LabelTab
     scored = ScoredUnits.of(codes)
     held = _held(client, labels)
     thresholds = choose_thresholds(scored, held, client)
-    scores = score_rules(scored, held, thresholds, codec.backend.get_vocab_size(), client)
+    scores = score_rules(scored, held, thresholds, codec.n_vocabulary, client)
     return list(scores.finalize(thresholds, labels.names, codec.token_texts()))
 
 
@@ -128,7 +128,7 @@ def _follow(
     """(labels on the workers, rule scores, thresholds, union of each label) of what is scored."""
     held = _held(client, labels)
     thresholds = choose_thresholds(scored, held, client)
-    scores = score_rules(scored, held, thresholds, codec.backend.get_vocab_size() if with_tokens else 0, client)
+    scores = score_rules(scored, held, thresholds, codec.n_vocabulary if with_tokens else 0, client)
     return held, scores, thresholds, find_unions(scored, held, scores, thresholds, len(labels.names), client)
 
 

@@ -14,10 +14,9 @@ from torch import Tensor
 from actstore.errors import IdentityMismatch, InputError
 from pipelines.models.capture import capture
 from pipelines.models.families.registry import family_of
-from pipelines.models.load import choose_device, load_model, model_identity, resolve_model
+from pipelines.models.load import choose_device, load_model, load_own_tokenizer, model_identity
 from pipelines.models.sites.site import Site
 from pipelines.sae.checkpoint import load_run
-from pipelines.text.tokens import load_tokenizer
 
 CONTEXT_TOKENS = 6
 
@@ -51,7 +50,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     model = load_model(name, device, "fp32")
     if model_identity(model).weights_sha256 != record.weights_sha256:
         raise IdentityMismatch(f"model {name}: is not the one {config.run} was trained on; name the right one with --model.")
-    codec, _ = load_tokenizer(resolve_model(name))
+    codec, _ = load_own_tokenizer(name, model)
     sae.to(device)
     limit = family_of(model).n_positions(model)
     lead = [codec.bos_token_id] if record.bos else []
@@ -78,7 +77,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
             line, position = places[row]
             shown.append(
                 {
-                    "token": codec.text([ids_of[line][position]]),
+                    "token": codec.token_text(ids_of[line][position]),
                     "value": value,
                     "before": codec.text(ids_of[line][max(0, position - CONTEXT_TOKENS) : position]),
                     "line": line,

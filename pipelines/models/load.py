@@ -16,6 +16,7 @@ from pipelines.models.builtin import model_path
 from pipelines.models.families.registry import families, family_of
 from pipelines.shared.error_line import first_line
 from pipelines.shared.hub_connection import go_offline_if_unreachable
+from pipelines.text.codec import TextCodec, load_tokenizer
 
 
 def load_model(name: str, device: str, compute_dtype: str) -> nn.Module:
@@ -32,6 +33,7 @@ def load_model(name: str, device: str, compute_dtype: str) -> nn.Module:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    _require_no_adapter(name, source)
     try:
         config = AutoConfig.from_pretrained(source)
         if config.model_type not in families():
@@ -51,6 +53,33 @@ def load_model(name: str, device: str, compute_dtype: str) -> nn.Module:
         raise InputError(f"model {name}: {len(missing)} weights are missing, such as {missing[0]}; restore its files.")
     speed_up(model)
     return model.to(device=device, dtype=getattr(torch, DTYPES[compute_dtype])).eval()
+
+
+def load_own_tokenizer(name: str, model: nn.Module) -> tuple[TextCodec, dict[str, bytes]]:
+    """The tokenizer that lies beside the model `name`, and the files that a store keeps of it.
+
+    Raises InputError when there is none, or when it is not this model's: it has ids that the model does not know, or less
+    than half as many tokens as the model (whose vocabulary may be padded a little).
+    """
+    codec, files = load_tokenizer(resolve_model(name))
+    known = int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
+    if codec.largest_id >= known or 2 * codec.n_tokens < known:
+        raise InputError(
+            f"model {name}: its tokenizer has {codec.n_tokens:,} tokens, ids up to {codec.largest_id:,}; the model knows "
+            f"{known:,}: put the tokenizer that it was trained with beside it (tokenizer.json)."
+        )
+    return codec, files
+
+
+def _require_no_adapter(name: str, source: str) -> None:
+    """Raises InputError where the weights are changed by an adapter, which would silently not be applied."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    if find_adapter_config_file(source) is not None:
+        raise InputError(
+            f"model {name}: an adapter (adapter_config.json) lies beside it, and is not applied; merge it into the weights "
+            "first (PEFT's merge_and_unload), save the result, and pass that folder."
+        )
 
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}

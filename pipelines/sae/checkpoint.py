@@ -8,9 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors.torch import load_file
-
-from actstore.errors import NotAStore
+from actstore.errors import DamagedStore, NotAStore
 from actstore.files import object_entry
 from pipelines.sae.architectures.registry import make
 from pipelines.sae.base import Sae
@@ -23,7 +21,7 @@ from pipelines.sae.run_record import (
     read_run_record,
     require_match,
 )
-from pipelines.sae.tensor_file import publish_tensors
+from pipelines.sae.tensor_file import load_tensors, publish_tensors, shapes_in
 
 __all__ = ["RECORD", "RUN_VERSION", "WEIGHTS", "RunRecord", "load_run", "require_match", "save_run"]
 
@@ -36,12 +34,20 @@ def save_run(path: Path, sae: Sae, record: RunRecord) -> RunRecord:
     return record
 
 
-def load_run(path: Path) -> tuple[Sae, RunRecord]:
-    """The SAE of a run, for rows in raw units, and its record. Raises NotAStore when `path` holds no finished run."""
+def load_run(path: str | Path) -> tuple[Sae, RunRecord]:
+    """The SAE of a run, for rows in raw units, and its record.
+
+    Raises NotAStore when `path` holds no finished run, DamagedStore when its weights are not those that the record names,
+    are no weights of that architecture, or are not finite. Shapes are compared before anything is allocated.
+    """
     record = read_run_record(path)
-    sae = make(record.architecture, record.d_model, record.n_features, record.k)
-    weights = path / WEIGHTS
+    weights = Path(path) / WEIGHTS
     if not weights.exists() or object_entry(weights.read_bytes())["sha256"] != record.sae_sha256:
         raise NotAStore(f"{weights}: missing, or not this run's weights; restore them from a copy.")
-    sae.load_state_dict(load_file(weights))
+    stated, size = shapes_in(weights), (record.n_features, record.d_model)
+    for name in ("W_enc", "W_dec"):
+        if stated.get(name) != size:
+            raise DamagedStore(f"{weights}: {name} has shape {stated.get(name)}, {RECORD} says {size}; restore both.")
+    sae = make(record.architecture, record.d_model, record.n_features, record.k)
+    sae.load_state_dict(load_tensors(weights, sae.state_dict()))
     return sae.eval().requires_grad_(False), record

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from actstore.errors import IdentityMismatch, InputError, NotAStore, WidthMismatch
+from msgspec import Meta
+
+from actstore import paths
+from actstore.checked_json import Count, Width, checked
+from actstore.errors import DamagedStore, IdentityMismatch, InputError, NotAStore, WidthMismatch
 from actstore.files import content_hash, publish_json, read_json
 from actstore.reader import ActivationStore
 
 RUN_VERSION = 2
 RECORD, WEIGHTS = "run.json", "sae.safetensors"
+
+
+Id = Annotated[str, Meta(pattern=r"^([0-9a-f]{16})?\Z")]
+Sha256 = Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")]
+"""Empty where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -24,22 +33,22 @@ class RunRecord:
     """
 
     architecture: str
-    d_model: int
-    n_features: int
-    k: int
-    code_width: int
-    site: str
-    store_id: str
-    snapshot: str
-    weights_sha256: str
+    d_model: Width
+    n_features: Width
+    k: Width
+    code_width: Width
+    site: paths.SiteName
+    store_id: Id
+    snapshot: Id
+    weights_sha256: Sha256
     model: str
     bos: bool
     input_scale: float
-    rows_seen: int
-    history: list[list[int]]
+    rows_seen: Count
+    history: list[list[Count]]
     config: dict[str, Any]
-    metrics: dict[str, float]
-    sae_sha256: str = ""
+    metrics: dict[str, int | float]
+    sae_sha256: Sha256 = ""
 
     @property
     def run_id(self) -> str:
@@ -54,19 +63,32 @@ def publish_run_record(path: Path, record: RunRecord) -> None:
     )
 
 
-def read_run_record(path: Path) -> RunRecord:
+def read_run_record(path: str | Path) -> RunRecord:
     """The record of a run, without the weights.
 
-    Raises NotAStore when `path` holds no finished run of this version, or a record that was changed.
+    Raises NotAStore when `path` holds no finished run of this version, DamagedStore for a record that was changed or that
+    states what no run can be.
     """
-    if not (path / RECORD).exists():
+    file = Path(path) / RECORD
+    if not file.exists():
         raise NotAStore(f"{path}: not a finished run (no {RECORD}); pass a folder that `train` wrote.")
-    value = read_json(path / RECORD)
+    value = checked(read_json(file), dict[str, Any], str(file))
     if value.pop("format", None) != "actstore-run" or value.pop("version", None) != RUN_VERSION:
         raise NotAStore(f"{path}: not a run of format version {RUN_VERSION}; use the actstore version that wrote it.")
-    if value.pop("run_id", None) != content_hash(value)[:16]:
-        raise NotAStore(f"{path / RECORD}: was changed after it was written; restore it from a copy.")
-    return RunRecord(**value)
+    stated = value.pop("run_id", None)
+    try:
+        is_as_written = stated == content_hash(value)[:16]
+    except ValueError:  # 1e999 is read as infinity
+        is_as_written = False
+    if not is_as_written:
+        raise DamagedStore(f"{file}: was changed after it was written; restore it from a copy.")
+    record = checked(value, RunRecord, str(file))
+    if not 1 <= record.k <= record.n_features or not record.code_width <= record.n_features or record.d_model < 1:
+        raise DamagedStore(
+            f"{file}: k {record.k}, code width {record.code_width}, {record.n_features} features, d_model {record.d_model}: "
+            "no SAE has these; restore it from a copy."
+        )
+    return record
 
 
 def require_match(path: Path, record: RunRecord, store: ActivationStore) -> None:

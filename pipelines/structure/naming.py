@@ -12,7 +12,7 @@ from pipelines.analysis.reader import Analysis
 from pipelines.codes.code_store import CodeStore
 from pipelines.shared.visible_text import visible
 from pipelines.structure.sample import Sample
-from pipelines.text.tokens import TextCodec
+from pipelines.text.codec import TextCodec
 
 MIN_F1 = 0.5
 """Least F1 of the rule that names a feature; below, its most frequent tokens name it."""

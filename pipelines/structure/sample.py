@@ -20,7 +20,7 @@ from actstore.schema import PARTS
 from pipelines.codes.code_store import CodeStore, open_codes, read_codes
 from pipelines.shared.cluster import run_tasks
 from pipelines.structure.null import CodeTable
-from pipelines.text.tokens import document_half
+from pipelines.text.split import document_halves
 
 MIN_DOCUMENTS = 4
 DOCUMENT_SHARE = 32
@@ -84,8 +84,9 @@ def _documents(codes: CodeStore, half: int, seed: int) -> list[tuple[bytes, int,
     documents = []
     for segment in codes.segments:
         lengths = np.diff(codes.table(segment.index, paths.DOCUMENT_OFFSETS)).tolist()
+        halves = document_halves(codes.document_keys(segment.index))
         for document, (name, n) in enumerate(zip(codes.document_names(segment.index), lengths, strict=True)):
-            if document_half(name) == half:
+            if halves[document] == half:
                 documents.append((hashlib.sha256(f"{seed} {name}".encode()).digest(), segment.index, document, n))
     return documents
 

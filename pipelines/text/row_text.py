@@ -7,7 +7,7 @@ from typing import Any
 
 from actstore import paths
 from actstore.reader import Store
-from pipelines.text.tokens import store_tokenizer
+from pipelines.text.codec import store_tokenizer
 
 CONTEXT_TOKENS = 24
 
@@ -19,7 +19,7 @@ def describe_row(url: str, row: int, part: str = "train") -> dict[str, Any]:
     ids = store.table(origin.segment, paths.TOKEN_IDS)
     at = max(origin.token_index, origin.document_start - 1)
     first, last = max(at - CONTEXT_TOKENS, origin.document_start), min(at + CONTEXT_TOKENS, origin.document_stop)
-    token = codec.text(ids[at : at + 1]) if origin.token_index >= 0 else codec.text([codec.bos_token_id])
+    token = codec.token_text(int(ids[at]) if origin.token_index >= 0 else codec.bos_token_id)
     return {
         **asdict(origin),
         "token": token,

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actstore.errors import DamagedStore
 from pipelines.sae.base import Losses, Objective, Sae
+from pipelines.train.saved_state import Counts
 
 RECIPES = ("standard", "textbook")
 AUXK = 1 / 32
@@ -186,11 +188,25 @@ class Trainee:
         tensors["last_fired"] = self.last_fired
         return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
-    def counts(self) -> dict[str, int]:
-        return {"n_steps": self.n_steps, "rows_seen": self.rows_seen}
+    def counts(self) -> Counts:
+        return Counts(self.n_steps, self.rows_seen)
 
-    def load(self, tensors: dict[str, Tensor], counts: dict[str, Any]) -> None:
-        """Restore the state that `tensors` and `counts` gave; training resumes exactly."""
+    def load(self, tensors: dict[str, Tensor], counts: Counts) -> None:
+        """Restore the state that `tensors` and `counts` gave; training resumes exactly.
+
+        Raises DamagedStore when the tensors are not those of such a training."""
+        parameters = dict(self.sae.named_parameters())
+        needed = {f"sae/{name}": tensor.shape for name, tensor in self.sae.state_dict().items()}
+        needed["last_fired"] = self.last_fired.shape
+        for name in tensors.keys() - needed.keys():
+            kind, _, rest = name.partition("/")
+            owner = parameters.get(rest.rpartition("/")[0])
+            if kind == "adam" and owner is not None:  # the optimiser has numbers, and tensors of the parameter's shape
+                needed[name] = owner.shape if tensors[name].ndim else tensors[name].shape
+        for name in sorted(needed.keys() | tensors.keys()):
+            theirs, ours = (tuple(shapes[name]) if name in shapes else None for shapes in (_shapes(tensors), needed))
+            if theirs != ours:
+                raise DamagedStore(f"saved state: {name[:80]} has shape {theirs}, {ours} is needed; train anew.")
         device = self.sae.W_dec.device
         self.sae.load_state_dict({name.removeprefix("sae/"): t for name, t in tensors.items() if name.startswith("sae/")})
         for name, parameter in self.sae.named_parameters():
@@ -199,4 +215,8 @@ class Trainee:
                 key.removeprefix(prefix): tensor.to(device) for key, tensor in tensors.items() if key.startswith(prefix)
             }
         self.last_fired = tensors["last_fired"].to(device)
-        self.n_steps, self.rows_seen = counts["n_steps"], counts["rows_seen"]
+        self.n_steps, self.rows_seen = counts.n_steps, counts.rows_seen
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}

@@ -534,7 +534,7 @@ def test_values_in_fp16_are_the_rounded_ones_and_no_firing_is_lost(
         np.testing.assert_array_equal(half.read(shard, "codes/index"), whole.read(shard, "codes/index"))
         values = whole.read(shard, "codes/value")
         np.testing.assert_array_equal(read_codes(half, shard)[1], kept_values(values, "float16").astype(np.float32))
-        np.testing.assert_allclose(read_codes(half, shard)[1], values, rtol=2**-11)
+        np.testing.assert_allclose(read_codes(half, shard)[1], values, rtol=2**-11, atol=2**-25)
     assert faults_in(tmp_path / "half") == []
     assert kept_values(np.array([[1e-12, 0]], np.float32), "float16").tolist() == [[2.0**-24, 0]]
     with pytest.raises(EncodingError, match="a code of 70000 does not fit fp16, which ends at 65504; encode with --value"):

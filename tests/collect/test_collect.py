@@ -24,7 +24,7 @@ from actstore.recode import recode_store
 from actstore.schema import PARTS
 from pipelines.collect.config import CollectConfig
 from pipelines.collect.stage import collect
-from pipelines.text.tokens import store_tokenizer
+from pipelines.text.codec import store_tokenizer
 
 # Rows
 

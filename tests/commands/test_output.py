@@ -119,11 +119,26 @@ def test_long_lists_of_names_are_counted() -> None:
 
 
 def test_what_matters_only_sometimes_is_said_only_then() -> None:
+    added = dict.fromkeys(("documents", "heldout", "heldout_tokens", "tokens", "repeated", "near"), 0)
     collected = {"store": "s", "store_id": "i", "rows": 5, "tokens": 6, "shards": 2, "shards_committed_before": 0}
+    collected["added"] = added
     assert len(collect_lines({**collected, "corpus_exhausted": False})) == 3
     lines = collect_lines({**collected, "shards_committed_before": 1, "corpus_exhausted": True, "device": "cpu"})
     assert [line.split()[0] for line in lines] == ["store", "rows", "shards", "device", "corpus"]
     assert "1 of them" in lines[2]
+    usual = {"documents": 100, "heldout": 2, "heldout_tokens": 20, "tokens": 1000, "repeated": 0, "near": 0}
+    lines = collect_lines({**collected, "corpus_exhausted": False, "added": usual})
+    assert [line.split() for line in lines[3:]] == [
+        ["held", "out", "2.0%", "of", "the", "tokens,", "2", "of", "100", "documents"]
+    ]
+    for unusual, said in (
+        ({"heldout_tokens": 730}, "warning      73% of the tokens are held out and not trained on"),
+        ({"heldout": 0, "heldout_tokens": 0}, "warning      nothing is held out"),
+        ({"repeated": 3}, "copies       3 documents repeat the text of another, on the same side of the split"),
+        ({"near": 2}, "near copies  2 held-out documents share half of their text with training documents"),
+    ):
+        lines = collect_lines({**collected, "corpus_exhausted": False, "added": usual | unusual})
+        assert any(" ".join(line.split()).startswith(" ".join(said.split())) for line in lines)
     encoded = {"codes": "c", "store_id": "i", "rows": 5, "features": 8, "code_width": 2, "disk_bytes": 10}
     assert not any(line.startswith("cut") for line in encode_lines({**encoded, "codes_cut": 0, "rows_cut": 0}))
     assert "cut       3 codes in 2 rows did not fit" in encode_lines({**encoded, "codes_cut": 3, "rows_cut": 2})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from pipelines.concepts.python_labels import BIT, LABELS, label_characters
 from pipelines.concepts.rules import MIN_FIRINGS, Finding, RuleScores, rule_matrix, rule_name
 from pipelines.concepts.scored_units import FIRING_SHARES, ScoredUnits, choose_thresholds
 from pipelines.concepts.stage import find_rules
-from pipelines.text.tokens import TextCodec, TokenTable
+from pipelines.text.codec import TextCodec
+from pipelines.text.tokens import TokenTable
 
 PLACE, TOKEN, AFTER = "the name after `def`", "the token `=`", "the token after `(`"
 N_DOCUMENTS = 40
@@ -46,8 +46,8 @@ def text(model_folder: Path) -> Text:
     return text_table(documents(), model_folder)
 
 
-def is_scoring_half(name: str) -> bool:
-    return bool(hashlib.sha256(name.encode()).digest()[8] & 1)
+def is_scoring_half(key: int) -> bool:
+    return key >= 2**63
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def features(text: Text) -> NDArray[np.float32]:
     pieces, texts = codec.token_bytes(), codec.token_texts()
     values = np.zeros((len(table.ids), 6), np.float32)
     generator = np.random.default_rng(0)
-    for name, first, last in zip(table.names, table.offsets[:-1], table.offsets[1:] - 1, strict=True):
+    for name, key, first, last in zip(table.names, table.keys, table.offsets[:-1], table.offsets[1:] - 1, strict=True):
         source = documents()[name]
         labels = label_characters(source)
         at_byte = np.repeat(labels, [len(character.encode()) for character in source])
@@ -72,7 +72,7 @@ def features(text: Text) -> NDArray[np.float32]:
             is_name = bool(at_byte[place + lead] & BIT[PLACE])
             before = "" if i == first else texts[table.ids[i - 1]]
             strength = float(generator.uniform(1, 2))
-            chooses = not is_scoring_half(name)
+            chooses = not is_scoring_half(int(key))
             values[i] = [
                 is_name,
                 texts[table.ids[i]] == "=",
@@ -144,7 +144,7 @@ def test_each_document_is_of_one_half_and_each_token_has_its_labels(
     table, codec, _ = text
     labels = read_labels(CodeStore(codes_path), codec, None)
     (segment,) = labels.segments
-    halves = np.array([is_scoring_half(name) for name in table.names])
+    halves = np.array([is_scoring_half(int(key)) for key in table.keys])
     assert 5 < halves.sum() < N_DOCUMENTS - 5
     np.testing.assert_array_equal(segment.half, np.repeat(halves, np.diff(table.offsets)))
     holds = segment.holds.toarray()

@@ -20,7 +20,7 @@ from pipelines.codes.code_store import CodeStore
 from pipelines.collect.config import CollectConfig
 from pipelines.collect.stage import collect
 from pipelines.concepts.labels import SegmentLabels, read_labels, stored_documents
-from pipelines.text.tokens import TextCodec, store_tokenizer
+from pipelines.text.codec import TextCodec, store_tokenizer
 
 TEXTS = {
     f"story{i}.txt": f"The {animal} number {i * 31} went to the déjà vu wood, and the {animal} slept — “well”.\n"

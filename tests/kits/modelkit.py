@@ -33,7 +33,8 @@ def write_texts(folder: Path, n_files: int = 24) -> Path:
     animals, places = ("fox", "hare", "owl", "newt", "mole"), ("wood", "field", "river", "barn")
     for i in range(n_files):
         lines = [
-            f"The {animals[(i + j) % 5]} {i * 31 + j} went to the {places[(i * j) % 4]}, and saw {j} friends — “déjà vu”.\n"
+            f"The {animals[(i + j) % 5]} {i * 31 + j} went to the {places[(i * j) % 4]}, "
+            f"and saw {j + 25} friends — “déjà vu”.\n"
             for j in range(8 + i % 7)
         ]
         (folder / f"story{i:02}.txt").write_text("".join(lines), encoding="utf-8")

@@ -35,12 +35,11 @@ from actstore.schema import (
     CorpusIdentity,
     Manifest,
     ModelIdentity,
-    PartRecord,
     RowArray,
-    SegmentRecord,
     WindowPolicy,
     site_arrays,
 )
+from actstore.segment_record import PartRecord, SegmentRecord
 from actstore.writer import StoreWriter, write_shard
 
 Ints = NDArray[np.int64]
@@ -109,6 +108,7 @@ def build_segment(spec: StoreSpec, index: int) -> Segment:
         "tokens/ids": ids,
         "documents/offsets": offsets,
         "documents/heldout": (np.arange(spec.n_documents) >= n_train).astype(np.uint8),
+        "documents/keys": raw_words(spec.n_documents, spec.seed, 98, index),
         "documents/source": np.frombuffer("\n".join(f"document {i}" for i in range(spec.n_documents)).encode(), np.uint8),
     }
     records, plans, kept = {}, {}, {}

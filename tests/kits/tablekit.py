@@ -11,9 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from storekit import StoreSpec, statistics
 
-from actstore.schema import PARTS, Manifest, PartRecord, RowArray, SegmentRecord, WindowPolicy
+from actstore.schema import PARTS, Manifest, RowArray, WindowPolicy
+from actstore.segment_record import PartRecord, SegmentRecord
 from actstore.writer import StoreWriter, write_shard
-from pipelines.text.tokens import TextCodec, TokenSource, TokenTable, load_tokenizer
+from pipelines.text.codec import TextCodec, load_tokenizer
+from pipelines.text.split import text_key
+from pipelines.text.tokens import TokenSource, TokenTable
 from pipelines.text.windows import cut_windows
 
 SITE = "resid_post.0"
@@ -29,6 +32,7 @@ def token_table(documents: list[list[int]], n_heldout: int, separator: int = 1) 
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         heldout=heldout,
         names=[f"document {i}" for i in range(len(documents))],
+        keys=np.array([text_key(f"document {i}") for i in range(len(documents))], np.uint64),
         n_train_tokens=int(lengths[heldout == 0].sum()),
         heldout_modulus=0,
     )
@@ -59,7 +63,7 @@ def codes_manifest(n_features: int, k: int, codec: TextCodec) -> Manifest:
             RowArray("codes/index", k, "uint16", "packed"),
             RowArray("codes/value", k, "float32", "packed"),
         ),
-        source={"store_id": "none", "snapshot": "none", "run_id": "none", "site": SITE, "n_features": n_features},
+        source={"store_id": "0" * 16, "snapshot": "0" * 16, "run_id": "0" * 16, "site": SITE, "n_features": n_features},
         provenance={"model": "no model", "run": "no run", "store": "no store"},
     )
 
@@ -102,6 +106,7 @@ def write_table_store(
         "documents/offsets": table.offsets,
         "documents/heldout": table.heldout,
         "documents/source": np.frombuffer("\n".join(table.names).encode(), np.uint8),
+        "documents/keys": table.keys,
     }
     parts, rows, places = {}, {}, {}
     for part in PARTS:

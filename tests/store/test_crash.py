@@ -38,7 +38,7 @@ def test_killed_three_times_and_continued_the_store_is_bit_identical(
     n_committed = [0]
     # A whole run does about 490 things to files: 245 until the first segment is published (fewer when objects of a killed
     # attempt are there), then 18 for each shard.
-    for earliest, latest in ((1, 240), (170, 250), (30, 80)):
+    for earliest, latest in ((1, 240), (170, 250), (20, 60)):
         process = PROCESSES.Process(
             target=collect_and_die, args=(replace(small_config, out=out), moments.randint(earliest, latest))
         )

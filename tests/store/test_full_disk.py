@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,11 +16,13 @@ from typing import Any
 import pytest
 from commandkit import Command
 from daskkit import until
-from modelkit import faults_in, folder_state, records_of, write_texts
+from modelkit import ROOT, faults_in, folder_state, records_of, write_texts
 from storekit import files_of
 
 from actstore.files import RESERVE_BYTES
 from actstore.reader import ActivationStore
+from pipelines.sae.run_record import WEIGHTS
+from pipelines.train.saved_state import STATE
 
 pytestmark = pytest.mark.processes
 
@@ -176,6 +179,37 @@ def test_a_disk_that_is_filled_while_workers_write_is_one_line_too(
     assert Command.forked(tmp_path, *arguments, "--out", out).join() == 0
     assert records_of(out).items() >= kept.items()
     assert files_of(out) == undisturbed
+
+
+def test_a_training_whose_disk_fills_up_is_one_line_and_goes_on_with_space(store: Path, disk: Disk, tmp_path: Path) -> None:
+    """Tensors are written by a library of its own, whose error is no OSError."""
+    asked = ["train", store, "--layer", 2, "--features", 2048, "--k", 4, "--batch", 64, "--epochs", 20]
+    asked += ["--checkpoint-minutes", 0.0001]
+    out = disk(RESERVE_BYTES + 36 * MIB) / "run"
+    command = Command.forked(tmp_path, *asked, "--out", out)
+    until(lambda: (out / STATE).exists() or None)
+    os.kill(command.pid, signal.SIGSTOP)
+    with filled(out.parent):
+        os.kill(command.pid, signal.SIGCONT)
+        line = the_line(command.result(), "train")
+        assert line.startswith(f"error: {out}/{STATE}: ")
+        assert line.endswith(f": {FULL}")
+    assert Command.forked(tmp_path, *asked, "--out", out, "--resume").join() == 0
+    assert Command.forked(tmp_path, *asked, "--out", tmp_path / "undisturbed").join() == 0
+    assert (out / WEIGHTS).read_bytes() == (tmp_path / "undisturbed" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("n_kib", [700_000, 1_800_000])
+def test_memory_that_the_system_refuses_is_one_line(n_kib: int, store: Path, tmp_path: Path) -> None:
+    """Whichever library asked for it: at an import, for a tensor, or for a thread."""
+    asked = ["train", str(store), "--layer", "2", "--features", "1500000", "--k", "4", "--out", str(tmp_path / "run")]
+    command = f"ulimit -v {n_kib}; exec {sys.executable} {ROOT / 'cli.py'} {' '.join(asked)}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("error: not enough memory (")
+    assert "do less at a time" in line
 
 
 def test_a_folder_that_cannot_be_written_is_one_line_and_can_still_be_read(

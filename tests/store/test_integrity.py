@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import re
@@ -237,19 +238,23 @@ def test_a_flip_in_a_table_is_found_by_crc_too(own: Path, level: str) -> None:
     assert {fault.name for fault in find_faults(Folder(own), level)} == set(names)
 
 
-def test_a_shard_with_another_ones_bytes_is_found_by_full(own: Path) -> None:
-    """Every checksum inside it matches; only the hash of the whole tells."""
+@pytest.mark.parametrize("level", ["crc", "full"])
+def test_a_shard_with_another_ones_bytes_is_found_and_never_read(own: Path, level: str) -> None:
+    """Every checksum inside it matches; its record alone tells which chunks were committed."""
     first, second = (own / FP32_SHARD.format(shard) for shard in (0, 1))
     data = first.read_bytes()
     first.write_bytes(second.read_bytes())
     second.write_bytes(data)
-    assert find_faults(Folder(own), "crc") == []
-    faults = find_faults(Folder(own), "full")
+    for shard in ActivationStore(own).shards()[:2]:
+        with pytest.raises(DamagedStore, match="another chunk lies there: its crc32c is"):
+            ActivationStore(own).read(shard, "acts/resid_post.0")
+    faults = find_faults(Folder(own), level)
     assert [(fault.name, fault.shard) for fault in faults] == [
         (FP32_SHARD.format(0), (0, "train", 0)),
         (FP32_SHARD.format(1), (0, "train", 1)),
     ]
-    assert all(re.fullmatch(r"sha256 [0-9a-f]{12}, [0-9a-f]{12} was committed", fault.what) for fault in faults)
+    said = {"crc": r"another chunk .* [0-9a-f]{8}, [0-9a-f]{8} was", "full": r"sha256 [0-9a-f]{12}, [0-9a-f]{12} was"}
+    assert all(re.fullmatch(f"{said[level]} committed", fault.what) for fault in faults)
 
 
 # What a fault says
@@ -316,9 +321,11 @@ def test_the_same_number_written_otherwise_is_a_change(tmp_path: Path) -> None:
     """A flipped bit makes 1e-05 1E-05, or the last of 17 digits another that rounds to the same number."""
     own = write_store(tmp_path / "store", SPEC, n_shards=1)
     record = own / "commits/0000/train/000000.json"
-    plain = Records(Folder(own)).shard(0, "train", 0)
+    plain = json.loads(record.read_bytes())
+    del plain["content_sha256"]
     for value, other in ((1e-05, b"1E-05"), (0.30000000000000004, b"0.30000000000000005")):
-        data = record_bytes({**plain, "note": value})
+        plain["stats"]["resid_post.0"]["mean_norm"] = value
+        data = record_bytes(plain)
         assert repr(value).encode() in data
         record.write_bytes(data.replace(repr(value).encode(), other))
         assert [fault.what for fault in find_faults(Folder(own), "meta")] == ["was changed after it was written"]

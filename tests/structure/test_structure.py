@@ -31,7 +31,7 @@ from pipelines.structure.null_rounds import MIN_EXPECTATION, Q
 from pipelines.structure.page import findings_page, summary_lines
 from pipelines.structure.sample import cut_blocks, sample_halves
 from pipelines.structure.stage import StructureConfig, seek, structure
-from pipelines.text.tokens import document_half
+from pipelines.text.split import document_halves
 
 N_FEATURES, SIZES = 120, [15, 12, 10, 8, 6]
 
@@ -161,7 +161,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, client: A
     folder = tmp_path_factory.mktemp("planted")
     _, codec, files = text_table({"one": "a text"}, model_folder)
     rng = np.random.default_rng(0)
-    vocabulary = codec.backend.get_vocab_size()
+    vocabulary = codec.n_vocabulary
     documents = [rng.integers(2, vocabulary, 119).tolist() for _ in range(100)]
     table = token_table(documents, 4, separator=codec.separator_token_id)
     fired, _ = planted.communities(100, 40, [8, 6], rng, rows=120)
@@ -201,12 +201,12 @@ def test_a_feature_is_shown_with_its_replicated_partners(made: Path, result: Pat
 
 def test_the_halves_are_whole_documents_in_the_order_of_the_text(made: Path, client: Any) -> None:
     codes = CodeStore(made / "codes")
-    names = codes.document_names(0)
+    half_of = document_halves(codes.document_keys(0))
     halves = sample_halves(codes, 100_000, 100, 0, client)
     assert sum(half.table.n_rows for half in halves) == codes.n_rows("train") + codes.n_rows("heldout")
     for number, half in enumerate(halves):
-        assert {document_half(names[i]) for i in codes.documents_of(0, half.tokens)} == {number}
-        assert half.n_documents == half.n_corpus_documents == [document_half(name) for name in names].count(number)
+        assert set(half_of[codes.documents_of(0, half.tokens)].tolist()) == {number}
+        assert half.n_documents == half.n_corpus_documents == (half_of == number).sum()
         for document in range(half.n_documents):
             own = half.tokens[half.documents == document]
             assert (np.diff(own) > 0).all()
@@ -258,7 +258,9 @@ def test_examples_are_places_where_the_features_fire_together(result: Path, made
     record = json.loads((result / "structure.json").read_text())
     (arrow,) = [arrow for arrow in record["implications"]["arrows"] if (arrow["source"], arrow["target"]) == (31, 30)]
     assert len(arrow["examples"]) == 3
-    assert all(document_half(example["document"]) == 1 for example in arrow["examples"])
+    codes = CodeStore(made / "codes")
+    half_of = dict(zip(codes.document_names(0), document_halves(codes.document_keys(0)), strict=True))
+    assert all(half_of[example["document"]] == 1 for example in arrow["examples"])
     assert all(example["text"].count("⟦") == 1 for example in arrow["examples"])
 
 

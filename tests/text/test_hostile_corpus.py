@@ -31,10 +31,11 @@ from cli import cli
 from pipelines.collect.config import CollectConfig
 from pipelines.collect.stage import collect
 from pipelines.text import document
+from pipelines.text.codec import TextCodec, load_tokenizer, store_tokenizer
 from pipelines.text.corpus import Document, open_corpus
 from pipelines.text.document import MOST_CHARACTERS, documents_of
 from pipelines.text.sources import json_files
-from pipelines.text.tokens import BATCH_CHARACTERS, TextCodec, TokenSource, load_tokenizer, store_tokenizer
+from pipelines.text.tokens import BATCH_CHARACTERS, TokenSource
 
 WORDS = "The fox went to the wood, and saw “déjà vu” 17 times. "
 LONG_LINE = WORDS * (5_000_000 // len(WORDS))
@@ -377,7 +378,8 @@ PEAK = """
 import re, sys
 from pathlib import Path
 from pipelines.text.corpus import open_corpus
-from pipelines.text.tokens import TokenSource, load_tokenizer
+from pipelines.text.codec import load_tokenizer
+from pipelines.text.tokens import TokenSource
 
 codec, _ = load_tokenizer(sys.argv[1])
 for file in sys.argv[2:]:

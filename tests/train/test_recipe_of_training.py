@@ -86,12 +86,15 @@ def test_features_that_died_are_led_to_true_features_that_were_missing() -> None
     assert found[AUXK] > found[0.0] + 0.1
 
 
+FACTS = saved_state.Facts("0" * 16, 0, {}, [{}], [saved_state.Counts(0, 0)], [{}], [0], [[0, 1]])
+
+
 def test_a_training_saved_by_another_recipe_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = [{"sae/b_dec": torch.zeros(D)}]
     with monkeypatch.context() as earlier:
         earlier.setattr(saved_state, "STATE_VERSION", 2)
-        saved_state.save_state(tmp_path, tensors, {})
-    with pytest.raises(DamagedStore, match=r"version 2, this actstore trains by version 3\); move it away"):
+        saved_state.save_state(tmp_path, tensors, FACTS)
+    with pytest.raises(DamagedStore, match=r"version 2, this actstore trains by version 4\); move it away"):
         saved_state.load_state(tmp_path)
-    saved_state.save_state(tmp_path, tensors, {})
+    saved_state.save_state(tmp_path, tensors, FACTS)
     assert saved_state.load_state(tmp_path) is not None

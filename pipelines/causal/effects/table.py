@@ -14,7 +14,7 @@ from pipelines.analysis.reader import Analysis
 from pipelines.causal.engine.drawn_firings import DrawnFirings
 from pipelines.shared.parquet import parquet_bytes
 from pipelines.shared.visible_text import visible
-from pipelines.text.tokens import TextCodec
+from pipelines.text.codec import TextCodec
 
 RECORD, TABLE = "effects.json", "effects.parquet"
 INTERVAL = (2.5, 97.5)
@@ -69,9 +69,9 @@ def feature_table(
                 "loss_low": float(low[1]),
                 "loss_high": float(high[1]),
                 "value": float(weight @ firings.value[mine] / weight.sum()),
-                "promoted": [codec.text([t]) for t in up.tolist()],
+                "promoted": [codec.token_text(t) for t in up.tolist()],
                 "promoted_weight": brought[up].tolist(),
-                "suppressed": [codec.text([t]) for t in down.tolist()],
+                "suppressed": [codec.token_text(t) for t in down.tolist()],
                 "suppressed_weight": brought[down].tolist(),
             }
         )

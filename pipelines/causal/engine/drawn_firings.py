@@ -20,7 +20,7 @@ from actstore.reader import Shard
 from pipelines.codes.code_store import CodeStore, read_codes
 from pipelines.codes.feature_index import FeatureIndex, read_index_record
 from pipelines.shared.progress import track
-from pipelines.text.tokens import document_half
+from pipelines.text.split import document_halves
 from pipelines.text.windows import Windows
 
 ROWS, WINDOWS = 61, 63
@@ -101,11 +101,11 @@ def _index_for(codes: CodeStore, features: Ints, floor: NDArray[np.float64]) -> 
     """The index that the firings of some features are read from: None where there is none of these codes, where the
     features have too many firings, or where one counts as firing at a code of 0, which no index has."""
     record = read_index_record(codes)
-    if record is None or record["snapshot"] != codes.snapshot or (floor[features] < 0).any():
+    if record is None or record.snapshot != codes.snapshot or (floor[features] < 0).any():
         return None
     index = FeatureIndex(codes)
     n_wanted = sum(index.fires(feature) for feature in np.unique(features).tolist())
-    return index if reads_index(n_wanted, record["entries"]) else None
+    return index if reads_index(n_wanted, record.entries) else None
 
 
 class _ShardRows:
@@ -119,7 +119,7 @@ class _ShardRows:
         self.usable = self.position + 1 < self.n_real[self.window]
         if half is not None:
             documents = self._documents(np.arange(len(self.window)))
-            self.usable &= document_halves(codes, shard.segment)[documents] == half
+            self.usable &= document_halves(codes.document_keys(shard.segment))[documents] == half
 
     def _documents(self, rows: Ints) -> Ints:
         tokens = self._windows.token_at(self.window[rows], self.position[rows])
@@ -226,12 +226,6 @@ def _one_of_each(feature: Ints, window: Ints, words: NDArray[np.uint64]) -> tupl
     order = np.lexsort((words, window, feature))
     first = np.flatnonzero(np.r_[True, (np.diff(feature[order]) != 0) | (np.diff(window[order]) != 0)][: len(order)])
     return order[first], np.diff(np.r_[first, len(order)])
-
-
-def document_halves(codes: CodeStore, segment: int) -> NDArray[np.int64]:
-    """(n_documents,) which half each document of a segment is of, by `document_half`."""
-    names = codes.document_names(segment)
-    return np.array([document_half(name) for name in names], np.int64)
 
 
 def window_ids(codes: CodeStore, segment: int, windows: Ints) -> Ints:

@@ -172,7 +172,7 @@ def _task(config: PatchConfig, lm: LanguageModel, spliced: Spliced | None) -> tu
         against = int(last.argmax()) if against is None else against
         name = config.metric or "logit_difference"
         if name == "logit_difference" and target == against:
-            name = lm.codec.text([target])
+            name = lm.codec.token_text(target)
             raise InputError(
                 f"both texts are most likely followed by {name!r}, so there is no difference of answers; name two with "
                 "--target and --against."

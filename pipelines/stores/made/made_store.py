@@ -25,13 +25,12 @@ from actstore.schema import (
     CorpusIdentity,
     Manifest,
     ModelIdentity,
-    PartRecord,
-    SegmentRecord,
     WindowPolicy,
     code_arrays,
     site_arrays,
     site_values,
 )
+from actstore.segment_record import PartRecord, SegmentRecord
 from actstore.tables import Tables, channel_tables, text_tables, window_tables
 from actstore.writer import StoreWriter, write_shard
 
@@ -101,7 +100,7 @@ def write_made_codes(
     k = codes(0, 1)[0].shape[1]
     index_dtype = np.min_scalar_type(n_features - 1).name
     manifest = made_manifest(1, CorpusIdentity("made-up", "0" * 64), "fp32", seed)
-    source = {"store_id": "none", "snapshot": "none", "run_id": "none", "site": SITE, "n_features": n_features}
+    source = {"store_id": "0" * 16, "snapshot": "0" * 16, "run_id": "0" * 16, "site": SITE, "n_features": n_features}
     manifest = replace(
         manifest, kind="codes", arrays=(*ROW_PLACE_ARRAYS, *code_arrays(k, index_dtype, value_dtype)), source=source
     )
@@ -150,6 +149,7 @@ def _plan(
         offsets,
         np.arange(len(offsets) - 1).astype(np.uint8),
         [part for part in PARTS if n_rows[part]],
+        np.arange(len(offsets) - 1, dtype=np.uint64),
     )
     parts, plans, first_token = {}, {}, 0
     for index, part in enumerate(PARTS):
