@@ -107,7 +107,7 @@ class _Commands(click.Group):
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        except (ActstoreError, OSError, MemoryError, RuntimeError, ImportError) as error:
+        except (ActstoreError, OSError, MemoryError, RuntimeError, ImportError, UnicodeEncodeError) as error:
             if debug or not is_expected(error):
                 raise
             click.echo(visible(f"error: {error_line(error)}"), err=True)

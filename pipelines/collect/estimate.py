@@ -58,6 +58,7 @@ def estimate(config: CollectConfig) -> dict[str, Any]:
         "memory_bytes": calibration.process_bytes + SHARDS_IN_MEMORY * shard_bytes + table_bytes,
         "tokens_per_s": round(calibration.tokens_per_s),
         "seconds": round(config.tokens / calibration.tokens_per_s),
+        "corpus_skipped": collection.text.corpus.skipped,
     }
 
 

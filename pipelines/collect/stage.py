@@ -73,6 +73,8 @@ def collect(config: CollectConfig) -> dict[str, Any]:
         "shards": run.n_committed(),
         "shards_committed_before": committed_before,
         "corpus_exhausted": sum(segment.n_tokens for segment in segments) < config.tokens,
+        "corpus_skipped": collection.text.corpus.skipped,
+        "lone_surrogates": source.n_replaced,
         "added": asdict(run.copies),
     }
 

@@ -27,7 +27,7 @@ def some(names: list[str]) -> str:
 
 
 def collect_lines(result: dict[str, Any]) -> list[str]:
-    before = result["shards_committed_before"]
+    before, replaced = result["shards_committed_before"], result.get("lone_surrogates")
     return aligned(
         [
             ("store", f"{result['store']} (id {result['store_id']})"),
@@ -35,6 +35,8 @@ def collect_lines(result: dict[str, Any]) -> list[str]:
             ("shards", f"{result['shards']:,}" + (f", {before:,} of them were there before" if before else "")),
             ("device", result.get("device")),
             ("corpus", "exhausted: it has no more tokens" if result["corpus_exhausted"] else None),
+            ("skipped", result.get("corpus_skipped")),
+            ("surrogates", f"{replaced:,} lone, replaced by U+FFFD" if replaced else None),
             *_split_lines(result["added"]),
         ]
     )
@@ -71,6 +73,7 @@ def estimate_lines(result: dict[str, Any]) -> list[str]:
             ("memory", size(result["memory_bytes"])),
             ("time", f"{duration(result['seconds'])} at {result['tokens_per_s']:,} tokens/s"),
             ("device", result["device"]),
+            ("skipped", result.get("corpus_skipped")),
             (
                 "shards",
                 f"{result['shards']:,} of {result['shard_rows']:,} rows, in chunks of {result['chunk_rows']:,} rows",

@@ -39,7 +39,7 @@ COLLECT_OPTIONS = (
         "--corpus",
         default="stdlib",
         show_default=True,
-        help="stdlib, a path or glob[#column], or hf:name[:config][:split][#column].",
+        help="stdlib, a path or glob[#column] of text, JSON, CSV or Parquet, or hf:name[:config][:split][#column].",
     ),
     click.option("--layer", multiple=True, type=int, help="Block to read; repeat for several. Default: the middle one."),
     click.option(

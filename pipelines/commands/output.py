@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
 
 import click
 
+from actstore.errors import InputError
 from pipelines.shared.visible_text import escaped, replaced, visible
 
 
@@ -21,7 +23,17 @@ def announced(command: str, config: Any, auto: tuple[str, ...] = ()) -> Any:
     given = {name: value for name, value in vars(config).items() if value not in (None, ())}
     fields = (f"{name}={_asked(value, name in auto)}" for name, value in given.items())
     click.echo(visible(f"{command}: {' '.join(fields)}"), err=True)
+    for name, value in given.items():
+        for item in value if isinstance(value, tuple) else (value,):
+            _require_utf8_path(name, item)
     return config
+
+
+def _require_utf8_path(name: str, value: Any) -> None:
+    """Refuses a path that no record could name. The files of a corpus are exempt: a store keeps their names as text."""
+    is_path = isinstance(value, PurePath) or (isinstance(value, str) and (name == "out" or os.access(value, os.F_OK)))
+    if is_path and name != "corpus" and os.fsencode(value).decode(errors="replace") != str(value):
+        raise InputError(f"{name} {str(value)!a}: is a path whose bytes are not UTF-8; rename it.")
 
 
 def _asked(value: Any, zero_is_auto: bool) -> str:

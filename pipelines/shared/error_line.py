@@ -7,6 +7,7 @@ import errno
 from actstore.errors import ActstoreError
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+SHOWN_CHARACTERS = 40
 NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "start new thread", "map segment", "bad_alloc")
 """What libraries say when memory is refused."""
 
@@ -15,6 +16,8 @@ def is_expected(error: Exception) -> bool:
     """Whether an error is one that input, a disk or a machine can cause; any other is a fault of this program."""
     if isinstance(error, OSError) and not isinstance(error, ActstoreError):
         return bool(error.filename) or error.errno in (*FULL_DISK, errno.ENOMEM)
+    if isinstance(error, UnicodeEncodeError):  # a byte of an argument that is not UTF-8, half a character of JSON
+        return error.reason == "surrogates not allowed"
     return isinstance(error, ActstoreError) or is_out_of_memory(error)
 
 
@@ -27,6 +30,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def error_line(error: Exception) -> str:
     """What is printed of an error that is expected: the thing, what was wrong, and the remedy."""
+    if isinstance(error, UnicodeEncodeError):
+        shown = ascii(error.object[max(0, error.start - SHOWN_CHARACTERS) : error.end])
+        return f"{shown}: ends in what UTF-8 cannot encode; rename it, or pass it in UTF-8."
     if not isinstance(error, ActstoreError) and is_out_of_memory(error):
         detail = " ".join(str(error).split())[:200] or type(error).__name__
         return (

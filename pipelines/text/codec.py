@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,8 @@ from actstore.errors import InputError, StoreError
 from actstore.files import content_hash
 from actstore.reader import Store
 from pipelines.shared.error_line import first_line
+from pipelines.shared.visible_text import say
+from pipelines.text.document import without_lone_surrogates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -66,8 +69,11 @@ class TextCodec:
         return self.largest_id + 1
 
     def ids(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        """Token ids of each text, without special tokens; lone surrogates are read as U+FFFD, and counted on stderr."""
+        whole = [without_lone_surrogates(text) for text in texts]
+        if n_replaced := sum(n for _, n in whole):
+            say(f"lone surrogates of the text, read as U+FFFD: {n_replaced:,}", sys.stderr)
+        return [e.ids for e in self.backend.encode_batch_fast([text for text, _ in whole], add_special_tokens=False)]
 
     def text(self, ids: NDArray[np.integer] | list[int]) -> str:
         return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=False))

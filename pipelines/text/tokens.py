@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.text.codec import TextCodec
-from pipelines.text.corpus import Document
-from pipelines.text.split import Keys, choose_modulus, is_heldout, text_key
+from pipelines.text.document import Document
+from pipelines.text.split import Keys, choose_modulus, is_heldout
 
-BATCH_DOCUMENTS = 64
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 64, 1 << 19
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,15 @@ class TokenTable:
 class TokenSource:
     """A corpus's tokens from one place on, taken table after table; no document is read or tokenised twice.
 
-    `document` and `token` say where the next table begins: behind the first `token` tokens of that document.
+    `document` and `token` say where the next table begins: behind the first `token` tokens of that document. `n_replaced`
+    counts the lone surrogates that were replaced in the documents read so far.
     """
 
     def __init__(self, documents: Iterator[Document], codec: TextCodec, document: int = 0, token: int = 0):
         self.document, self.token = document, token
         self._documents, self._codec = documents, codec
         self._dtype = np.min_scalar_type(codec.largest_id)
+        self.n_replaced = 0
         self._pending: deque[tuple[str, int, NDArray[Any]]] = deque()
 
     def take(self, n_tokens: int, heldout_modulus: int | None) -> TokenTable | None:
@@ -111,8 +112,18 @@ class TokenSource:
     def _fill(self) -> bool:
         """Tokenise some more documents when none is waiting; False at the end of the corpus."""
         if not self._pending:
-            batch = list(islice(self._documents, BATCH_DOCUMENTS))
+            batch = self._batch()
+            self.n_replaced += sum(document.n_replaced for document in batch)
             for document, ids in zip(batch, self._codec.ids([document.text for document in batch]), strict=True):
-                name, key = document.name.replace("\n", " "), text_key(document.text)
+                name, key = document.name.replace("\n", " "), document.key
                 self._pending.append((name, key, np.asarray(ids, self._dtype)))
         return bool(self._pending)
+
+    def _batch(self) -> list[Document]:
+        """The next documents that are tokenised together: some of them, or few long ones."""
+        batch: list[Document] = []
+        left = BATCH_CHARACTERS
+        while len(batch) < BATCH_DOCUMENTS and left > 0 and (document := next(self._documents, None)) is not None:
+            batch.append(document)
+            left -= len(document.text)
+        return batch

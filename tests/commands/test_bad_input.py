@@ -147,7 +147,7 @@ def test_an_empty_corpus(content: str | None, refused: Refused, asked: dict[str,
         (tmp_path / "books/a.txt").write_text(content)
     line = refused("collect", *options(asked | {"--corpus": tmp_path / "books"}))
     assert f"corpus {tmp_path / 'books'}: " in line
-    assert ("has no text; nothing was written" if content is not None else "no .txt, .md") in line
+    assert ("has no text; nothing was written" if content is not None else "no file there") in line
 
 
 def test_a_corpus_column_that_is_not_there(refused: Refused, asked: dict[str, object], tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tablekit import text_table, token_table
 
-from pipelines.text import copies
+from pipelines.text import copies, document
+from pipelines.text.codec import load_tokenizer
 from pipelines.text.copies import SEQUENCE_TOKENS, Copies
 from pipelines.text.split import TextKey, document_halves, is_heldout, text_key
+from pipelines.text.tokens import TokenSource
 
 WORDS = st.text(st.sampled_from("aZ09é ,.\n\t-中"), max_size=40)
 
@@ -61,6 +63,21 @@ def test_no_copy_of_a_training_document_is_held_out(model_folder: Path) -> None:
     said = Copies.of(table)
     assert (said.documents, said.repeated, said.near) == (120, 80, 0)
     assert said.heldout == sum(held.values())
+
+
+def test_all_documents_of_one_long_text_are_on_one_side(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(document, "MOST_CHARACTERS", 60)
+    codec, _ = load_tokenizer(str(model_folder))
+    texts = {f"{i}.txt": " ".join(f"word{i}x{j}" for j in range(40)) for i in range(12)}
+    parts = [part for name, text in texts.items() for part in document.documents_of(name, [text])]
+    assert len(parts) > 3 * len(texts)
+    table = TokenSource(iter(parts), codec).take(1 << 20, 2)
+    assert table is not None
+    sides: dict[str, set[bool]] = {name: set() for name in texts}
+    for name, held in zip(table.names, table.heldout, strict=True):
+        sides[name.split("+")[0]].add(bool(held))
+    assert all(len(side) == 1 for side in sides.values())
+    assert {True, False} == set.union(*sides.values())
 
 
 @pytest.mark.parametrize("sample", [1 << 22, 64], ids=["all sequences", "a sample of them"])
