@@ -144,7 +144,9 @@ for name in cli.list_commands(None):
 
 
 COMMAND_MODULES = sorted({"cli", *(name for name in PIPELINES if room_of(name) == "commands")})
-AT_START = frozenset({"click", "actstore", "actstore.errors", "pipelines.shared.environment", "pipelines.shared.visible_text"})
+AT_START = frozenset(
+    {"click", "actstore", "actstore.errors", "pipelines.shared.environment", "pipelines.shared.visible_text"}
+)
 """What the command line may import before a command runs, besides the standard library and its own room."""
 
 
