@@ -133,7 +133,7 @@ def _show_usage(error: click.ClickException) -> None:
     error.message = visible(error.message)  # type: ignore[misc]
     said = io.StringIO()
     error.show(file=said)
-    for line in said.getvalue().splitlines():
+    for line in said.getvalue().rstrip("\n").split("\n"):
         click.echo(visible(line), err=True)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,7 +71,7 @@ class TextCodec:
         """Token ids of each text, without special tokens; lone surrogates are read as U+FFFD, and counted on stderr."""
         whole = [without_lone_surrogates(text) for text in texts]
         if n_replaced := sum(n for _, n in whole):
-            say(f"lone surrogates of the text, read as U+FFFD: {n_replaced:,}", sys.stderr)
+            say(f"lone surrogates of the text, read as U+FFFD: {n_replaced:,}", err=True)
         return [e.ids for e in self.backend.encode_batch_fast([text for text, _ in whole], add_special_tokens=False)]
 
     def text(self, ids: NDArray[np.integer] | list[int]) -> str:

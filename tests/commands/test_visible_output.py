@@ -141,6 +141,13 @@ def test_findings_are_markdown_in_which_no_name_is_markup(world: Path) -> None:
     assert "<b>" not in outside
 
 
+def test_the_head_of_a_page_shows_names_as_text(world: Path, tmp_path: Path) -> None:
+    shown("report", world / "analysis", "--out", tmp_path / "page.html")
+    head = (tmp_path / "page.html").read_text(encoding="utf-8").partition('id="data"')[0]
+    assert visible(f"texts {NAME}").replace("<", "&lt;").replace(">", "&gt;") in head
+    assert all(line == visible(line) for line in head.split("\n"))
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

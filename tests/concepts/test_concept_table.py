@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from modelkit import run_cli
 from tablekit import SITE, activations, activations_manifest, codes_manifest, dense_codes, text_table, write_table_store
 
@@ -210,3 +212,14 @@ def test_the_command_with_two_workers_gives_the_same_figures(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert values_of(json.loads(done.stdout)) == json.loads(json.dumps(values_of(found)))
+
+
+def test_a_label_is_no_markup_in_the_findings(planted: Path, labels_file: Path, tmp_path: Path, client: Any) -> None:
+    hostile = "<img src=x> [a](http://a.example)\x1b[2J **b**"
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text(labels_file.read_text().replace(json.dumps(SLEEP), json.dumps(hostile)))
+    asked = ConceptsConfig(codes=planted / "codes", labels=str(labels), out=tmp_path / "found", probe=False)
+    assert hostile in {row["label"] for row in concepts(asked, client)["concepts"]}
+    page = MarkdownIt("commonmark").render((tmp_path / "found/findings.md").read_text())
+    assert re.findall(r"<(\w+)", page) == ["p"]
+    assert "&lt;img src=x&gt; [a](http://a.example)" in page

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from markdown_it import MarkdownIt
 from numpy.typing import NDArray
 from tablekit import codes_manifest, dense_codes, text_table, token_table, write_table_store
 
@@ -23,6 +26,7 @@ from pipelines.analysis.reader import Analysis
 from pipelines.analysis.stage import AnalyzeConfig, analyze
 from pipelines.codes.code_store import CodeStore
 from pipelines.shared.cluster import connect
+from pipelines.shared.visible_text import visible
 from pipelines.structure import effect_sizes as effects
 from pipelines.structure import facts, planted, stage
 from pipelines.structure.graph import adjusted_rand
@@ -252,6 +256,25 @@ def test_the_record_the_tables_and_the_page_say_the_same(result: Path) -> None:
     assert f"{record['pairs']['called']:,} of {record['pairs']['tested']:,}" in page
     assert "**31 ⇒ 30**" in page
     assert any("communities" in line for line in summary_lines(record))
+
+
+def test_no_text_of_a_record_is_markup_on_its_page(result: Path) -> None:
+    record = json.loads((result / "structure.json").read_text())
+    reader = MarkdownIt("commonmark", {"html": True}).enable("table")
+    expected = Counter(re.findall(r"<(\w+)", reader.render(findings_page(record))))
+    hostile = "<img src=x> ![a](b) `` | **c**\n# d\x1b[2J\u202e"
+
+    def spoilt(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {name: spoilt(inner, name) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [spoilt(inner, key) for inner in value]
+        return hostile if key in {"model", "corpus", "site", "run_id", "document", "text", "name", "names"} else value
+
+    page = findings_page(spoilt(record))
+    found = Counter(re.findall(r"<(\w+)", reader.render(page)))
+    assert {name: n for name, n in found.items() if name != "code"} == {n: m for n, m in expected.items() if n != "code"}
+    assert all(line == visible(line) for line in page.split("\n"))
 
 
 def test_examples_are_places_where_the_features_fire_together(result: Path, made: Path) -> None:
