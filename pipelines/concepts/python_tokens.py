@@ -15,6 +15,9 @@ from typing import NamedTuple
 TAB = 8
 DEEPEST = 8
 """Formatted strings within fields of formatted strings. Deeper ones, which nobody writes, end at their first quote."""
+PATIENCE = 4
+"""Steps per character of a source in which its formatted strings are looked through; all that are closed take less than one.
+The rest of a source made of openings that nothing closes is taken string by string, each up to its first quote."""
 
 _PREFIX = r"(?:[bB][rR]?|[rR][bBfFtT]?|[fFtT][rR]?|[uU])?"
 _STRING = rf"{_PREFIX}(?:'''|\"\"\"|'|\")"
@@ -141,6 +144,7 @@ class _Strings:
     def __init__(self, source: str):
         self._source = source
         self._stops: dict[int, int | None] = {}
+        self._n_steps_left = PATIENCE * len(source)
 
     def stop(self, start: int, depth: int = 0) -> int | None:
         """Behind the quotes that close the string which begins at `start`; None when nothing closes it."""
@@ -165,7 +169,8 @@ class _Strings:
         None when it is not closed, or its fields are not: it may be a string of a source cut off, or with a fault.
         """
         source = self._source
-        while at < len(source):
+        while at < len(source) and self._n_steps_left > 0:
+            self._n_steps_left -= 1
             character = source[at]
             if source.startswith(quotes, at):
                 return None if is_specification else at + len(quotes)
@@ -188,7 +193,8 @@ class _Strings:
     def _field(self, at: int, quotes: str, depth: int) -> int | None:
         """Behind the `}` of a field whose expression begins at `at`; None when it has none."""
         source, n_open = self._source, 0
-        while (part := _IN_FIELD.match(source, at)) is not None:
+        while self._n_steps_left > 0 and (part := _IN_FIELD.match(source, at)) is not None:
+            self._n_steps_left -= 1
             character, at = part[0], part.end()
             if part["string"]:
                 stop = self.stop(part.start(), depth + 1)
