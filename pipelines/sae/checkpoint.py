@@ -36,8 +36,9 @@ def save_run(path: Path, sae: Sae, record: RunRecord) -> RunRecord:
     return record
 
 
-def load_run(path: Path) -> tuple[Sae, RunRecord]:
+def load_run(path: str | Path) -> tuple[Sae, RunRecord]:
     """The SAE of a run, for rows in raw units, and its record. Raises NotAStore when `path` holds no finished run."""
+    path = Path(path)
     record = read_run_record(path)
     sae = make(record.architecture, record.d_model, record.n_features, record.k)
     weights = path / WEIGHTS
