@@ -100,7 +100,7 @@ def python_tokens(source: str) -> Iterator[Token]:
             closed = strings.stop(start)
             if closed is not None:
                 kind, stop = Kind.STRING, closed
-            elif source[stop - 3 : stop] in ("'''", '"""'):
+            elif source[start:stop].endswith(("'''", '"""')):
                 return
             elif stop - start > 1:  # the prefix is a name
                 kind, stop = Kind.NAME, stop - 1
