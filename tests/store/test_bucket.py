@@ -813,4 +813,4 @@ def counting(server: Server) -> Iterator[Counter[str]]:
 def test_a_servers_reason_is_read_out_of_cdata() -> None:
     """Some servers, and earlier versions of moto, wrap the message so."""
     answer = "<Error><Code>NoSuchBucket</Code><Message><![CDATA[The bucket <x> does not exist.]]></Message></Error>"
-    assert bucket_module._reason(Exception(answer)) == "NoSuchBucket: The bucket <x> does not exist"
+    assert bucket._reason(Exception(answer)) == "NoSuchBucket: The bucket <x> does not exist"
