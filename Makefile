@@ -4,6 +4,7 @@
 #   make test    install what the tests need, then run them
 #   make room    ROOM=train: one room's tests and doctests, without those that start processes; under a minute
 #   make slow    the tests that take long: fifty kills, hundreds of flipped bits
+#   make lowest  the tests nearest to the libraries, on the oldest versions that pyproject.toml accepts
 #   make lint    ruff, check and format
 #   make types   mypy
 #   make docs    the pages of docs/ as a site in site/; a warning is an error
@@ -12,15 +13,18 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+LOWEST ?= .venv-lowest
 OUT ?= demo-out
 ROOM ?= store
 SITE ?= site
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
+LOWEST_TESTS := tests/store/test_store.py tests/store/test_xarray.py tests/store/test_bucket.py tests/text tests/models tests/sae \
+	tests/statistics tests/structure tests/stores tests/evaluate tests/exchange tests/report tests/commands/test_cli.py
 SOURCES := actstore pipelines benchmarks tests docs cli.py
 
-.PHONY: demo test room slow lint types docs clean
+.PHONY: demo test room slow lowest lint types docs clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed
@@ -36,6 +40,10 @@ room: $(VENV)/.installed-test
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow -s $(PYTEST_ARGS)
 
+lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pip check
+	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile $(wildcard $(LOWEST_TESTS)) $(PYTEST_ARGS)
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check $(SOURCES)
 	$(BIN)/python -m ruff format --check $(SOURCES)
@@ -47,7 +55,7 @@ docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir $(abspath $(SITE))
 
 clean:
-	rm -rf $(VENV) build site actstore.egg-info
+	rm -rf $(VENV) $(LOWEST) build site actstore.egg-info
 
 # A stamp in the environment says what was installed from which pyproject.toml and constraints.txt.
 $(VENV)/.installed: EXTRA =
@@ -57,4 +65,9 @@ $(VENV)/.installed-dev: EXTRA = [dev]
 $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-docs $(VENV)/.installed-dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e ".$(EXTRA)"
+	touch $@
+
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --no-deps -r constraints-lowest.txt -e .
 	touch $@

@@ -147,7 +147,7 @@ class Bucket(Place):
 
 def _reason(error: Exception) -> str:
     """One line from a server's long answer: its reason, or that it did not answer."""
-    story = str(error)
+    story = re.sub(r"<!\[CDATA\[(.*?)\]\]>", r"\1", str(error), flags=re.DOTALL)
     if METADATA_SERVICE in story:
         return "no credentials are set (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and this machine has none of its own"
     if match := re.search(r"<Code>(.*?)</Code>\s*(?:<Message>(.*?)</Message>)?", story, re.DOTALL):

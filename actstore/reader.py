@@ -139,6 +139,16 @@ class Store:
         """Another process opens the same place, pinned to the same shards."""
         return (_open_pinned, (type(self), absolute(self.place.url), self.snapshot))
 
+    def __repr__(self) -> str:
+        """Place, rows, what is kept of a row, and the snapshot, on one line."""
+        rows = " + ".join(f"{self.n_rows(part):,} {part}" for part in PARTS)
+        kept = ", ".join(
+            f"{paths.site_of(array.name)} ({array.width} x {array.encoding if paths.is_acts(array.name) else array.dtype})"
+            for array in self.manifest.arrays
+            if array.width
+        )
+        return f"<{type(self).__name__} {self.url}: {rows} rows of {kept}; snapshot {self.snapshot}>"
+
     @property
     def url(self) -> str:
         return self.place.url

@@ -115,6 +115,15 @@ class BatchStream:
         self._round_rows = self.chunks_per_round * max(shard.chunk_rows for shard in self.shards)
         self._n_threads = max(1, store.place.readers - 1)  # the consumer reads as well while it would have to wait
 
+    def __repr__(self) -> str:
+        """What is streamed, and how far the stream is, on one line."""
+        of_ranks = f", rank {self.rank} of {self.n_ranks}" if self.n_ranks > 1 else ""
+        return (
+            f"<BatchStream of {self.store.url}, {self.site}: batches of {self.batch_rows:,} x {self.d_model}, epochs of "
+            f"{self.n_rows:,} {self.part} rows, {self._next_row:,} rows given, seed {self.seed}{of_ranks}; snapshot "
+            f"{self.store.snapshot}>"
+        )
+
     @property
     def memory_bytes(self) -> int:
         """Upper bound of what the stream holds: two pools, one used and one read, the order of their rows, two chunks for

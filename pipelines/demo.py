@@ -168,8 +168,9 @@ def demo_lines(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def read_demo(out: Path) -> dict[str, Any]:
+def read_demo(out: str | Path) -> dict[str, Any]:
     """The result of a finished demo."""
+    out = Path(out)
     if not (out / "demo.json").exists():
         raise InputError(f"{out}: holds no finished demo; run `demo --out {out}` first.")
     result: dict[str, Any] = read_json(out / "demo.json")

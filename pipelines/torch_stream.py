@@ -73,6 +73,9 @@ class ActivationDataset(IterableDataset[Tensor]):
         self.options["as_kept"] = not computed
         self._batch_dtype: torch.dtype = torch.float32 if computed else getattr(torch, str(kept_dtype))
 
+    def __repr__(self) -> str:
+        return f"<ActivationDataset of {self.site}, batches of {self.batch_rows:,} rows, of {self.store!r}>"
+
     @property
     def snapshot(self) -> str:
         """What to pin a continued run to."""

@@ -81,6 +81,13 @@ class Analysis(AnalysisContents):
         self._codec = parse_tokenizer(self.place.read(file), f"{path}/{file}", *special)
         self._loaded: dict[str, NDArray[Any]] = {}
 
+    def __repr__(self) -> str:
+        """Place, features, rows and what they are of, on one line."""
+        return (
+            f"<Analysis {self.place}: {self.n_features:,} features of run {self.record['run_id']} in {self.n_rows:,} rows; "
+            f"snapshot {self.record['snapshot']}>"
+        )
+
     def preload(self) -> dict[str, NDArray[Any]]:
         """Read the arrays that most features' cards show; returns those of `examples`."""
         for table in (self.pairs, self.tokens):

@@ -195,8 +195,9 @@ def file_places(
     return names, places(), len(ranges) - len(held)
 
 
-def read_ranges(path: Path) -> Iterator[LabelRange]:
+def read_ranges(path: str | Path) -> Iterator[LabelRange]:
     """Every range of a file of labels. Raises InputError, naming the line, for what is no range."""
+    path = Path(path)
     if not path.exists() or path.suffix not in (".jsonl", ".parquet"):
         raise InputError(
             f"{path}: {'no file of labels (.jsonl or .parquet)' if path.exists() else 'no such file'}; pass one."

@@ -1,20 +1,20 @@
 """In: Python source. Out: what every token of it is, in the language's own terms; labels that cost nothing.
 
-Each label is one line that a reader can check in the text. A language-model token takes the labels of its first
-character that is not white space (of its first character, if all are).
+Each label is one line that a reader can check in the text, the same on every version of Python. A language-model token
+takes the labels of its first character that is not white space (of its first character, if all are).
 """
 
 from __future__ import annotations
 
-import builtins
 import io
-import keyword
-import tokenize
 from dataclasses import dataclass
 from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pipelines.concepts.python_tokens import Kind, Token, python_tokens
+from pipelines.concepts.python_words import BUILTINS, KEYWORDS
 
 LABELS = (
     "the name after `def`",
@@ -71,7 +71,6 @@ LABELS = (
 )
 BIT = {name: np.uint64(1) << np.uint64(i) for i, name in enumerate(LABELS)}
 NONE = np.uint64(0)
-BUILTINS = frozenset(name for name in dir(builtins) if not name.startswith("_"))
 COMPARISONS = frozenset({"==", "!=", "<", ">", "<=", ">="})
 ARITHMETIC = frozenset({"+", "-", "*", "/", "//", "%", "**"})
 AFTER = {
@@ -88,8 +87,6 @@ AFTER = {
 BLOCKS = frozenset(
     {"def", "class", "if", "elif", "else", "for", "while", "try", "except", "finally", "with", "async", "match", "case"}
 )
-LAYOUT = frozenset({tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT, tokenize.ENCODING})
-STATEMENT_ENDS = frozenset({tokenize.NEWLINE, tokenize.ENDMARKER})
 
 
 def label_characters(source: str) -> NDArray[np.uint64]:
@@ -100,13 +97,7 @@ def label_characters(source: str) -> NDArray[np.uint64]:
     labels = np.zeros(len(source), np.uint64)
     line_starts = np.cumsum([0, *(len(line) for line in io.StringIO(source, newline=""))])
     _label_lines(source, line_starts, labels)
-    tokens = []
-    try:
-        for token in tokenize.generate_tokens(io.StringIO(source, newline="").readline):
-            tokens.append(token)
-    except (tokenize.TokenError, SyntaxError):
-        pass
-    _Labeller(source, line_starts, labels).run(tokens)
+    _Labeller(source, labels).run(list(python_tokens(source)))
     return labels
 
 
@@ -152,34 +143,32 @@ class _Labeller:
     """Walks Python's own tokens once, remembering brackets and the last significant tokens."""
 
     source: str
-    line_starts: NDArray[np.int64]
     labels: NDArray[np.uint64]
 
-    def run(self, tokens: list[tokenize.TokenInfo]) -> None:
+    def run(self, tokens: list[Token]) -> None:
         for token in tokens:
-            if token.type == tokenize.COMMENT:
-                start, stop = self._span(token)
-                self._mark(start, stop, "inside a comment")
-                self._mark(start, start + 1, "the `#` that begins a comment")
-        significant = [token for token in tokens if token.type not in LAYOUT]
+            if token.kind is Kind.COMMENT:
+                self._mark(token.start, token.stop, "inside a comment")
+                self._mark(token.start, token.start + 1, "the `#` that begins a comment")
+        significant = [token for token in tokens if token.kind is not Kind.COMMENT]
         brackets: list[str] = []
         lambdas: list[int] = []  # how many brackets each unfinished `lambda` stands in
         statement = before = before_that = ""  # its first word, and the two tokens before this one in it
         for token, after in zip_longest(significant, significant[1:]):
-            text, (start, stop) = token.string, self._span(token)
+            (kind, start, stop), text = token, self._text(token)
             ends_block = ends_statement = False
-            if token.type in STATEMENT_ENDS:
+            if kind is Kind.STATEMENT_END:
                 ends_statement = True
-            elif token.type == tokenize.STRING:
-                is_docstring = not statement and after is not None and after.type in STATEMENT_ENDS
+            elif kind is Kind.STRING:
+                is_docstring = not statement and after is not None and after.kind is Kind.STATEMENT_END
                 self._string(start, stop, is_docstring)
-            elif token.type == tokenize.NUMBER:
+            elif kind is Kind.NUMBER:
                 self._mark(start, stop, "a number")
-            elif token.type == tokenize.NAME:
-                self._name(start, stop, text, before, before_that, after.string if after else "", brackets, statement)
+            elif kind is Kind.NAME:
+                self._name(start, stop, text, before, before_that, self._text(after) if after else "", brackets, statement)
                 if text == "lambda":
                     lambdas.append(len(brackets))
-            elif token.type == tokenize.OP:
+            elif kind is Kind.OPERATOR:
                 if text == ":" and lambdas and lambdas[-1] == len(brackets):
                     lambdas.pop()
                 else:
@@ -189,22 +178,20 @@ class _Labeller:
                     brackets.pop()
                 self._operator(start, stop, text, before, brackets, statement, ends_block)
             self._inside(start, stop, brackets, statement)
-            if token.type == tokenize.OP and text in "([{":
+            if kind is Kind.OPERATOR and text in "([{":
                 brackets.append(text)
             statement = "" if ends_statement else statement if statement not in ("", "async") else text
             before, before_that = ("", "") if ends_statement else (text, before)
 
-    def _span(self, token: tokenize.TokenInfo) -> tuple[int, int]:
-        lines = len(self.line_starts) - 1
-        first, last = (min(row - 1, lines) for row in (token.start[0], token.end[0]))
-        return int(self.line_starts[first]) + token.start[1], int(self.line_starts[last]) + token.end[1]
+    def _text(self, token: Token) -> str:
+        return self.source[token.start : token.stop]
 
     def _mark(self, start: int, stop: int, label: str) -> None:
         self.labels[start:stop] |= BIT[label]
 
     def _string(self, start: int, stop: int, is_docstring: bool) -> None:
         text = self.source[start:stop]
-        prefix = len(text) - len(text.lstrip("rRbBuUfF"))
+        prefix = len(text) - len(text.lstrip("rRbBuUfFtT"))
         quotes = 3 if text[prefix : prefix + 3] in ('"""', "'''") else 1
         kind = "docstring" if is_docstring else "string"
         self._mark(start, start + prefix + quotes, f"the quotes that open a {kind}")
@@ -229,7 +216,7 @@ class _Labeller:
         brackets: list[str],
         statement: str,
     ) -> None:
-        if keyword.iskeyword(name):
+        if name in KEYWORDS:
             self._mark(start, stop, "a keyword")
             return
         labels = ["any name"]
@@ -265,9 +252,7 @@ class _Labeller:
     ) -> None:
         labels = []
         opens_class = statement == "class" and not brackets
-        follows_value = (before[-1:].isalnum() or before.endswith(("_", ")", "]", "}", "'", '"'))) and not keyword.iskeyword(
-            before
-        )
+        follows_value = before not in KEYWORDS and (before[-1:].isalnum() or before.endswith(("_", ")", "]", "}", "'", '"')))
         if text in "([{":
             labels.append("an opening bracket")
             if text == "(" and statement == "def" and not brackets:

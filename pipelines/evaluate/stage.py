@@ -112,8 +112,9 @@ def save_evaluation(path: Path, figures: dict[str, Any]) -> str | None:
     return str(path)
 
 
-def read_evaluation(path: Path) -> dict[str, Any]:
+def read_evaluation(path: str | Path) -> dict[str, Any]:
     """The figures that `save_evaluation` was given. Raises NotAStore when the file is no evaluation."""
+    path = Path(path)
     value: dict[str, Any] = read_json(path) if path.exists() else {}
     if value.pop("format", None) != FORMAT or value.pop("version", None) != VERSION:
         raise NotAStore(f"{path}: not an evaluation of version {VERSION}; run `evaluate` (again).")

@@ -110,6 +110,10 @@ class Sae(nn.Module, ABC):
         self.b_enc = nn.Parameter(torch.zeros(n_features))
         self.b_dec = nn.Parameter(torch.zeros(d_model))
 
+    def extra_repr(self) -> str:
+        """What PyTorch shows of the SAE."""
+        return f"{self.architecture}, {self.d_model:,} -> {self.n_features:,} features, k {self.k}"
+
     @abstractmethod
     def codes(self, x: Tensor, kernel: str = "sparse-fp32") -> Codes:
         """The codes of rows (n, d_model) by the trained SAE.

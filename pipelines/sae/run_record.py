@@ -55,6 +55,14 @@ class RunRecord:
         """Sixteen hex digits of the record's sha256."""
         return content_hash(asdict(self))[:16]
 
+    def __repr__(self) -> str:
+        """What a reader asks first, on one line; `vars` has all of it."""
+        fve = f", FVE {self.metrics['fve']:.3f}" if "fve" in self.metrics else ""
+        return (
+            f"<RunRecord {self.run_id}: {self.architecture} of {self.site}, {self.d_model:,} -> {self.n_features:,} "
+            f"features, k {self.k}, {self.rows_seen:,} rows seen{fve}, store {self.store_id}, snapshot {self.snapshot}>"
+        )
+
 
 def publish_run_record(path: Path, record: RunRecord) -> None:
     """Write the record of a run whose weights are on disk."""
@@ -91,7 +99,7 @@ def read_run_record(path: str | Path) -> RunRecord:
     return record
 
 
-def require_match(path: Path, record: RunRecord, store: ActivationStore) -> None:
+def require_match(path: str | Path, record: RunRecord, store: ActivationStore) -> None:
     """Raises InputError, WidthMismatch or IdentityMismatch unless the run's SAE fits the store's rows."""
     if record.site not in store.sites:
         raise InputError(

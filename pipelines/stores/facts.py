@@ -70,7 +70,7 @@ TRAINED_WITH = ("lr", "l1", "kernel", "seed")
 """Fields that the configuration of a trained run has, and that of an imported run lacks."""
 
 
-def run_facts(path: Path) -> dict[str, Any]:
+def run_facts(path: str | Path) -> dict[str, Any]:
     """What a run's record states: `metrics` are those of its last training step. An imported run has an `origin`, the facts
     that its file stated, and none of TRAINED_WITH."""
     record = run_record.read_run_record(path)
@@ -81,7 +81,7 @@ def run_facts(path: Path) -> dict[str, Any]:
         **{name: value for name, value in vars(record).items() if name not in ("history", "config")},
         "store": record.config["store"],
         **{name: record.config[name] for name in (*TRAINED_WITH, "origin") if name in record.config},
-        "disk_bytes": sum(file.stat().st_size for file in path.iterdir() if file.is_file()),
+        "disk_bytes": sum(file.stat().st_size for file in Path(path).iterdir() if file.is_file()),
     }
 
 
@@ -92,6 +92,6 @@ def analysis_facts(path: str | Path) -> dict[str, Any]:
     return {"path": str(path), **values, "kind": "analysis", "disk_bytes": sum(open_place(path).names().values())}
 
 
-def sweep_facts(path: Path) -> dict[str, Any]:
+def sweep_facts(path: str | Path) -> dict[str, Any]:
     """The runs of a sweep and how they compare."""
     return {"path": str(path), "kind": "sweep", **sweep_record.read_sweep(path)}

@@ -29,8 +29,9 @@ class Listed:
     made_from: str
 
 
-def list_folder(folder: Path) -> list[Listed]:
+def list_folder(folder: str | Path) -> list[Listed]:
     """Every store, code store, run and analysis below a folder, by path. Raises InputError when it is none."""
+    folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: not a folder; pass one that holds stores or runs.")
     return [_listed(path) for path in sorted(_homes(folder))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from actstore import paths
@@ -12,7 +13,7 @@ from pipelines.text.codec import store_tokenizer
 CONTEXT_TOKENS = 24
 
 
-def describe_row(url: str, row: int, part: str = "train") -> dict[str, Any]:
+def describe_row(url: str | Path, row: int, part: str = "train") -> dict[str, Any]:
     """Where a row comes from, and its document's text around its token. Raises InputError when there is no such row."""
     store = Store(url, partial=True)
     origin, codec = store.locate(row, part), store_tokenizer(store)

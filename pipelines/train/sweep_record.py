@@ -12,10 +12,10 @@ SUMMARY = "sweep.json"
 HELDOUT = "held-out rows"
 
 
-def read_sweep(path: Path) -> dict[str, Any]:
+def read_sweep(path: str | Path) -> dict[str, Any]:
     """The record of a finished sweep. Raises NotAStore when `path` holds none, or an unreadable one."""
     try:
-        summary: dict[str, Any] = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+        summary: dict[str, Any] = json.loads((Path(path) / SUMMARY).read_text(encoding="utf-8"))
         comparison_table(summary)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise NotAStore(f"{path}: not a finished sweep ({SUMMARY}: {error}); pass a folder that `train` wrote.") from error

@@ -41,11 +41,12 @@ def planted() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def random() -> nn.Module:
-    torch.manual_seed(3)
     config = GPT2Config(vocab_size=60, n_positions=32, n_embd=32, n_layer=3, n_head=4, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config).eval().requires_grad_(False)
+    torch.manual_seed(2)  # not the weights that transformers draws, which change with its version
     for name, weight in model.named_parameters():
-        weight.mul_(1 if "ln_" in name else 6)
+        if "ln_" not in name and not name.endswith("bias"):
+            weight.normal_(std=0.12)
     return model.double()
 
 

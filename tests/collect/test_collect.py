@@ -95,7 +95,7 @@ def test_what_bf16_compute_does_to_rows_is_recorded_as_an_independent_measuremen
     for layer in (0, 1):
         expected, found = (hidden[layer + 1].float().numpy()[kept].astype(float) for hidden in states)
         missed = np.square(found - expected).sum() / np.square(expected - expected.mean(axis=0)).sum()
-        assert 1e-7 < missed < 0.1
+        assert 1e-7 < missed < 0.2
         assert recorded[f"resid_post.{layer}"] == pytest.approx(missed, rel=1e-6)
 
 

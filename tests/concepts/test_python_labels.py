@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sysconfig
 from itertools import groupby
@@ -195,3 +196,47 @@ def test_the_standard_library_is_labelled_without_a_fault() -> None:
         starts = [match.start(1) for match in re.finditer(r"^def (\w+)", source, re.MULTILINE)]
         assert starts
         assert all(labels[start] & BIT["the name after `def`"] for start in starts)
+
+
+FORMATTED = '''\
+def show(d, x):
+    f"""What d["key"] holds: {d["key"]}"""
+    name = f"{d["key"]!r:>{x + 1}}" + t'{print(x)}'
+    return rf"\\{x}", 'a' f"b{{c}}", print, PythonFinalizationError  # f"{x}"
+broken = $ 'never closed
+after = f"{x"
+'''
+
+EXPECTED_FORMATTED: dict[str, list[str]] = {
+    "the name after `def`": ["show"],
+    "the target of an assignment": ["name", "broken", "after"],
+    "inside a docstring": ['What d["key"] holds: {d["key"]}'],
+    "the quotes that open a docstring": ['f"""'],
+    "the first word of a docstring": ["What"],
+    "inside a string": ['{d["key"]!r:>{x + 1}}', "{print(x)}", "\\{x}", "a", "b{{c}}", "{x"],
+    "the quotes that open a string": ['f"', "t'", 'rf"', "'", 'f"', 'f"'],
+    "the quotes that close a string": ['"', "'", '"', "'", '"', '"'],
+    "inside a comment": ['# f"{x}"'],
+    "a builtin's name": ["print"],
+    "a name in CamelCase": ["PythonFinalizationError"],
+    "a number": [],
+    "an arithmetic operator": ["+"],
+    "an opening bracket": ["("],
+    "inside curly brackets": [],
+    "any name": words("show d x name print PythonFinalizationError broken never closed after"),
+    "a keyword": words("def return"),
+}
+
+
+@pytest.mark.parametrize("label", EXPECTED_FORMATTED)
+def test_labels_of_f_strings_and_faults_are_the_same_on_every_python(label: str) -> None:
+    """By the standard library's `tokenize` and `builtins` they differ: 3.11, 3.12 and 3.13 each give others."""
+    assert runs(FORMATTED, label) == EXPECTED_FORMATTED[label]
+
+
+def test_every_bit_of_every_label_is_the_same_on_every_python() -> None:
+    found = [hashlib.sha256(label_characters(source).astype("<u8").tobytes()).hexdigest() for source in (SOURCE, FORMATTED)]
+    assert found == [
+        "a5165ecabcad64addab713e6857abc58ed7d5289d6696cca152df456b6ff252f",
+        "40cb125b235eb6778ec2171f831354e1ff0a661bb37273fc42decb511ef37118",
+    ]

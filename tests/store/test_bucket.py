@@ -808,3 +808,9 @@ def counting(server: Server) -> Iterator[Counter[str]]:
     before = len(server.requests())
     yield found
     found.update(kinds(server.requests()[before:]))
+
+
+def test_a_servers_reason_is_read_out_of_cdata() -> None:
+    """Some servers, and earlier versions of moto, wrap the message so."""
+    answer = "<Error><Code>NoSuchBucket</Code><Message><![CDATA[The bucket <x> does not exist.]]></Message></Error>"
+    assert bucket._reason(Exception(answer)) == "NoSuchBucket: The bucket <x> does not exist"

@@ -108,7 +108,7 @@ def publish_table(path: Path, rows: list[dict[str, Any]], analysis: Analysis | N
     publish_bytes(path, parquet_bytes(joined))
 
 
-def read_table(path: Path) -> list[dict[str, Any]]:
+def read_table(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a published table, with what was joined to them. To join them to another analysis: `measured_only`."""
     rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
     return rows

@@ -112,7 +112,9 @@ def open_language_model(model: str, device: str = "auto", *, bos: bool = True, k
     return LanguageModel(model, loaded, codec, bos, keep_special, chosen)
 
 
-def open_spliced(run: Path, store: str | Path | None = None, model: str | None = None, device: str = "auto") -> Spliced:
+def open_spliced(
+    run: str | Path, store: str | Path | None = None, model: str | None = None, device: str = "auto"
+) -> Spliced:
     """The SAE of a run in its model; text is put to it as the store's manifest says.
 
     `store` is by default the one the run was trained on. Raises NotAStore or InputError when run, store or model is
@@ -131,7 +133,7 @@ def open_spliced(run: Path, store: str | Path | None = None, model: str | None =
     return Spliced(lm, sae.to(chosen), Site.parse(record.site), record)
 
 
-def open_store(run: Path, record: RunRecord, store: str | Path | None = None) -> ActivationStore:
+def open_store(run: str | Path, record: RunRecord, store: str | Path | None = None) -> ActivationStore:
     """The store at `store`, by default the one the run was trained on: where it was then, or near the run.
 
     Raises StoreError; InputError where the default is nowhere.
@@ -142,7 +144,7 @@ def open_store(run: Path, record: RunRecord, store: str | Path | None = None) ->
     try:
         return ActivationStore(recorded)
     except StoreError as error:
-        for place in () if "://" in recorded else _near(run, Path(recorded)):
+        for place in () if "://" in recorded else _near(Path(run), Path(recorded)):
             with suppress(StoreError):
                 if (opened := ActivationStore(place)).store_id == record.store_id:
                     return opened
