@@ -89,13 +89,20 @@ class Folder(Place):
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        self.path.mkdir(parents=True, exist_ok=True)
+        is_new = not self.path.exists()
         with held_lock(self.path / LOCK) as works:
-            if works:
-                yield
-                return
-            with held_lease(self):  # a file system without locks
-                yield
+            try:
+                if works:
+                    yield
+                    return
+                with held_lease(self):  # a file system without locks
+                    yield
+            except BaseException:
+                if works and is_new and self.entries() == {LOCK}:  # nothing came of it: leave nothing
+                    (self.path / LOCK).unlink()
+                    with suppress(OSError):
+                        self.path.rmdir()
+                raise
 
     def require_space(self, needed_bytes: int, what: str) -> None:
         require_free_space(self.path, needed_bytes, what)

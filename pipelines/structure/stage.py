@@ -83,10 +83,10 @@ def structure(config: StructureConfig, client: Any = None) -> dict[str, Any]:
     if config.folder.exists():
         raise OutputExists(f"{config.folder}: exists; move it away, or choose another --out.")
     analysis = Analysis(config.analysis)
-    codes = CodeStore(analysis.record["codes"] if config.codes is None else config.codes)
-    if codes.store_id != analysis.record["codes_id"]:
+    codes = CodeStore(analysis.record.codes if config.codes is None else config.codes)
+    if codes.store_id != analysis.record.codes_id:
         raise IdentityMismatch(
-            f"{codes.url}: holds codes {codes.store_id}, {config.analysis} was made from {analysis.record['codes_id']}; "
+            f"{codes.url}: holds codes {codes.store_id}, {config.analysis} was made from {analysis.record.codes_id}; "
             "name the right ones with --codes."
         )
     directions = None if config.run is None else _directions(config.run, analysis)
@@ -109,7 +109,7 @@ def _structure(
     record = {
         "format": "actstore-structure",
         "version": STRUCTURE_VERSION,
-        **{name: analysis.record[name] for name in ("codes_id", "snapshot", "run_id", "site", "corpus", "model")},
+        **{name: getattr(analysis.record, name) for name in ("codes_id", "snapshot", "run_id", "site", "corpus", "model")},
         "settings": {
             **{name: getattr(config, name) for name in ("draws", "rows", "block_rows", "min_lift", "seed")},
             "q": Q,
@@ -164,9 +164,9 @@ def _directions(run: Path, analysis: Analysis) -> NDArray[np.float32]:
     from pipelines.sae.checkpoint import load_run
 
     sae, record = load_run(run)
-    if record.run_id != analysis.record["run_id"]:
+    if record.run_id != analysis.record.run_id:
         raise IdentityMismatch(
-            f"{run}: is run {record.run_id}, {analysis.place} was made from {analysis.record['run_id']}; pass that one."
+            f"{run}: is run {record.run_id}, {analysis.place} was made from {analysis.record.run_id}; pass that one."
         )
     rows = sae.W_dec.numpy().astype(np.float32)
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
