@@ -89,7 +89,7 @@ class Folder(Place):
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        is_new = not self.path.exists()
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         with held_lock(self.path / LOCK) as works:
             try:
                 if works:
@@ -98,10 +98,11 @@ class Folder(Place):
                 with held_lease(self):  # a file system without locks
                     yield
             except BaseException:
-                if works and is_new and self.entries() == {LOCK}:  # nothing came of it: leave nothing
+                if works and made and self.entries() == {LOCK}:  # nothing came of it: leave nothing
                     (self.path / LOCK).unlink()
                     with suppress(OSError):
-                        self.path.rmdir()
+                        for folder in made:
+                            folder.rmdir()
                 raise
 
     def require_space(self, needed_bytes: int, what: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from actstore import paths
-from actstore.errors import ActstoreError
+from actstore.errors import ActstoreError, NotAStore
 from actstore.open_place import open_place
 from actstore.place import Place
 
@@ -18,6 +18,21 @@ SEAL = "seal.json"
 MOST_BYTES = 1 << 26
 """Bytes of the longest record that is looked into."""
 FORMAT = re.compile(r"actstore-([a-z][a-z-]{0,31})\Z")
+RECORDS = (
+    "run.json",
+    "analysis.json",
+    "structure.json",
+    "concepts.json",
+    "effects.json",
+    "plan.json",
+    "sweep.json",
+    "evaluation.json",
+    "baselines.json",
+    "compare.json",
+    "superposition.json",
+    "demo.json",
+)
+"""The records by which things are known that have no manifest; each says its format, `actstore-KIND`."""
 UNFINISHED = {
     "training.safetensors": "holds a training that is not finished (continue it with `train --resume`)",
     "commits": "holds a store whose manifest is missing",
@@ -45,7 +60,7 @@ def found(url: str | Path | Place) -> Found:
     if entries == {"."}:
         return Found("", "is a file")
     first = [name for name in (paths.MANIFEST, SEAL) if name in entries]
-    for name in [*first, *sorted(name for name in entries if name.endswith(".json") and name not in first)]:
+    for name in [*first, *(name for name in RECORDS if name in entries)]:
         value = _object(place, name)
         kind = value.get("kind") if name in first else None
         if name == paths.MANIFEST:
@@ -59,6 +74,13 @@ def found(url: str | Path | Place) -> Found:
         if name in entries:
             return Found("", words)
     return Found("", "is a folder with nothing of actstore's directly in it")
+
+
+def not_a(url: str | Path | Place, wanted: str, remedy: str) -> NotAStore:
+    """The error of a place that does not hold what was wanted: it names what lies there instead."""
+    words = found(url).words
+    named = f"{words}, " if words.startswith("holds ") or words == "is a file" else ""
+    return NotAStore(f"{url}: {named}not {wanted}; {remedy}")
 
 
 def kind_words(kind: str) -> str:

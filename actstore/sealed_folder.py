@@ -19,16 +19,15 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from actstore.checked_json import Count, Hex64, checked, parse_json
-from actstore.errors import DamagedStore, IncompleteStore, NotAStore, OutputExists
+from actstore.errors import DamagedStore, IncompleteStore, OutputExists
 from actstore.files import object_entry, parse_record, record_bytes
 from actstore.folder import LOCK
 from actstore.integrity import Fault, read_in_pieces
-from actstore.kind import SEAL, found, kind_words
+from actstore.kind import SEAL, found, kind_words, not_a
 from actstore.lease import LEASES
 from actstore.open_place import open_place
 from actstore.place import Place
 
-FORMAT, VERSION = "actstore-seal", 1
 REMEDY = "restore it from a copy, or make it again at another --out."
 
 _PART = r"(?!\.{0,2}(?:/|\Z))[^/\\\x00-\x1f\x7f]+"
@@ -102,9 +101,8 @@ def open_sealed(url: str | Path | Place, kind: str, command: str) -> SealedFolde
     """A finished folder of a kind. Raises NotAStore, naming what lies there, when that is something else than what
     `command` writes, and what SealedFolder raises."""
     place = open_place(url)
-    there = found(place)
-    if there.kind != kind:
-        raise NotAStore(f"{place}: {there.words}, not {kind_words(kind)}; pass what `{command}` wrote.")
+    if found(place).kind != kind:
+        raise not_a(place, f"{kind_words(kind)} (no {kind}.json)", f"pass what `{command}` wrote.")
     return SealedFolder(place)
 
 
@@ -121,7 +119,8 @@ def seal_folder(
         names = [name for name in place.names() if name != SEAL and not is_of_lock(name)]
     with ThreadPoolExecutor(place.readers) as pool:
         entries = list(pool.map(partial(_entry_of, place), sorted(names)))
-    _publish(place, FolderSeal(FORMAT, VERSION, kind, record, dict(zip(sorted(names), entries, strict=True)), list(whole)))
+    objects = dict(zip(sorted(names), entries, strict=True))
+    _publish(place, FolderSeal("actstore-seal", 1, kind, record, objects, list(whole)))
 
 
 def unseal(place: Place) -> None:
@@ -143,17 +142,17 @@ def add_object(place: Place, name: str, data: bytes) -> None:
 
 
 @contextmanager
-def results_folder(out: str | Path, own: Collection[str], *, again: bool = False) -> Iterator[Place]:
+def results_folder(out: str | Path, own: Collection[str]) -> Iterator[Place]:
     """Hold a place alone while its results are made; the block ends with `seal_folder`.
 
     `own` are the first parts of the names that the block may write. What an interrupted command left of these is removed
-    first; with `again`, a finished result as well, its seal before anything else. A block that fails leaves none of them.
-    Raises OutputExists when anything else lies there, LockedStore while another process writes there.
+    first, and a block that fails leaves none of them. Raises OutputExists when anything else lies there, LockedStore while
+    another process writes there.
     """
     place = open_place(out)
-    require_unfinished(place, own, again)
+    require_unfinished(place, own)
     with place.lock():
-        require_unfinished(place, own, again)
+        require_unfinished(place, own)
         _clear(place, own)
         try:
             yield place
@@ -163,7 +162,8 @@ def results_folder(out: str | Path, own: Collection[str], *, again: bool = False
 
 
 def require_unfinished(url: str | Path | Place, own: Collection[str], again: bool = False) -> None:
-    """Raises OutputExists when a place holds anything but what a command that writes `own` left when it was interrupted."""
+    """Raises OutputExists when a place holds anything but what a command that writes `own` left when it was interrupted, or,
+    with `again`, when it had finished."""
     place = open_place(url)
     entries = contents(place)
     if SEAL in entries and not again:

@@ -17,7 +17,7 @@ from actstore.checked_json import checked, parse_json
 from actstore.errors import DamagedStore
 
 CODECS = ("bytes", "blosc", "crc32c", "sharding_indexed")
-COMPRESSOR = "lz4"
+COMPRESSOR: Literal["lz4"] = "lz4"
 MOST_RATIO = 256
 """Bytes that one stored byte may unfold to: lz4 gives at most 255."""
 MOST_DIMENSIONS = 4
@@ -131,4 +131,4 @@ def _is_plain(codecs: list[dict[str, Any]]) -> bool:
 
 
 def _refused(where: str, what: str) -> DamagedStore:
-    return DamagedStore(f"{where}: {what}: `analyze` does not write this; get the analysis from who made it, or make it anew.")
+    return DamagedStore(f"{where}: {what}: `analyze` does not write this; get the analysis again, or make it anew.")

@@ -1,4 +1,4 @@
-"""The arrays of an analysis as they are written, a Zarr group in a folder or a bucket; and sparse tables in tiles, as read."""
+"""The arrays of an analysis as they are written, a Zarr group in a folder or a bucket; sparse tables in tiles, as read."""
 
 from __future__ import annotations
 

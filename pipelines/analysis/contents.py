@@ -54,9 +54,7 @@ class AnalysisContents:
     def extent(self) -> Extent:
         """The numbers of features, tokens, positions, documents and parts."""
         record = self.record
-        return Extent(
-            record.n_features, record.k, record.n_vocabulary, record.context, record.n_documents, record.n_parts
-        )
+        return Extent(record.n_features, record.k, record.n_vocabulary, record.context, record.n_documents, record.n_parts)
 
     def arrays_of(self, statistic: str) -> Arrays:
         """The arrays that a registered statistic wrote whole, by full name.
@@ -198,7 +196,7 @@ class AnalysisContents:
             raise DamagedStore(f"{self._arrays.where(group)}/name: is no text in UTF-8; restore it from a copy.") from error
         if len(names) != n_names:
             raise DamagedStore(
-                f"{self._arrays.where(group)}/name: {len(names):,} names, the record says {n_names:,}; restore it from a copy."
+                f"{self._arrays.where(group)}/name: {len(names):,} names, {n_names:,} in the record; restore it from a copy."
             )
         return names
 

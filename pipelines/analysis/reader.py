@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from actstore import paths
 from actstore.errors import DamagedStore, IdentityMismatch, InputError, OutputExists
 from actstore.open_place import open_place
-from actstore.sealed_folder import is_sealed, open_sealed
+from actstore.sealed_folder import SealedFolder, is_sealed, open_sealed
 from pipelines.analysis.contents import AnalysisContents
 from pipelines.analysis.record import ANALYSIS_VERSION as ANALYSIS_VERSION
-from pipelines.analysis.record import RECORD as RECORD
 from pipelines.analysis.record import EXAMPLE_KINDS as EXAMPLE_KINDS
+from pipelines.analysis.record import RECORD as RECORD
 from pipelines.analysis.record import AnalysisRecord, open_analysis
 from pipelines.analysis.stored_arrays import StoredArray
 from pipelines.statistics import BANDS, association, band_numbers
@@ -79,7 +79,8 @@ class Analysis(AnalysisContents):
     def __init__(self, path: str | Path, record: AnalysisRecord | None = None):
         place = open_place(path)
         self.path = Path(path)
-        self._sealed, own = (None, record) if record is not None else open_analysis(path)
+        sealed, own = (None, record) if record is not None else open_analysis(path)
+        self._sealed: SealedFolder | None = sealed
         super().__init__(place, own, self._sealed)
         file = f"{paths.TOKENIZER}/tokenizer.json"
         data = place.read(file) if self._sealed is None else self._sealed.read(file)
@@ -237,7 +238,9 @@ class Analysis(AnalysisContents):
 
         of_feature = [[("left", "=", feature)], [("right", "=", feature)]]
         names = ["left", "right", "count_2", "expected_2", "lift_2", "replicated"]
-        pairs = pq.read_table(io.BytesIO(open_sealed(where, STRUCTURE, "structure").read(PAIRS)), columns=names, filters=of_feature).to_pydict()
+        pairs = pq.read_table(
+            io.BytesIO(open_sealed(where, STRUCTURE, "structure").read(PAIRS)), columns=names, filters=of_feature
+        ).to_pydict()
         rows = [row for row in zip(*pairs.values(), strict=True) if row[-1] and row[-2] > 1]
         rows.sort(key=lambda row: -row[-2])
         return [
@@ -269,5 +272,5 @@ def open_run_analysis(
     """An analysis. Raises IdentityMismatch, which ends with the remedy, when it is of another run."""
     analysis = Analysis(path)
     if analysis.record.run_id != run_id:
-        raise IdentityMismatch(f"{path}: is of run {analysis.record['run_id']}, {run} is {run_id}; {remedy}")
+        raise IdentityMismatch(f"{path}: is of run {analysis.record.run_id}, {run} is {run_id}; {remedy}")
     return analysis

@@ -1,4 +1,4 @@
-"""`analysis.json`, the record of an analysis: what was counted, and of which codes. The folder's seal says that it is whole."""
+"""`analysis.json`, the record of an analysis: what was counted, and of which codes. The folder's seal makes it whole."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class AnalysisRecord:
         if set(self.example_slots) != set(EXAMPLE_KINDS) or any(
             first != end or last < first for (first, last), end in zip(bounds, ends, strict=False)
         ):
-            raise ValueError(f"example_slots {self.example_slots}: not those of {', '.join(EXAMPLE_KINDS)}, one after another")
+            raise ValueError(f"example_slots {self.example_slots}: not {', '.join(EXAMPLE_KINDS)}, one after another")
         if self.focus >= self.example_width:
             raise ValueError(f"focus {self.focus}: beyond the {self.example_width} tokens of an example")
         if sum(self.bands.values()) != self.n_features:

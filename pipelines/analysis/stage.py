@@ -7,7 +7,6 @@ so that a killed command goes on where it was. Neither the language model nor th
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from actstore import paths
 from actstore.errors import InputError
-from actstore.files import fsync_path
+from actstore.files import fsync_path, json_bytes
 from actstore.folder import Folder
 from actstore.open_place import absolute, open_place
 from actstore.place import Place
@@ -250,7 +249,7 @@ def _record(
 
 
 def _publish(config: AnalyzeConfig, job: Job, codes: CodeStore, record: AnalysisRecord, arrays: Arrays) -> dict[str, Any]:
-    """Write the arrays by their full names, and the rest; the seal, last, makes it an analysis. A folder appears by a rename."""
+    """Write the arrays by their full names, and the rest; the seal makes it an analysis. A folder appears by a rename."""
     result = open_place(job.result_url)
     names = document_names(codes)
     for name, array in arrays.items():
@@ -264,7 +263,7 @@ def _publish(config: AnalyzeConfig, job: Job, codes: CodeStore, record: Analysis
     create_arrays(job.result_url, "joint", joint(finished))
     write_exports(finished, result, job.work_url)
     value = record.value()
-    result.publish(RECORD, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    result.publish(RECORD, json_bytes(value))
     seal_folder(result, KIND, RECORD, whole=(paths.DATA, paths.TOKENIZER))
     if isinstance(result, Folder):
         out = Path(config.out)
@@ -289,7 +288,5 @@ def joint(analysis: Analysis) -> dict[str, NDArray[Any]]:
         row = np.zeros(analysis.n_features, np.int64)
         row[columns] = counts
         together[i] = row[features]
-        together[i, i] = (
-            analysis.n_documents[feature] if analysis.record.within == "document" else analysis.fires[feature]
-        )
+        together[i, i] = analysis.n_documents[feature] if analysis.record.within == "document" else analysis.fires[feature]
     return {"features": features, "together": together}

@@ -47,7 +47,7 @@ class StoredArray:
             return np.asarray(read())
         except (ValueError, RuntimeError, TypeError, KeyError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise DamagedStore(f"{self._where}: cannot be read ({reason}); `actstore verify` names what is damaged.") from error
+            raise DamagedStore(f"{self._where}: cannot be read ({reason}); `verify` names what is damaged.") from error
 
 
 class StoredArrays:

@@ -8,10 +8,12 @@ from typing import Any
 
 from actstore.errors import IdentityMismatch, InputError, NotAStore, WidthMismatch
 from actstore.files import content_hash, publish_json, read_json
+from actstore.kind import not_a
 from actstore.reader import ActivationStore
 
 RUN_VERSION = 2
 RECORD, WEIGHTS = "run.json", "sae.safetensors"
+SHOWN_RUNS = 5
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,21 @@ def read_run_record(path: Path) -> RunRecord:
     Raises NotAStore when `path` holds no finished run of this version, or a record that was changed.
     """
     if not (path / RECORD).exists():
-        raise NotAStore(f"{path}: not a finished run (no {RECORD}); pass a folder that `train` wrote.")
+        raise not_a(path, f"a finished run (no {RECORD})", _remedy(path))
     value = read_json(path / RECORD)
     if value.pop("format", None) != "actstore-run" or value.pop("version", None) != RUN_VERSION:
         raise NotAStore(f"{path}: not a run of format version {RUN_VERSION}; use the actstore version that wrote it.")
     if value.pop("run_id", None) != content_hash(value)[:16]:
         raise NotAStore(f"{path / RECORD}: was changed after it was written; restore it from a copy.")
     return RunRecord(**value)
+
+
+def _remedy(path: Path) -> str:
+    """What to pass in place of a folder that holds no run: of a sweep, one of its runs."""
+    runs = sorted(record.parent.name for record in path.glob(f"*/{RECORD}")) if path.is_dir() else []
+    more = f" and {len(runs) - SHOWN_RUNS} more" if len(runs) > SHOWN_RUNS else ""
+    named = f": {', '.join(runs[:SHOWN_RUNS])}{more}" if runs else ""
+    return f"pass one of the runs in it{named}." if runs else "pass a folder that `train` wrote."
 
 
 def require_match(path: Path, record: RunRecord, store: ActivationStore) -> None:

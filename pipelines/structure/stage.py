@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore.errors import IdentityMismatch, InputError, OutputExists
-from actstore.files import publish_bytes, publish_folder, publish_json, require_free_space
+from actstore.errors import IdentityMismatch, InputError
+from actstore.files import json_bytes, require_free_space
+from actstore.place import Place
+from actstore.sealed_folder import require_unfinished, results_folder, seal_folder
 from pipelines.analysis.reader import PAIRS, STRUCTURE, Analysis
 from pipelines.codes.code_store import CodeStore
 from pipelines.shared.cluster import connect
@@ -31,6 +33,7 @@ from pipelines.text.tokens import store_tokenizer
 
 STRUCTURE_VERSION = 1
 RECORD, PAGE, COMMUNITIES = "structure.json", "findings.md", "communities.parquet"
+FILES = (RECORD, PAGE, COMMUNITIES, PAIRS)
 NULL_DRAWS = 20
 """Further draws, each judged as if it were observed."""
 MIN_DRAWS = 20
@@ -78,10 +81,9 @@ def structure(config: StructureConfig, client: Any = None) -> dict[str, Any]:
     """Seek structure and publish it; returns what `structure.json` holds.
 
     `client` is a Dask client to use instead of the one the configuration asks for. Raises NotAStore, IdentityMismatch,
-    InputError, OutputExists, NoSpace; nothing is published then.
+    InputError, OutputExists, LockedStore, NoSpace; nothing is published then.
     """
-    if config.folder.exists():
-        raise OutputExists(f"{config.folder}: exists; move it away, or choose another --out.")
+    require_unfinished(config.folder, FILES)
     analysis = Analysis(config.analysis)
     codes = CodeStore(analysis.record.codes if config.codes is None else config.codes)
     if codes.store_id != analysis.record.codes_id:
@@ -91,14 +93,20 @@ def structure(config: StructureConfig, client: Any = None) -> dict[str, Any]:
         )
     directions = None if config.run is None else _directions(config.run, analysis)
     require_free_space(config.folder, 2 * facts.MAX_PAIRS * 300, "the structure")
-    if client is not None:
-        return _structure(config, analysis, codes, directions, client)
-    with connect(config.scheduler, config.workers) as own_client:
-        return _structure(config, analysis, codes, directions, own_client)
+    with results_folder(config.folder, FILES) as place:
+        if client is not None:
+            return _structure(config, analysis, codes, directions, client, place)
+        with connect(config.scheduler, config.workers) as own_client:
+            return _structure(config, analysis, codes, directions, own_client, place)
 
 
 def _structure(
-    config: StructureConfig, analysis: Analysis, codes: CodeStore, directions: NDArray[np.float32] | None, client: Any
+    config: StructureConfig,
+    analysis: Analysis,
+    codes: CodeStore,
+    directions: NDArray[np.float32] | None,
+    client: Any,
+    place: Place,
 ) -> dict[str, Any]:
     samples = sample_halves(codes, config.rows, config.block_rows, config.seed, client)
     naming = Naming(analysis, codes, store_tokenizer(codes), samples[1])
@@ -125,7 +133,7 @@ def _structure(
         "hubs": facts.hubs_facts(sought),
         "cosine": facts.cosine_facts(sought),
     }
-    _publish(config.folder, record, tables)
+    _publish(place, record, tables)
     return record
 
 
@@ -182,9 +190,9 @@ def _cosines(directions: NDArray[np.float32], pairs: Pairs, step: int = 1 << 16)
     return cosines
 
 
-def _publish(folder: Path, record: dict[str, Any], tables: dict[str, dict[str, NDArray]]) -> None:
-    with publish_folder(folder) as own:
-        for name, columns in tables.items():
-            publish_bytes(own / name, parquet_bytes(columns))
-        publish_bytes(own / PAGE, findings_page(record).encode())
-        publish_json(own / RECORD, record)
+def _publish(place: Place, record: dict[str, Any], tables: dict[str, dict[str, NDArray]]) -> None:
+    for name, columns in tables.items():
+        place.publish(name, parquet_bytes(columns))
+    place.publish(PAGE, findings_page(record).encode())
+    place.publish(RECORD, json_bytes(record))
+    seal_folder(place, STRUCTURE, RECORD)

@@ -14,9 +14,9 @@ import pytest
 import scipy.sparse as sp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from actstore.errors import DamagedStore, InputError, NotAStore, OutputExists
 from actstore.folder import Folder
 from actstore.sealed_folder import seal_folder
-from actstore.errors import DamagedStore, InputError, NotAStore, OutputExists
 from pipelines.analysis.arrays import create_arrays
 from pipelines.analysis.reader import Analysis
 from pipelines.analysis.record import AnalysisRecord
