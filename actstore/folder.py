@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator
@@ -98,10 +99,10 @@ class Folder(Place):
                 with held_lease(self):  # a file system without locks
                     yield
             except BaseException:
-                if works and made and self.entries() == {LOCK}:  # nothing came of it: leave nothing
-                    (self.path / LOCK).unlink()
+                if works and made and set(self.names()) == {LOCK}:  # nothing came of it: leave nothing
+                    shutil.rmtree(self.path, ignore_errors=True)
                     with suppress(OSError):
-                        for folder in made:
+                        for folder in made[1:]:
                             folder.rmdir()
                 raise
 

@@ -35,6 +35,7 @@ RECORDS = (
 """The records by which things are known that have no manifest; each says its format, `actstore-KIND`."""
 UNFINISHED = {
     "training.safetensors": "holds a training that is not finished (continue it with `train --resume`)",
+    "sae.safetensors": "holds the weights of a run whose record (run.json) is missing",
     "commits": "holds a store whose manifest is missing",
 }
 """What lies there before the record does, and what it means."""

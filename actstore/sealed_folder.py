@@ -167,7 +167,7 @@ def require_unfinished(url: str | Path | Place, own: Collection[str], again: boo
     place = open_place(url)
     entries = contents(place)
     if SEAL in entries and not again:
-        raise OutputExists(f"{place}: exists and is finished; choose another --out, or move it away.")
+        raise OutputExists(f"{place}: exists; choose another --out, or move it away.")
     if entries - {SEAL} - set(own):
         raise OutputExists(f"{place}: exists{_count(entries)}; choose another --out, or move it away.")
 

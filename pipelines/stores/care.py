@@ -45,8 +45,10 @@ def verify(path: str | Path, level: str) -> list[str]:
     """
     place = open_place(path)
     things = [(place, found(place).kind)] if not isinstance(place, Folder) else list(_below(place))
-    if not any(kind for _, kind in things) and paths.COMMITS not in place.entries():
-        raise NotAStore(f"{path}: {found(place).words}; pass a folder that actstore wrote, or one that holds such folders.")
+    there = found(place)
+    is_remains = not there.kind and there.words.startswith("holds ")
+    if (is_remains or not any(kind for _, kind in things)) and paths.COMMITS not in place.entries():
+        raise NotAStore(f"{path}: {there.words}; pass a folder that actstore wrote, or one that holds such folders.")
     lines = []
     with track("verify", 0, "bytes") as progress:
         for own, kind in things:

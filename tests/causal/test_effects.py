@@ -233,7 +233,13 @@ def test_killed_three_times_and_started_again_it_ends_with_the_same_bytes(
         process.join()
         assert process.exitcode == 0
     assert files_of(asked.out) == files_of(tmp_path / "whole")
-    assert {path.name for path in asked.out.iterdir()} == {"plan.json", "effects.json", "effects.parquet"}
+    assert {path.name for path in asked.out.iterdir()} == {
+        "plan.json",
+        "effects.json",
+        "effects.parquet",
+        "seal.json",
+        "lock",
+    }
 
 
 def test_a_finished_measurement_is_not_made_again_and_is_joined_to_another_analysis(

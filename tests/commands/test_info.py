@@ -97,8 +97,8 @@ def test_info_of_a_sweep(sweep: Path, store: Path) -> None:
 def test_a_damaged_record_is_one_clear_line(run: Path, analysis: Path, sweep: Path, tmp_path: Path) -> None:
     for source, name, remedy in (
         (run, RECORD, "restore it from a copy"),
-        (analysis, "analysis.json", "pass what `analyze` wrote"),
-        (sweep, "sweep.json", "pass a folder that `train` wrote"),
+        (analysis, "analysis.json", "restore it from a copy, or make it again"),
+        (sweep, "sweep.json", "restore it from a copy, or make it again"),
     ):
         own = shutil.copytree(source, tmp_path / source.name)
         text = (own / name).read_text()

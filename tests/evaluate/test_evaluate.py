@@ -349,7 +349,9 @@ def test_a_failed_evaluation_leaves_the_earlier_one(
 
 
 def test_what_is_no_evaluation_is_refused(own_run: Path, tmp_path: Path, figures: dict[str, Any]) -> None:
-    with pytest.raises(NotAStore, match=r"holds a run, not an evaluation \(no evaluation.json\); pass what `evaluate` wrote"):
+    with pytest.raises(
+        NotAStore, match=r"holds a run, not an evaluation \(no evaluation.json\); pass what `evaluate` wrote"
+    ):
         read_evaluation(own_run)
     with pytest.raises(NotAStore, match="not an evaluation"):
         read_evaluation(tmp_path / "nothing")

@@ -33,7 +33,7 @@ from safetensors.numpy import load_file
 from storekit import TWO_SEGMENTS, StoreSpec, files_of, row_ids, row_values, write_store
 
 from actstore import bucket, lease, paths
-from actstore.errors import DamagedStore, InputError, LockedStore, NotAStore, OutputExists, StoreError
+from actstore.errors import DamagedStore, IncompleteStore, InputError, LockedStore, NotAStore, OutputExists, StoreError
 from actstore.integrity import find_faults
 from actstore.open_place import open_place
 from actstore.reader import ActivationStore
@@ -604,9 +604,11 @@ def test_an_analysis_in_a_bucket_says_what_one_in_a_folder_says(
         analyze(AnalyzeConfig(codes=in_bucket, out=f"{url}/analysis", **asked), client)
 
 
+@pytest.mark.parametrize("at", ["_examples", "seal_folder"])
 @pytest.mark.parametrize("first", [{"examples": 2}, {"examples": 3, "min_together": 5}])
 def test_an_interrupted_analysis_in_a_bucket_is_finished_by_the_next(
     first: dict[str, int],
+    at: str,
     codes: Path,
     client: Any,
     server: Server,
@@ -618,15 +620,15 @@ def test_an_interrupted_analysis_in_a_bucket_is_finished_by_the_next(
     in_bucket, asked = copy_to_bucket(codes, f"{url}/codes"), {"examples": 2}
     analyze(AnalyzeConfig(codes=codes, out=tmp_path / "analysis", **asked), client)
 
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(analyze_module, "_examples", interrupted)
+        patch.setattr(analyze_module, at, interrupted)
         with pytest.raises(KeyboardInterrupt):
             analyze(AnalyzeConfig(codes=in_bucket, out=f"{url}/analysis", **first), client)
     assert server.objects(f"{url}/analysis")
-    with pytest.raises(NotAStore, match="not an analysis"):
+    with pytest.raises((NotAStore, IncompleteStore), match=r"not an analysis|is not finished"):
         Analysis(f"{url}/analysis")
     analyze(AnalyzeConfig(codes=in_bucket, out=f"{url}/analysis", **asked), client)
     found, expected = server.objects(f"{url}/analysis"), objects_of(tmp_path / "analysis")
