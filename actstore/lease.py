@@ -185,4 +185,4 @@ def _is_given_back(state: bytes) -> bool:
 
 
 def _locked(place: Place | Path) -> LockedStore:
-    return LockedStore(f"{place}: another process is writing this store; wait for it, or stop it.")
+    return LockedStore(f"{place}: another process is writing there; wait for it, or stop it.")

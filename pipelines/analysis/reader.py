@@ -6,7 +6,6 @@ reads of each array."""
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import paths
+from actstore.checked_json import checked, parse_json
 from actstore.errors import DamagedStore, IdentityMismatch, InputError, OutputExists
 from actstore.open_place import open_place
 from actstore.sealed_folder import SealedFolder, is_sealed, open_sealed
@@ -106,15 +106,17 @@ class Analysis(AnalysisContents):
         that the later stage writes."""
         if not self.place.exists(FINDINGS):
             return []
+        where = f"{self.place}/{FINDINGS}"
+        found = checked(parse_json(self._added(FINDINGS), where), dict[str, list[dict[str, Any]]], where)
         try:
             return [
                 {"feature": self.require_feature(int(finding["feature"])), "rule": str(finding["rule"])}
                 | {name: float(finding[name]) for name in ("precision", "recall", "f1", "threshold")}
-                for finding in json.loads(self._added(FINDINGS))["findings"]
+                for finding in found["findings"]
             ]
-        except (KeyError, TypeError, ValueError, InputError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, InputError) as error:
             raise DamagedStore(
-                f"{self.place}/{FINDINGS}: not the findings of this analysis ({error}); write it again or move it."
+                f"{where}: not the findings of this analysis ({error}); write it again or move it."
             ) from error
 
     def _added(self, name: str) -> bytes:
@@ -124,7 +126,13 @@ class Analysis(AnalysisContents):
 
     @cached_property
     def token_texts(self) -> list[str]:
-        return self._codec.token_texts()
+        texts = self._codec.token_texts()
+        if len(texts) < self.record.n_vocabulary:
+            raise DamagedStore(
+                f"{self.place}: counts {self.record.n_vocabulary:,} tokens, its tokenizer has {len(texts):,}; restore it from "
+                "a copy."
+            )
+        return texts
 
     def require_feature(self, feature: int) -> int:
         """Raises InputError for an id that is not a feature's."""
@@ -234,13 +242,19 @@ class Analysis(AnalysisContents):
         where = f"{self.place.url}/{STRUCTURE}"
         if not is_sealed(where):
             return None
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         of_feature = [[("left", "=", feature)], [("right", "=", feature)]]
         names = ["left", "right", "count_2", "expected_2", "lift_2", "replicated"]
-        pairs = pq.read_table(
-            io.BytesIO(open_sealed(where, STRUCTURE, "structure").read(PAIRS)), columns=names, filters=of_feature
-        ).to_pydict()
+        table = io.BytesIO(open_sealed(where, STRUCTURE, "structure").read(PAIRS))
+        try:
+            pairs = pq.read_table(table, columns=names, filters=of_feature).to_pydict()
+        except (pa.ArrowException, ValueError, KeyError, OSError) as error:
+            reason = str(error).partition("\n")[0]
+            raise DamagedStore(
+                f"{where}/{PAIRS}: not the pairs that `structure` writes ({reason}); make it again."
+            ) from error
         rows = [row for row in zip(*pairs.values(), strict=True) if row[-1] and row[-2] > 1]
         rows.sort(key=lambda row: -row[-2])
         return [

@@ -332,6 +332,7 @@ def test_a_tile_that_is_left_out_is_refused(own: Path) -> None:
         {"n_features": 10**12},
         {"n_features": 63},
         {"n_vocabulary": 1},
+        {"n_vocabulary": 10**6},
         {"n_documents": 10**9},
         {"k": -1},
         {"bands": {"dead": 1}},
@@ -359,6 +360,35 @@ def test_a_record_of_another_analysis_is_refused(own: Path, analysis: Path) -> N
     assert json.loads((own / RECORD).read_bytes()) != record
     with pytest.raises(DamagedStore, match=r"analysis.json: is not the object that was sealed"):
         Analysis(own)
+
+
+def test_a_table_of_structure_that_a_stranger_made_is_one_line(own: Path) -> None:
+    for data in (b"no table", b"PAR1" + bytes(100) + b"PAR1"):
+        shutil.rmtree(own / "structure", ignore_errors=True)
+        (own / "structure").mkdir()
+        (own / "structure/structure.json").write_text('{"format": "actstore-structure"}')
+        (own / "structure/pairs.parquet").write_bytes(data)
+        seal_folder(Folder(own / "structure"), "structure", "structure.json")
+        assert "not the pairs that `structure` writes" in refused(own)
+
+
+@pytest.mark.parametrize(
+    "findings",
+    [
+        "[]",
+        "{}",
+        '{"findings": 1}',
+        '{"findings": [[]]}',
+        '{"findings": [{"feature": 1e999}]}',
+        '{"findings": [{}]}',
+        "[" * 10**5,
+    ],
+)
+def test_findings_that_a_stranger_made_are_one_line(own: Path, findings: str) -> None:
+    (own / "findings.json").write_text(findings)
+    with pytest.raises(DamagedStore, match=r"findings.json") as caught:
+        Analysis(own).findings  # noqa: B018
+    assert "\n" not in str(caught.value)
 
 
 def test_a_seal_of_other_things_is_no_analysis(own: Path) -> None:

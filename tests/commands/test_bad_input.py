@@ -293,7 +293,7 @@ def test_a_store_that_somebody_writes(refused: Refused, asked: dict[str, object]
         given = options(asked | {"--out": own, "--encoding": "fp32", "--tokens": 1_000_000, "--layer": 0})
         for command, *arguments in (("collect", *given, "--layer", 2), ("repair", own), ("recode", store, "--out", own)):
             line = refused(command, *arguments)
-            assert line == f"error: {own}: another process is writing this store; wait for it, or stop it.", command
+            assert line == f"error: {own}: another process is writing there; wait for it, or stop it.", command
         for command in ("info", "verify"):
             assert CliRunner().invoke(cli, [command, str(own)]).exit_code == 0, "who only reads need not wait"
 

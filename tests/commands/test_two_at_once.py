@@ -38,7 +38,7 @@ def second_is_told(first: Command, second: Command, out: Path) -> None:
     assert not first.has_ended, "the two were not under way together"
     assert (ended.returncode, ended.stdout) == (1, ""), ended
     lines = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
-    assert lines == [f"error: {out}: another process is writing this store; wait for it, or stop it."]
+    assert lines == [f"error: {out}: another process is writing there; wait for it, or stop it."]
     assert first.result().returncode == 0
 
 
@@ -107,7 +107,7 @@ def test_every_command_holds_its_output(
             result = CliRunner().invoke(cli, list(map(str, arguments)))
         error = result.stderr.splitlines()[-1]
         assert result.exit_code == 1, arguments
-        assert error == f"error: {held}: another process is writing this store; wait for it, or stop it.", arguments
+        assert error == f"error: {held}: another process is writing there; wait for it, or stop it.", arguments
         for path in (held, out):
             shutil.rmtree(path, ignore_errors=True)
     assert {path.name for path in tmp_path.iterdir()} <= {"run", "params.npz", "params.json", "out.partial"}

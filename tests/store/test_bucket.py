@@ -421,7 +421,7 @@ def test_a_second_writer_is_refused_while_the_first_lives_and_takes_over_when_it
 ) -> None:
     first = held_by_another(server, url)
     for _ in range(2):
-        with pytest.raises(LockedStore, match="another process is writing this store"):
+        with pytest.raises(LockedStore, match="another process is writing there"):
             write(url, SMALL)
     assert set(open_place(url).names("lease")) == {"lease/000001"}
     first.kill()
