@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import paths
-from actstore.checked_json import checked, parse_json
+from actstore.checked_json import parse_json
 from actstore.errors import DamagedStore, IdentityMismatch, InputError, OutputExists
 from actstore.open_place import open_place
 from actstore.sealed_folder import SealedFolder, is_sealed, open_sealed
@@ -107,7 +107,7 @@ class Analysis(AnalysisContents):
         if not self.place.exists(FINDINGS):
             return []
         where = f"{self.place}/{FINDINGS}"
-        found = checked(parse_json(self._added(FINDINGS), where), dict[str, list[dict[str, Any]]], where)
+        found = parse_json(self._added(FINDINGS), where)
         try:
             return [
                 {"feature": self.require_feature(int(finding["feature"])), "rule": str(finding["rule"])}
@@ -129,8 +129,8 @@ class Analysis(AnalysisContents):
         texts = self._codec.token_texts()
         if len(texts) < self.record.n_vocabulary:
             raise DamagedStore(
-                f"{self.place}: counts {self.record.n_vocabulary:,} tokens, its tokenizer has {len(texts):,}; restore it from "
-                "a copy."
+                f"{self.place}: counts {self.record.n_vocabulary:,} tokens, its tokenizer has {len(texts):,}; restore it "
+                "from a copy."
             )
         return texts
 

@@ -27,7 +27,8 @@ from pipelines.analysis.record import RECORD
 from pipelines.analysis.stage import AnalyzeConfig, analyze
 
 ARRAY = "data.zarr/features/fires"
-MUTATIONS = 20
+COUNTS = [20, pytest.param(200, marks=pytest.mark.slow)]
+"""Random mutations of each record."""
 
 
 @pytest.fixture
@@ -151,10 +152,11 @@ def mutated(data: bytes, generator: random.Random) -> bytes:
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
 
 
+@pytest.mark.parametrize("n_mutations", COUNTS)
 @pytest.mark.parametrize("name", [RECORD, SEAL])
-def test_no_mutation_of_a_record_is_read_as_data(own: Path, name: str) -> None:
+def test_no_mutation_of_a_record_is_read_as_data(own: Path, name: str, n_mutations: int) -> None:
     data, generator = (own / name).read_bytes(), random.Random(0)
-    for _ in range(MUTATIONS):
+    for _ in range(n_mutations):
         changed = mutated(data, generator)
         if changed == data:
             continue
@@ -164,16 +166,17 @@ def test_no_mutation_of_a_record_is_read_as_data(own: Path, name: str) -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("n_mutations", COUNTS)
 @pytest.mark.parametrize("name", [RECORD, f"{ARRAY}/zarr.json", "data.zarr/tokens/tiles/000000/columns/zarr.json"])
-def test_no_mutation_that_a_stranger_sealed_ends_in_a_traceback(own: Path, name: str) -> None:
+def test_no_mutation_that_a_stranger_sealed_ends_in_a_traceback(own: Path, name: str, n_mutations: int) -> None:
     data, generator, lines = (own / name).read_bytes(), random.Random(1), []
-    for _ in range(MUTATIONS):
+    for _ in range(n_mutations):
         (own / name).write_bytes(mutated(data, generator))
         try:
             shown(sealed_again(own))
         except ActstoreError as error:
             lines.append(str(error))
-    assert len(lines) > MUTATIONS // 2
+    assert len(lines) > n_mutations // 2
     assert not any("\n" in line for line in lines)
 
 

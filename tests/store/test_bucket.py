@@ -595,6 +595,9 @@ def test_an_analysis_in_a_bucket_says_what_one_in_a_folder_says(
     assert json.loads(json.dumps(Analysis(f"{url}/analysis").record.value())) == record
     assert record["n_rows"] == Analysis(tmp_path / "analysis").n_rows
     assert not [name for name in server.objects(url) if ".partial/" in name and "/lease/" not in name]
+    for command in ("verify", "info"):
+        result = invoke(command, f"{url}/analysis")
+        assert result.exit_code == 0, result.stderr
     shown = [invoke("feature", where, 3, "--json") for where in (f"{url}/analysis", tmp_path / "analysis")]
     assert shown[0].exit_code == 0, shown[0].stderr
     assert shown[0].stdout == shown[1].stdout
