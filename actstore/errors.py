@@ -47,7 +47,7 @@ class NoSpace(StoreError):
 
 
 class LockedStore(StoreError):
-    """Another process is writing this store."""
+    """Another process is writing there."""
 
 
 class EncodingError(StoreError):

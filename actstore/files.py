@@ -9,8 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -86,28 +84,12 @@ def publish_bytes(path: Path, data: bytes, mark: str = "") -> None:
 
 def publish_json(path: Path, value: Any) -> None:
     """`publish_bytes` of readable JSON."""
-    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    publish_bytes(path, (text + "\n").encode())
+    publish_bytes(path, json_bytes(value))
 
 
-@contextmanager
-def publish_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder` to write files into. At the end they are flushed, and it is renamed to `folder`.
-
-    The folder is therefore whole or absent: an error removes what was written, and the next attempt removes what a kill
-    left. `folder` must be free; only one process may publish it at a time."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            fsync_path(path)
-        os.rename(temporary, folder)
-        fsync_path(folder.absolute().parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def json_bytes(value: Any) -> bytes:
+    """A value as readable JSON, as files hold it."""
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def object_entry(data: bytes) -> Entry:
@@ -120,8 +102,7 @@ def object_entry(data: bytes) -> Entry:
 
 def record_bytes(value: dict[str, Any]) -> bytes:
     """A record as readable JSON that carries the content hash of the rest of itself."""
-    text = json.dumps({**value, CONTENT: content_hash(value)}, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return (text + "\n").encode()
+    return json_bytes({**value, CONTENT: content_hash(value)})
 
 
 def parse_record(data: bytes, where: str) -> dict[str, Any]:

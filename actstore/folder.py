@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator
@@ -117,13 +118,21 @@ class Folder(Place):
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        self.path.mkdir(parents=True, exist_ok=True)
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         with held_lock(self.path / LOCK) as works:
-            if works:
-                yield
-                return
-            with held_lease(self):  # a file system without locks
-                yield
+            try:
+                if works:
+                    yield
+                    return
+                with held_lease(self):  # a file system without locks
+                    yield
+            except BaseException:
+                if works and made and set(self.names()) == {LOCK}:  # nothing came of it: leave nothing
+                    shutil.rmtree(self.path, ignore_errors=True)
+                    with suppress(OSError):
+                        for folder in made[1:]:
+                            folder.rmdir()
+                raise
 
     def require_space(self, needed_bytes: int, what: str) -> None:
         require_free_space(self.path, needed_bytes, what)

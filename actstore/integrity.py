@@ -301,7 +301,7 @@ def _fault_of(place: Place, check: _Check, n_bytes: int | None, level: str) -> s
             _check_chunks(place, check.name, n_bytes, check.layout, bytes.fromhex(check.entry.get("chunk_crc32c", "")))
             return None
         digest = hashlib.sha256()
-        for piece in _pieces(place, check.name, n_bytes):
+        for piece in read_in_pieces(place, check.name, n_bytes):
             digest.update(piece)
     except (Unreadable, OSError) as error:
         return str(error)
@@ -332,7 +332,8 @@ def _check_chunks(place: Place, name: str, n_bytes: int, layout: Layout, committ
             number += 1
 
 
-def _pieces(place: Place, name: str, n_bytes: int) -> Iterator[memoryview]:
+def read_in_pieces(place: Place, name: str, n_bytes: int) -> Iterator[memoryview]:
+    """The bytes of an object, some MB at a time: each piece is good until the next is asked for."""
     buffer = memoryview(bytearray(min(PIECE_BYTES, n_bytes)))
     for start in range(0, n_bytes, PIECE_BYTES):
         n_read = place.read_into(name, start, buffer[: min(PIECE_BYTES, n_bytes - start)])

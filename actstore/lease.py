@@ -33,24 +33,69 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 @contextmanager
 def held_lock(path: Path) -> Iterator[bool]:
-    """Hold the file lock at `path`; gives False when the file system has none. Raises LockedStore.
+    """Hold the file lock at `path`, in a folder that is made if need be; gives False when the file system has none.
 
-    The kernel gives the lock back when its process ends, however it ends.
+    The kernel gives the lock back when its process ends, however it ends. Raises LockedStore while another process holds it.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
+    while True:
+        descriptor = _opened_lock(path)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            works = True
-        except BlockingIOError:
-            raise _locked(path.parent) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            works = False
-        yield works
-    finally:
-        os.close(descriptor)
+            works = _flocked(descriptor, path)
+            if not works or _is_at(descriptor, path):
+                yield works
+                return
+        finally:
+            os.close(descriptor)
+        # its last holder has removed the file meanwhile: once more
+
+
+@contextmanager
+def held_file(path: Path) -> Iterator[None]:
+    """Write the file `path` alone: holds the lock `.<name>.lock` beside it, which is removed at the end.
+
+    Raises LockedStore while another process holds it. Without locks of the file system nothing is held: the file is
+    published whole all the same.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        with held_lock(lock):
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+    except LockedStore:
+        raise _locked(path) from None
+
+
+def _opened_lock(path: Path) -> int:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # its folder was removed at this moment
+            if not path.parent.exists():
+                continue
+            raise
+
+
+def _flocked(descriptor: int, path: Path) -> bool:
+    """Take the lock; False when the file system has none. Raises LockedStore."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _locked(path.parent) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
@@ -140,4 +185,4 @@ def _is_given_back(state: bytes) -> bool:
 
 
 def _locked(place: Place | Path) -> LockedStore:
-    return LockedStore(f"{place}: another process is writing this store; wait for it, or stop it.")
+    return LockedStore(f"{place}: another process is writing there; wait for it, or stop it.")

@@ -13,8 +13,9 @@ from functools import cached_property
 
 from actstore import paths
 from actstore.checked_json import checked
-from actstore.errors import DamagedStore, NotAStore
+from actstore.errors import DamagedStore
 from actstore.files import Entry, object_entry, parse_record, record_bytes
+from actstore.kind import not_a
 from actstore.place import Place
 from actstore.schema import Manifest
 from actstore.segment_record import SegmentRecord, ShardRecord
@@ -113,7 +114,5 @@ def read_manifest(place: Place) -> Manifest:
     except (FileNotFoundError, NotADirectoryError) as error:
         if place.names(paths.COMMITS):
             raise DamagedStore(f"{place}: {paths.MANIFEST} is missing{REMEDY}") from error
-        raise NotAStore(
-            f"{place}: not a store (no {paths.MANIFEST}); pass a folder that `collect` or `encode` wrote."
-        ) from error
+        raise not_a(place, f"a store (no {paths.MANIFEST})", "pass a folder that `collect` or `encode` wrote.") from error
     return Manifest.from_bytes(data, str(place))

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from actstore.errors import InputError, OutputExists
-from actstore.files import publish_json, read_json
+from actstore.files import json_bytes, publish_json
+from actstore.folder import Folder
 from actstore.reader import ActivationStore
-from pipelines.analysis.reader import RECORD as ANALYSIS_RECORD
+from actstore.sealed_folder import add_object, is_sealed, open_sealed, seal_folder
 from pipelines.analysis.reader import Analysis
 from pipelines.analysis.stage import AnalyzeConfig, analyze
 from pipelines.codes.code_store import CodeStore
@@ -33,6 +34,7 @@ from pipelines.train.stage import train
 FEATURES, K, BATCH = 2048, 16, 2048
 GOOD_F1 = 0.7
 SHOWN_FINDINGS = 20
+RESULT = "demo.json"
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,16 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     An interrupted demo is continued by running it again. Raises OutputExists when a finished one is there.
     """
     out = config.out
-    page, result_file = out / "report.html", out / "demo.json"
-    store, run, codes, analysis = (out / name for name in ("store", "run", "codes", "analysis"))
-    if result_file.exists():
+    page = out / "report.html"
+    if is_sealed(out):
         raise OutputExists(f"{out}: holds a finished demo (see {page}); choose another --out, or move it away.")
-    started = time.monotonic()
+    with Folder(out).lock():
+        return _chain(config, page)
+
+
+def _chain(config: DemoConfig, page: Path) -> dict[str, Any]:
+    out, started = config.out, time.monotonic()
+    store, run, codes, analysis = (out / name for name in ("store", "run", "codes", "analysis"))
     model = random_weights_model("builtin", out / "model", config.seed) if config.random_weights else "builtin"
     collected = collect(CollectConfig(out=store, model=model, layer=(config.layer,), tokens=config.tokens, seed=config.seed))
     if (run / RUN_RECORD).exists():
@@ -87,12 +94,12 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     figures = evaluate(EvaluateConfig(run=run, store=store))
     with connect(None, config.workers) as client:
         encode(EncodeConfig(store=store, run=run, out=codes), client)
-        if not (analysis / ANALYSIS_RECORD).exists():
+        if not is_sealed(analysis):
             analyze(AnalyzeConfig(codes=codes, out=analysis), client)
         opened = CodeStore(codes)
         codec = store_tokenizer(opened)
         findings = find_rules(opened, codec, client)
-    publish_json(analysis / "findings.json", findings_json(good_findings(findings)))
+    add_object(Folder(analysis), "findings.json", json_bytes(findings_json(good_findings(findings))))
     if not page.exists():
         report(ReportConfig(analysis=analysis, out=page))
     record = Analysis(analysis).record
@@ -102,18 +109,19 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         "model": "random weights" if config.random_weights else "builtin",
         "layer": config.layer,
         "tokens": collected["tokens"],
-        "rows": record["n_rows"],
+        "rows": record.n_rows,
         "store_bytes_per_million_tokens": ActivationStore(store).disk_bytes * 1e6 / collected["tokens"],
         "codes_bytes_per_million_tokens": opened.disk_bytes * 1e6 / collected["tokens"],
         "features": FEATURES,
         "k": K,
-        "bands": record["bands"],
+        "bands": record.bands,
         "evaluation": figures,
         "rules": rule_counts(findings),
         "findings": [asdict(finding) for finding in shown_findings(findings)],
         "seconds": time.monotonic() - started,
     }
-    publish_json(result_file, result)
+    publish_json(out / RESULT, {"format": "actstore-demo", "version": 1, **result})
+    seal_folder(Folder(out), "demo", RESULT, [RESULT, page.name])
     return result
 
 
@@ -170,8 +178,7 @@ def demo_lines(result: dict[str, Any]) -> list[str]:
 
 def read_demo(out: str | Path) -> dict[str, Any]:
     """The result of a finished demo."""
-    out = Path(out)
-    if not (out / "demo.json").exists():
+    if not is_sealed(out):
         raise InputError(f"{out}: holds no finished demo; run `demo --out {out}` first.")
-    result: dict[str, Any] = read_json(out / "demo.json")
+    result: dict[str, Any] = open_sealed(out, "demo", "demo").record()
     return result

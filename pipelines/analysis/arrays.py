@@ -1,4 +1,4 @@
-"""The arrays of an analysis on disk: a Zarr group in a folder or a bucket, its columns, and sparse tables in tiles."""
+"""The arrays of an analysis as they are written, a Zarr group in a folder or a bucket; sparse tables in tiles, as read."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 from zarr.errors import ContainsGroupError
 
 from actstore import paths
+from actstore.errors import DamagedStore
 from actstore.folder import Folder
 from actstore.open_place import open_place
 from actstore.place import Place
+from pipelines.analysis.array_metadata import COMPRESSOR
+from pipelines.analysis.stored_arrays import StoredArrays
 
 CHUNK_ENTRIES, OBJECT_CHUNKS = 1 << 16, 64
 LOADED_ENTRIES = 1 << 25
@@ -23,7 +26,7 @@ LOADED_ENTRIES = 1 << 25
 
 
 def open_arrays(place: Place, mode: Any) -> zarr.Group:
-    """The Zarr group of an analysis. Several may ask for it with mode "a" at once: one of them creates it."""
+    """The Zarr group of an analysis, to write to. Several may ask for it with mode "a" at once: one of them creates it."""
     where: Any
     if isinstance(place, Folder):
         where = place.path / paths.DATA
@@ -31,9 +34,9 @@ def open_arrays(place: Place, mode: Any) -> zarr.Group:
         data: Any = open_place(f"{place.url}/{paths.DATA}")
         where = zarr.storage.ObjectStore(data.objects)
     try:
-        return zarr.open_group(where, mode=mode)
+        return zarr.open_group(where, mode=mode, zarr_format=3)
     except ContainsGroupError:  # not there when it was looked for, there when it was to be created
-        return zarr.open_group(where, mode="r+")
+        return zarr.open_group(where, mode="r+", zarr_format=3)
 
 
 def create_arrays(url: str, group: str, arrays: dict[str, NDArray[Any]], chunk_bytes: int = 0) -> None:
@@ -60,8 +63,9 @@ def _create_array(root: zarr.Group, name: str, shape: tuple[int, ...], dtype: An
         dtype=dtype,
         chunks=chunk,
         shards=(chunk[0] * min(OBJECT_CHUNKS, n_chunks), *chunk[1:]) if n_chunks > 1 else None,
-        compressors=[zarr.codecs.BloscCodec(cname="lz4", shuffle="shuffle"), zarr.codecs.Crc32cCodec()],
+        compressors=[zarr.codecs.BloscCodec(cname=COMPRESSOR, shuffle="shuffle"), zarr.codecs.Crc32cCodec()],
         overwrite=True,
+        config={"write_empty_chunks": True},  # so that a chunk that is absent is one that was lost
     )
 
 
@@ -101,18 +105,23 @@ class ColumnWriter:
 
 
 class SparseRows:
-    """A sparse matrix kept in tiles of rows, each as CSR: a row is read alone."""
+    """A sparse matrix kept in tiles of rows, each as CSR: a row is read alone.
 
-    def __init__(self, root: zarr.Group, group: str, n_columns: int):
-        self._root, self._group, self.n_columns = root, group, n_columns
-        self._first: NDArray[np.int64] = np.asarray(root[f"{group}/tile_starts"][:])  # type: ignore[index]
+    Raises KeyError when the analysis has no such table, DamagedStore when its parts do not fit together.
+    """
+
+    def __init__(self, arrays: StoredArrays, group: str, n_rows: int, n_columns: int):
+        self._arrays, self._group, self.n_columns = arrays, group, n_columns
+        self._first: NDArray[np.int64] = arrays.whole(f"{group}/tile_starts", (None,)).astype(np.int64)
+        if not _are_starts(self._first, n_rows):
+            raise self._damaged("tile_starts", f"do not lead from 0 to {n_rows:,} rows")
         self._tile = lru_cache(maxsize=64)(self._open_tile)
         self._in_memory = False
 
     def load(self) -> None:
         """Read each tile whole at its first use, unless the table has more than LOADED_ENTRIES entries."""
-        shapes = [self._root[f"{self._group}/tiles/{tile:06d}/columns"].shape[0] for tile in range(self.n_tiles)]  # type: ignore[union-attr]
-        if sum(shapes) <= LOADED_ENTRIES and not self._in_memory:
+        n_entries = sum(len(self._arrays.array(self._name(tile, "columns"))) for tile in range(self.n_tiles))
+        if n_entries <= LOADED_ENTRIES and not self._in_memory:
             self._in_memory = True
             self._tile.cache_clear()
 
@@ -120,19 +129,42 @@ class SparseRows:
     def n_tiles(self) -> int:
         return len(self._first) - 1
 
+    def _name(self, tile: int, array: str) -> str:
+        return f"{self._group}/tiles/{tile:06d}/{array}"
+
+    def _damaged(self, name: str, what: str) -> DamagedStore:
+        return DamagedStore(f"{self._arrays.where(f'{self._group}/{name}')}: {what}; restore it from a copy.")
+
     def _open_tile(self, tile: int) -> tuple[NDArray[np.int64], dict[str, Any]]:
-        group: Any = self._root[f"{self._group}/tiles/{tile:06d}"]
-        arrays = {name: group[name] for name in group.array_keys() if name != "starts"}
+        n_rows = int(self._first[tile + 1] - self._first[tile])
+        names = self._arrays.names(f"{self._group}/tiles/{tile:06d}")
+        if not {"starts", "columns"} <= set(names):
+            raise self._damaged(f"tiles/{tile:06d}", "its starts or columns are missing")
+        starts = self._arrays.whole(self._name(tile, "starts"), (n_rows + 1,)).astype(np.int64)
+        arrays: dict[str, Any] = {name: self._arrays.array(self._name(tile, name)) for name in names if name != "starts"}
+        n_entries = len(arrays["columns"])
+        if not _are_starts(starts, n_entries):
+            raise self._damaged(f"tiles/{tile:06d}/starts", f"do not lead from 0 to {n_entries:,} entries")
+        for name, array in arrays.items():
+            if array.shape != (n_entries,):
+                raise self._damaged(f"tiles/{tile:06d}/{name}", f"has shape {array.shape}, {n_entries:,} entries are needed")
         if self._in_memory:
-            arrays = {name: np.asarray(array[:]) for name, array in arrays.items()}
-        return np.asarray(group["starts"][:]), arrays
+            arrays = {name: array[:] for name, array in arrays.items()}
+        return starts, arrays
+
+    def _checked(self, tile: int, columns: NDArray[Any]) -> NDArray[np.int64]:
+        """Column numbers that were read. Raises DamagedStore for one that the table does not have."""
+        columns = columns.astype(np.int64)
+        if len(columns) and not (columns.min() >= 0 and columns.max() < self.n_columns):
+            raise self._damaged(f"tiles/{tile:06d}/columns", f"name columns beyond the {self.n_columns:,} there are")
+        return columns
 
     def row(self, row: int, name: str = "count") -> tuple[NDArray[Any], NDArray[Any]]:
         """(columns, values) of one row, columns rising."""
         tile = int(np.searchsorted(self._first, row, side="right")) - 1
         starts, arrays = self._tile(tile)
         first, last = (int(n) for n in starts[row - self._first[tile] : row - self._first[tile] + 2])
-        return np.asarray(arrays["columns"][first:last]).astype(np.int64), np.asarray(arrays[name][first:last])
+        return self._checked(tile, arrays["columns"][first:last]), arrays[name][first:last]
 
     def column(self, column: int, name: str = "count") -> tuple[NDArray[np.int64], NDArray[Any]]:
         """(rows, values) of one column, rows rising: scans the column numbers, and reads only the values that belong to the
@@ -140,21 +172,26 @@ class SparseRows:
         rows, values = [], []
         for tile in range(self.n_tiles):
             starts, arrays = self._tile(tile)
-            places = np.flatnonzero(np.asarray(arrays["columns"][:]) == column)
+            places = np.flatnonzero(arrays["columns"][:] == column)
             if len(places):
                 rows.append(self._first[tile] + np.searchsorted(starts, places, side="right") - 1)
-                values.append(np.asarray(arrays[name].oindex[places]))
+                values.append(arrays[name].take(places))
         return np.concatenate([np.empty(0, np.int64), *rows]), np.concatenate(values or [np.empty(0, np.int64)])
 
     def tiles(self, name: str = "count") -> Iterator[tuple[slice, sp.csr_array]]:
         """(rows, CSR of them) tile after tile."""
-        for tile in range(len(self._first) - 1):
+        for tile in range(self.n_tiles):
             starts, arrays = self._open_tile(tile)
             rows = slice(int(self._first[tile]), int(self._first[tile + 1]))
-            parts = (np.asarray(arrays[name][:]), np.asarray(arrays["columns"][:]).astype(np.int64), starts)
+            parts = (arrays[name][:], self._checked(tile, arrays["columns"][:]), starts)
             yield rows, sp.csr_array(parts, shape=(rows.stop - rows.start, self.n_columns))
 
     def whole(self, name: str = "count") -> sp.csr_array:
         """All rows as one CSR of int64 or float64."""
         joined = sp.csr_array(sp.vstack([tile for _, tile in self.tiles(name)], format="csr"))
         return joined.astype(np.float64 if joined.dtype.kind == "f" else np.int64)
+
+
+def _are_starts(starts: NDArray[np.int64], last: int) -> bool:
+    """Whether these are the places at which parts of a list of `last` entries begin, and its end."""
+    return len(starts) > 0 and starts[0] == 0 and starts[-1] == last and bool((np.diff(starts) >= 0).all())

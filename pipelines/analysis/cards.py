@@ -42,9 +42,9 @@ def _number(value: float) -> float | None:
 def joint_rows(analysis: Analysis, top: int) -> dict[str, Any]:
     """The joint frequencies of the most frequent features: the share of rows in which each two fire."""
     features, together = (array[:top] for array in analysis.joint)
-    unit = int((analysis.document_rows > 0).sum()) if analysis.record["within"] == "document" else analysis.n_rows
+    unit = int((analysis.document_rows > 0).sum()) if analysis.record.within == "document" else analysis.n_rows
     return {
-        "within": analysis.record["within"],
+        "within": analysis.record.within,
         "features": features.tolist(),
         "together": together[:, : len(features)].tolist(),
         "frequency": (together[:, : len(features)] / max(unit, 1)).tolist(),

@@ -7,44 +7,54 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-import zarr
 from numpy.typing import NDArray
 
-from actstore.errors import InputError
+from actstore.errors import DamagedStore, InputError
 from actstore.place import Place
-from pipelines.analysis.arrays import SparseRows, open_arrays
+from actstore.sealed_folder import SealedFolder
+from pipelines.analysis.arrays import SparseRows
+from pipelines.analysis.record import AnalysisRecord
+from pipelines.analysis.stored_arrays import StoredArray, StoredArrays
 from pipelines.statistics import Extent, statistics
 from pipelines.statistics.statistic import Arrays, Statistic, TiledStatistic
 
 
 class AnalysisContents:
-    """The arrays and tables of an analysis at a place, whose record is known."""
+    """The arrays and tables of an analysis at a place, whose record is known.
 
-    def __init__(self, place: Place, record: dict[str, Any]):
+    Reading raises DamagedStore where an array is missing, is not as `analyze` writes it, or is not of the record's shape.
+    """
+
+    def __init__(self, place: Place, record: AnalysisRecord, sealed: SealedFolder | None):
         self.place, self.record = place, record
-        self._root: zarr.Group = open_arrays(place, "r")
+        self._arrays = StoredArrays(place) if sealed is None else StoredArrays(place, sealed.there, sealed.read)
 
-    def _get(self, name: str) -> NDArray[Any]:
-        return np.asarray(self._root[name][:])  # type: ignore[index]
+    def _get(self, name: str, *shape: int | None) -> NDArray[Any]:
+        """A whole array that every analysis has. Raises DamagedStore when it is missing or has another shape."""
+        return self._array(name, *shape)[...]
+
+    def _array(self, name: str, *shape: int | None) -> StoredArray:
+        try:
+            return self._arrays.array(name, shape)
+        except KeyError as error:
+            raise self._missing(name) from error
+
+    def _missing(self, name: str) -> DamagedStore:
+        return DamagedStore(f"{self._arrays.where(name)}: is missing; restore it from a copy, or run `analyze` again.")
 
     @property
     def n_features(self) -> int:
-        n: int = self.record["n_features"]
-        return n
+        return self.record.n_features
 
     @property
     def n_rows(self) -> int:
-        n: int = self.record["n_rows"]
-        return n
+        return self.record.n_rows
 
     @cached_property
     def extent(self) -> Extent:
-        """The numbers of features, tokens, positions, documents and parts; 0 where the analysis has no count of rows."""
-        n_vocabulary, context, n_documents, n_parts = (
-            self._root[f"rows/{name}"].shape[0] if f"rows/{name}" in self._root else 0  # type: ignore[union-attr]
-            for name in ("tokens", "positions", "documents", "parts")
-        )
-        return Extent(self.n_features, self.record["k"], n_vocabulary, context, n_documents, n_parts)
+        """The numbers of features, tokens, positions, documents and parts."""
+        record = self.record
+        return Extent(record.n_features, record.k, record.n_vocabulary, record.context, record.n_documents, record.n_parts)
 
     def arrays_of(self, statistic: str) -> Arrays:
         """The arrays that a registered statistic wrote whole, by full name.
@@ -52,7 +62,7 @@ class AnalysisContents:
         Raises InputError for a name that no statistic has, or when the analysis was made without that statistic.
         """
         try:
-            return {name: self._get(name) for name in self._registered(statistic).arrays}
+            return {name: self._arrays.whole(name) for name in self._registered(statistic).arrays}
         except KeyError as error:
             raise self._without(statistic) from error
 
@@ -63,7 +73,7 @@ class AnalysisContents:
         if not (issubclass(kind, TiledStatistic) and kind.writes_table):
             raise InputError(f"statistic {statistic!r}: writes no table; ask for its arrays.")
         try:
-            return SparseRows(self._root, statistic, kind.n_columns(self.extent))
+            return SparseRows(self._arrays, statistic, self.n_features, kind.n_columns(self.extent))
         except KeyError as error:
             raise self._without(statistic) from error
 
@@ -79,62 +89,66 @@ class AnalysisContents:
 
     @cached_property
     def fires(self) -> NDArray[np.int64]:
-        return self._get("features/fires")
+        return self._get("features/fires", self.n_features)
 
     @cached_property
     def frequency(self) -> NDArray[np.float64]:
         """(F,) share of rows each feature fires in."""
-        return self._get("features/frequency")
+        return self._get("features/frequency", self.n_features)
 
     @cached_property
     def mean(self) -> NDArray[np.float64]:
         """(F,) mean activation over a feature's firings."""
-        return self._get("features/mean")
+        return self._get("features/mean", self.n_features)
 
     @cached_property
     def peak(self) -> NDArray[np.float32]:
         """(F,) largest activation."""
-        return self._get("features/peak")
+        return self._get("features/peak", self.n_features)
 
     @cached_property
     def n_documents(self) -> NDArray[np.int64]:
         """(F,) documents in which each feature fires."""
-        return self._get("features/n_documents")
+        return self._get("features/n_documents", self.n_features)
 
     @cached_property
     def burstiness(self) -> NDArray[np.float64]:
         """(F,) how many times likelier two rows of one document both fire than two rows of any; NaN for under 2 firings."""
-        return self._get("features/burstiness")
+        return self._get("features/burstiness", self.n_features)
 
     @cached_property
     def quantile_bins(self) -> NDArray[np.int32]:
         """(F, quantiles) the bin of each quantile of a feature's activations; -1 when dead."""
-        return self._get("features/quantile_bins")
+        return self._get("features/quantile_bins", self.n_features, len(self.record.quantiles))
 
     @cached_property
     def active(self) -> NDArray[np.int64]:
         """(k + 1,) rows by number of active features: the distribution of L0."""
-        return self._get("rows/active")
+        return self._get("rows/active", self.record.k + 1)
 
     @cached_property
     def document_rows(self) -> NDArray[np.int64]:
         """(documents,) rows of each document."""
-        return self._get("rows/documents")
+        return self._get("rows/documents", self.record.n_documents)
 
     @cached_property
     def joint(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The 20 most frequent features (n,), and in how many rows each two of them fire (n, n); diagonal: firings."""
-        return self._get("joint/features"), self._get("joint/together")
+        features = self._get("joint/features", None)
+        return features, self._get("joint/together", len(features), len(features))
 
     @cached_property
     def part_names(self) -> list[str]:
         """Names of the corpus parts: first folders below the one that all documents share."""
-        return self._get("parts/name").tobytes().decode().split("\n")
+        return self._names("parts", self.record.n_parts)
 
     @cached_property
     def pairs(self) -> SparseRows:
         """(F, F) in both triangles: with how many of its rows (or documents) each other feature is together."""
-        return SparseRows(self._root, "cooccurrence", self.n_features)
+        try:
+            return SparseRows(self._arrays, "cooccurrence", self.n_features, self.n_features)
+        except KeyError as error:
+            raise self._missing("cooccurrence") from error
 
     @cached_property
     def cooccurrence(self) -> sp.csr_array:
@@ -169,12 +183,23 @@ class AnalysisContents:
     @cached_property
     def token_rows(self) -> NDArray[np.int64]:
         """(vocabulary,) rows of the corpus that stand at each token."""
-        return self._get("rows/tokens")
+        return self._get("rows/tokens", self.record.n_vocabulary)
 
     @cached_property
     def document_names(self) -> list[str]:
-        return self._get("documents/name").tobytes().decode().split("\n")
+        return self._names("documents", self.record.n_documents)
+
+    def _names(self, group: str, n_names: int) -> list[str]:
+        try:
+            names = self._get(f"{group}/name", None).tobytes().decode().split("\n")
+        except UnicodeDecodeError as error:
+            raise DamagedStore(f"{self._arrays.where(group)}/name: is no text in UTF-8; restore it from a copy.") from error
+        if len(names) != n_names:
+            raise DamagedStore(
+                f"{self._arrays.where(group)}/name: {len(names):,} names, {n_names:,} in the record; restore it from a copy."
+            )
+        return names
 
     @cached_property
     def _part_rows(self) -> NDArray[np.int64]:
-        return self._get("rows/parts")
+        return self._get("rows/parts", self.record.n_parts)

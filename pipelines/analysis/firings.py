@@ -43,7 +43,7 @@ def feature_firings(analysis: Analysis, feature: int, codes: str | None = None, 
     analysis.require_feature(feature)
     if limit is not None and limit < 1:
         raise InputError(f"top {limit}: need at least 1.")
-    store = CodeStore(codes or analysis.record["codes"], snapshot=analysis.record["snapshot"])
+    store = CodeStore(codes or analysis.record.codes, snapshot=analysis.record.snapshot)
     index = FeatureIndex(store)
     n_firings = index.fires(feature)
     rows, values = index.firings(feature) if limit is None else index.top(feature, limit)

@@ -6,7 +6,6 @@ reads of each array."""
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actstore import paths
+from actstore.checked_json import parse_json
 from actstore.errors import DamagedStore, IdentityMismatch, InputError, OutputExists
 from actstore.open_place import open_place
+from actstore.sealed_folder import SealedFolder, is_sealed, open_sealed
 from pipelines.analysis.contents import AnalysisContents
 from pipelines.analysis.record import ANALYSIS_VERSION as ANALYSIS_VERSION
+from pipelines.analysis.record import EXAMPLE_KINDS as EXAMPLE_KINDS
 from pipelines.analysis.record import RECORD as RECORD
-from pipelines.analysis.record import read_analysis_record
+from pipelines.analysis.record import AnalysisRecord, open_analysis
+from pipelines.analysis.stored_arrays import StoredArray
 from pipelines.statistics import BANDS, association, band_numbers
 from pipelines.statistics.of_codes.bins import QUANTILES
 from pipelines.statistics.value_bins import bin_edges
@@ -31,7 +34,8 @@ FINDINGS = "findings.json"
 STRUCTURE, PAIRS = "structure", "pairs.parquet"
 """The folder in which `structure` leaves its result, unless told otherwise, and its table of pairs."""
 SORTS = ("frequency", "mean", "peak", "documents", "burstiness", "id")
-EXAMPLE_KINDS = ("top", "strata", "random")
+EXAMPLE_ARRAYS = ("value", "document", "tokens", "values")
+"""The arrays of the kept firings: (F, slots) each, the last two (F, slots, tokens)."""
 
 
 @dataclass(frozen=True)
@@ -67,33 +71,39 @@ def require_new_analysis(path: str | Path) -> None:
 
 
 class Analysis(AnalysisContents):
-    """What `analyze` wrote. Raises NotAStore when `path` holds no finished analysis of this format version.
+    """What `analyze` wrote. Raises what `open_analysis` raises.
 
     `record` is that of an analysis which is being finished and has none yet.
     """
 
-    def __init__(self, path: str | Path, record: dict[str, Any] | None = None):
+    def __init__(self, path: str | Path, record: AnalysisRecord | None = None):
         place = open_place(path)
         self.path = Path(path)
-        super().__init__(place, record or read_analysis_record(path))
+        sealed, own = (None, record) if record is not None else open_analysis(path)
+        self._sealed: SealedFolder | None = sealed
+        super().__init__(place, own, self._sealed)
         file = f"{paths.TOKENIZER}/tokenizer.json"
-        special = self.record["bos_token_id"], self.record["separator_token_id"]
-        self._codec = parse_tokenizer(self.place.read(file), f"{path}/{file}", *special)
+        data = place.read(file) if self._sealed is None else self._sealed.read(file)
+        self._codec = parse_tokenizer(data, f"{path}/{file}", own.bos_token_id, own.separator_token_id)
         self._loaded: dict[str, NDArray[Any]] = {}
 
     def __repr__(self) -> str:
         """Place, features, rows and what they are of, on one line."""
         return (
-            f"<Analysis {self.place}: {self.n_features:,} features of run {self.record['run_id']} in {self.n_rows:,} rows; "
-            f"snapshot {self.record['snapshot']}>"
+            f"<Analysis {self.place}: {self.n_features:,} features of run {self.record.run_id} in {self.n_rows:,} rows; "
+            f"snapshot {self.record.snapshot}>"
         )
 
     def preload(self) -> dict[str, NDArray[Any]]:
         """Read the arrays that most features' cards show; returns those of `examples`."""
         for table in (self.pairs, self.tokens):
             table.load()
-        self._loaded = {name: self._get(f"examples/{name}") for name in ("value", "document", "tokens", "values")}
+        self._loaded = {name: self._example_array(name)[...] for name in EXAMPLE_ARRAYS}
         return self._loaded
+
+    def _example_array(self, name: str) -> StoredArray:
+        shape = (self.n_features, self.record.n_slots)
+        return self._array(f"examples/{name}", *shape, *([] if name in EXAMPLE_ARRAYS[:2] else [self.record.example_width]))
 
     @cached_property
     def findings(self) -> list[dict[str, Any]]:
@@ -103,20 +113,33 @@ class Analysis(AnalysisContents):
         that the later stage writes."""
         if not self.place.exists(FINDINGS):
             return []
+        where = f"{self.place}/{FINDINGS}"
+        found = parse_json(self._added(FINDINGS), where)
         try:
             return [
                 {"feature": self.require_feature(int(finding["feature"])), "rule": str(finding["rule"])}
                 | {name: float(finding[name]) for name in ("precision", "recall", "f1", "threshold")}
-                for finding in json.loads(self.place.read(FINDINGS))["findings"]
+                for finding in found["findings"]
             ]
-        except (KeyError, TypeError, ValueError, InputError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, InputError) as error:
             raise DamagedStore(
-                f"{self.place}/{FINDINGS}: not the findings of this analysis ({error}); write it again or move it."
+                f"{where}: not the findings of this analysis ({error}); write it again or move it."
             ) from error
+
+    def _added(self, name: str) -> bytes:
+        """An object that a later stage put into the analysis, and sealed or not."""
+        is_sealed = self._sealed is not None and name in self._sealed.seal.objects
+        return self._sealed.read(name) if self._sealed is not None and is_sealed else self.place.read(name)
 
     @cached_property
     def token_texts(self) -> list[str]:
-        return self._codec.token_texts()
+        texts = self._codec.token_texts()
+        if len(texts) < self.record.n_vocabulary:
+            raise DamagedStore(
+                f"{self.place}: counts {self.record.n_vocabulary:,} tokens, its tokenizer has {len(texts):,}; restore it "
+                "from a copy."
+            )
+        return texts
 
     def require_feature(self, feature: int) -> int:
         """Raises InputError for an id that is not a feature's."""
@@ -183,21 +206,25 @@ class Analysis(AnalysisContents):
         "top": the strongest, strongest first, each from another window; "strata": a random one of each fifth of its
         firings by strength, weakest first; "random": of all its firings, equally likely.
         """
-        first, last = self.record["example_slots"][kind]
-        arrays = {}
-        for name in ("value", "document", "tokens", "values"):
-            array: Any = self._loaded[name] if self._loaded else self._root[f"examples/{name}"]
-            arrays[name] = np.asarray(array[feature])
+        first, last = self.record.example_slots[kind]
+        arrays = {
+            name: np.asarray((self._loaded[name] if self._loaded else self._example_array(name))[feature])
+            for name in EXAMPLE_ARRAYS
+        }
+        shown = range(first, last)
+        kept = [i for i in shown if arrays["value"][i] > 0]
+        for name, n in (("document", self.record.n_documents), ("tokens", len(self.token_texts))):
+            if (np.asarray(arrays[name][kept]) >= n).any() or (name == "document" and (arrays[name][kept] < 0).any()):
+                raise DamagedStore(f"{self._arrays.where('examples')}/{name}: names beyond the {n:,} there are.")
         return [
             Example(
                 value=float(arrays["value"][i]),
                 document=self.document_names[arrays["document"][i]],
                 tokens=tuple("" if t < 0 else self.token_texts[t] for t in arrays["tokens"][i]),
                 values=tuple(float(v) for v in arrays["values"][i]),
-                focus=self.record["focus"],
+                focus=self.record.focus,
             )
-            for i in range(first, last)
-            if arrays["value"][i] > 0
+            for i in kept
         ]
 
     def position_halves(self, feature: int) -> tuple[int, int]:
@@ -219,14 +246,22 @@ class Analysis(AnalysisContents):
 
         Counted on the second half of the documents, by the `structure` that lies in the analysis; None where none does.
         """
-        table = f"{STRUCTURE}/{PAIRS}"
-        if not self.place.exists(table):
+        where = f"{self.place.url}/{STRUCTURE}"
+        if not is_sealed(where):
             return None
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         of_feature = [[("left", "=", feature)], [("right", "=", feature)]]
         names = ["left", "right", "count_2", "expected_2", "lift_2", "replicated"]
-        pairs = pq.read_table(io.BytesIO(self.place.read(table)), columns=names, filters=of_feature).to_pydict()
+        table = io.BytesIO(open_sealed(where, STRUCTURE, "structure").read(PAIRS))
+        try:
+            pairs = pq.read_table(table, columns=names, filters=of_feature).to_pydict()
+        except (pa.ArrowException, ValueError, KeyError, OSError) as error:
+            reason = str(error).partition("\n")[0]
+            raise DamagedStore(
+                f"{where}/{PAIRS}: not the pairs that `structure` writes ({reason}); make it again."
+            ) from error
         rows = [row for row in zip(*pairs.values(), strict=True) if row[-1] and row[-2] > 1]
         rows.sort(key=lambda row: -row[-2])
         return [
@@ -244,10 +279,10 @@ class Analysis(AnalysisContents):
         order = np.lexsort((columns, -together))[:n]
         partner, together = columns[order], together[order]
         each, total = self.fires, self.n_rows
-        if self.record["within"] == "document":
+        if self.record.within == "document":
             each, total = self.n_documents, int((self.document_rows > 0).sum())
         lift = association.lift(together, each[feature], each[partner], total)
-        if self.record["within"] not in ("row", "document"):
+        if self.record.within not in ("row", "document"):
             lift = np.full(len(together), np.nan)
         return list(zip(partner.tolist(), together.tolist(), lift.tolist(), strict=True))
 
@@ -257,6 +292,6 @@ def open_run_analysis(
 ) -> Analysis:
     """An analysis. Raises IdentityMismatch, which ends with the remedy, when it is of another run."""
     analysis = Analysis(path)
-    if analysis.record["run_id"] != run_id:
-        raise IdentityMismatch(f"{path}: is of run {analysis.record['run_id']}, {run} is {run_id}; {remedy}")
+    if analysis.record.run_id != run_id:
+        raise IdentityMismatch(f"{path}: is of run {analysis.record.run_id}, {run} is {run_id}; {remedy}")
     return analysis

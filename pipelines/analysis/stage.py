@@ -7,7 +7,6 @@ so that a killed command goes on where it was. Neither the language model nor th
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -19,14 +18,16 @@ from numpy.typing import NDArray
 
 from actstore import paths
 from actstore.errors import InputError
-from actstore.files import fsync_path
+from actstore.files import fsync_path, json_bytes
 from actstore.folder import Folder
 from actstore.open_place import absolute, open_place
 from actstore.place import Place
 from actstore.reader import Shard
 from actstore.schema import PARTS
+from actstore.sealed_folder import seal_folder
 from pipelines.analysis.arrays import create_arrays
-from pipelines.analysis.reader import ANALYSIS_VERSION, EXAMPLE_KINDS, RECORD, Analysis
+from pipelines.analysis.reader import EXAMPLE_KINDS, RECORD, Analysis
+from pipelines.analysis.record import KIND, AnalysisRecord
 from pipelines.analysis.survey.example_texts import EXAMPLES, contexts, example_arrays, in_slots
 from pipelines.analysis.survey.held_codes import forget_codes
 from pipelines.analysis.survey.job import Job, corpus_parts, document_names
@@ -112,7 +113,7 @@ def _analyze(config: AnalyzeConfig, codes: CodeStore, work: Place, client: Any) 
         arrays = _whole_arrays(survey, facts)
         pairs = _count_pairs(job, counts.fires, arrays["features/n_documents"], document_rows, shards, client)
         examples = _examples(config, job, shards, facts, client)
-        record = _record(config, codes, counts) | pairs
+        record = _record(config, job, codes, counts, pairs)
         return _publish(config, job, codes, record, arrays | examples)
 
 
@@ -217,35 +218,38 @@ def _slots(config: AnalyzeConfig) -> dict[str, tuple[int, int]]:
     return {kind: (edges[i], edges[i + 1]) for i, kind in enumerate(EXAMPLE_KINDS)}
 
 
-def _record(config: AnalyzeConfig, codes: CodeStore, counts: FeatureCounts) -> dict[str, Any]:
-    policy = codes.manifest.policy
-    return {
-        "format": "actstore-analysis",
-        "version": ANALYSIS_VERSION,
-        **codes.manifest.source,  # first: it has the activation store's `snapshot`
-        "codes_id": codes.store_id,
-        "snapshot": codes.snapshot,
-        "codes": str(config.codes),
-        "run": codes.manifest.provenance["run"],
-        "store": codes.manifest.provenance["store"],
-        "model": codes.manifest.provenance["model"],
-        "corpus": codes.manifest.corpus.spec,
-        "n_rows": counts.n_rows,
-        "n_features": codes.n_features,
-        "k": codes.k,
-        "bands": frequency_bands(counts.fires, counts.n_rows),
-        "focus": config.before,
-        "example_slots": _slots(config),
-        "quantiles": list(QUANTILES),
-        "seed": config.seed,
-        "bos_token_id": policy.bos_token_id,
-        "separator_token_id": policy.separator_token_id,
-    }
+def _record(
+    config: AnalyzeConfig, job: Job, codes: CodeStore, counts: FeatureCounts, pairs: dict[str, Any]
+) -> AnalysisRecord:
+    policy, provenance, source, extent = (
+        codes.manifest.policy, codes.manifest.provenance, codes.manifest.source, job.extent,
+    )  # fmt: skip
+    return AnalysisRecord(
+        codes_id=codes.store_id,
+        snapshot=codes.snapshot,
+        **{name: source[name] for name in ("store_id", "run_id", "site")},
+        codes=str(config.codes),
+        **{name: provenance[name] for name in ("run", "store", "model")},
+        corpus=codes.manifest.corpus.spec,
+        n_rows=counts.n_rows,
+        n_features=codes.n_features,
+        k=codes.k,
+        **{name: getattr(extent, name) for name in ("n_vocabulary", "context", "n_documents", "n_parts")},
+        bands=frequency_bands(counts.fires, counts.n_rows),
+        focus=config.before,
+        example_width=config.before + 1 + config.after,
+        example_slots=_slots(config),
+        quantiles=list(QUANTILES),
+        seed=config.seed,
+        bos_token_id=policy.bos_token_id,
+        separator_token_id=policy.separator_token_id,
+        kernel=source.get("kernel"),
+        **pairs,
+    )
 
 
-def _publish(config: AnalyzeConfig, job: Job, codes: CodeStore, record: dict[str, Any], arrays: Arrays) -> dict[str, Any]:
-    """Write the arrays by their full names, and the rest; flush the result and make it an analysis, in a folder by a rename
-    and in a bucket by its record."""
+def _publish(config: AnalyzeConfig, job: Job, codes: CodeStore, record: AnalysisRecord, arrays: Arrays) -> dict[str, Any]:
+    """Write the arrays by their full names, and the rest; the seal makes it an analysis. A folder appears by a rename."""
     result = open_place(job.result_url)
     names = document_names(codes)
     for name, array in arrays.items():
@@ -258,17 +262,20 @@ def _publish(config: AnalyzeConfig, job: Job, codes: CodeStore, record: dict[str
     finished = Analysis(result.url, record)
     create_arrays(job.result_url, "joint", joint(finished))
     write_exports(finished, result, job.work_url)
-    result.publish(RECORD, (json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    value = record.value()
+    result.publish(RECORD, json_bytes(value))
+    seal_folder(result, KIND, RECORD, whole=(paths.DATA, paths.TOKENIZER))
     if isinstance(result, Folder):
         out = Path(config.out)
         for path in result.path.rglob("*"):
             fsync_path(path)
+        require_place(out)  # something may have come to lie there meanwhile
         os.rename(result.path, out)
         fsync_path(out.absolute().parent)
         shutil.rmtree(result.path.parent, ignore_errors=True)
     else:
         clear(open_place(job.work_url))
-    return record
+    return value
 
 
 def joint(analysis: Analysis) -> dict[str, NDArray[Any]]:
@@ -281,7 +288,5 @@ def joint(analysis: Analysis) -> dict[str, NDArray[Any]]:
         row = np.zeros(analysis.n_features, np.int64)
         row[columns] = counts
         together[i] = row[features]
-        together[i, i] = (
-            analysis.n_documents[feature] if analysis.record["within"] == "document" else analysis.fires[feature]
-        )
+        together[i, i] = analysis.n_documents[feature] if analysis.record.within == "document" else analysis.fires[feature]
     return {"features": features, "together": together}

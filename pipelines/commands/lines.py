@@ -11,6 +11,8 @@ UNUSUAL_SHARE = 0.3
 SHOWN_NAMES = 5
 """Most names of a list that are printed; the others are counted."""
 
+SHOWN_VALUES = 14
+"""Most values of a record that `info` prints of results it knows no more of."""
 Fields = list[tuple[str, str | None]]
 
 
@@ -197,7 +199,17 @@ def info_lines(facts: dict[str, Any]) -> list[str]:
             *aligned([("kind", "sweep"), ("folder", facts["path"]), ("store", facts["store"])]),
             *comparison_table(facts),
         ]
+    if facts["kind"] not in ("activations", "codes"):
+        return _results_lines(facts)
     return _store_lines(facts)
+
+
+def _results_lines(facts: dict[str, Any]) -> list[str]:
+    """Other results, such as those of `structure`: their record's plain values."""
+    apart = ("kind", "path", "objects", "disk_bytes")
+    shown = [(name.replace("_", " "), str(facts[name])) for name in facts if name not in apart][:SHOWN_VALUES]
+    files = f"{facts['objects']:,} files, {size(facts['disk_bytes'])}"
+    return aligned([("kind", facts["kind"]), ("folder", facts["path"]), *shown, ("disk", files)])
 
 
 def _store_lines(facts: dict[str, Any]) -> list[str]:

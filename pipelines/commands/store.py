@@ -16,7 +16,7 @@ from pipelines.commands.output import announced, key_lines, show
 @click.argument("folder", default=".", type=click.Path(path_type=Path))
 @JSON_OPTION
 def ls(folder: Path, as_json: bool) -> None:
-    """List the stores, codes, runs and analyses below a folder, and what was made from what.
+    """List the stores, codes, runs, analyses and other results below a folder, and what was made from what.
 
     \b
     Example:
@@ -34,7 +34,7 @@ def ls(folder: Path, as_json: bool) -> None:
 )
 @JSON_OPTION
 def info(path: str, row: int | None, as_json: bool) -> None:
-    """What a store, a run, codes, an analysis or a sweep is, what it was made from, its size and main figures.
+    """What a store, a run, codes, an analysis, a sweep or another result is, what it was made from, its size and figures.
 
     \b
     Example:
@@ -53,31 +53,37 @@ def info(path: str, row: int | None, as_json: bool) -> None:
 
 
 @click.command()
-@STORE_ARGUMENT
+@click.argument("path")
 @LEVEL_OPTION
 @JSON_OPTION
-def verify(store: str, level: str, as_json: bool) -> None:
-    """Compare a store with what was committed; name each fault's shard and array; exit 1 when there is one.
+def verify(path: str, level: str, as_json: bool) -> None:
+    """Compare what actstore wrote with what was committed; name each fault; exit 1 when there is one.
+
+    PATH is a store, codes, a run, an analysis or other results, or a folder: then all below it is compared.
 
     \b
     meta  every record, and that every object is there and as long as it was
-    crc   and the crc32c of every chunk
+    crc   and the crc32c of every chunk of a store, the sha256 of all else
     full  and the sha256 of every object
 
     \b
     Example:
       actstore verify gpt2.store --level crc
+      actstore verify experiments
     """
     from actstore.errors import DamagedStore
+    from actstore.kind import found
     from pipelines.stores.care import verify as stage
 
-    faults = stage(store, level)
-    show({"store": store, "level": level, "faults": faults}, as_json, lambda v: v["faults"] or [f"{store}: no fault found"])
-    if faults:
+    faults = stage(path, level)
+    show({"path": path, "level": level, "faults": faults}, as_json, lambda v: v["faults"] or [f"{path}: no fault found"])
+    if faults and found(path).kind in ("activations", "codes", ""):
         raise DamagedStore(
-            f"{store}: {len(faults)} faults; `actstore repair {store}` drops what is damaged, and the command that wrote "
-            "the store then fills exactly that in again."
+            f"{path}: {len(faults)} faults; `actstore repair STORE` drops what is damaged in a store, and the command that "
+            "wrote the store then fills exactly that in again."
         )
+    if faults:
+        raise DamagedStore(f"{path}: {len(faults)} faults; restore it from a copy, or make it again at another --out.")
 
 
 @click.command()

@@ -118,13 +118,15 @@ def train(as_json: bool, **options: Any) -> None:
 def evaluate(as_json: bool, **options: Any) -> None:
     """How well an SAE explains held-out rows, and what its reconstruction does to the model's loss.
 
-    The figures are kept beside the run, in evaluation.json.
+    RUN may be a sweep: each of its runs is evaluated. The figures are kept beside the run, in RUN/evaluations, by the
+    store's snapshot and the options.
 
     \b
     Example:
       actstore evaluate run gpt2.store
       actstore evaluate run gpt2.store --baselines
     """
-    from pipelines.evaluate.baselines import BaselinesConfig, evaluate_beside_baselines, lines
+    from pipelines.evaluate.baselines import BaselinesConfig
+    from pipelines.evaluate.of_sweep import evaluate_all, lines
 
-    show(evaluate_beside_baselines(announced("evaluate", BaselinesConfig(**options))), as_json, lines)
+    show(evaluate_all(announced("evaluate", BaselinesConfig(**options))), as_json, lines)

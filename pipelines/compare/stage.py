@@ -17,8 +17,9 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from actstore.errors import InputError, OutputExists
-from actstore.files import publish_bytes, publish_folder, publish_json
+from actstore.errors import InputError
+from actstore.files import json_bytes
+from actstore.sealed_folder import results_folder, seal_folder
 from pipelines.compare.coactivation import best_correlations, correlations
 from pipelines.compare.same_rows import Source, code_source, encoded_source, shared_codes
 from pipelines.compare.table import CLOSE
@@ -27,7 +28,7 @@ from pipelines.sae.base import Sae
 from pipelines.sae.checkpoint import RunRecord, load_run
 from pipelines.shared.parquet import parquet_bytes
 
-SUMMARY, TABLE = "compare.json", "features.parquet"
+SUMMARY, TABLE = FILES = "compare.json", "features.parquet"
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,20 @@ class Compared:
 def compare(config: CompareConfig) -> dict[str, Any]:
     """Compare every pair of runs, and publish the result where `out` is given.
 
-    Raises OutputExists, what loading runs and stores raises, and InputError when there is nothing to compare by.
+    Raises OutputExists, LockedStore, what loading runs and stores raises, and InputError when nothing can be compared by.
     """
-    if config.out is not None and config.out.exists():
-        raise OutputExists(f"{config.out}: exists; choose another --out, or move it away.")
+    if config.out is None:
+        return {"out": None, **_compared(config)[0]}
+    with results_folder(config.out, FILES) as place:
+        result, features = _compared(config)
+        place.publish(TABLE, parquet_bytes(features))
+        place.publish(SUMMARY, json_bytes({"format": "actstore-compare", "version": 1, **result}))
+        seal_folder(place, "compare", SUMMARY)
+    return {"out": str(config.out), **result}
+
+
+def _compared(config: CompareConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(figures, a row for each feature of each run)."""
     loaded = [load_run(path) for path in config.runs]
     runs = [
         Compared(name, record, unit_rows(sae.W_dec.numpy()))
@@ -104,17 +115,13 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         )
     pairs = [compare_pair(one, other, config.seed) for one, other in combinations(runs, 2)]
     features = _feature_table(runs)
-    result: dict[str, Any] = {
+    figures = {
         "runs": [_run_record(run, config, i) for i, run in enumerate(runs)],
         "rows": n_rows,
         "pairs": pairs,
         "stability": _stability(runs, features),
     }
-    if config.out is not None:
-        with publish_folder(config.out) as own:
-            publish_bytes(own / TABLE, parquet_bytes(features))
-            publish_json(own / SUMMARY, {"format": "actstore-compare", "version": 1, **result})
-    return {"out": None if config.out is None else str(config.out), **result}
+    return figures, features
 
 
 def compare_pair(one: Compared, other: Compared, seed: int) -> dict[str, Any]:

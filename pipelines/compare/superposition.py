@@ -17,12 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actstore.errors import InputError, OutputExists
-from actstore.files import publish_bytes, publish_folder, publish_json
+from actstore.errors import InputError
+from actstore.files import json_bytes
+from actstore.place import Place
+from actstore.sealed_folder import results_folder, seal_folder
 from pipelines.metrics.directions import all_pairs, random_directions, unit_rows
 from pipelines.sae.checkpoint import load_run
 
-SUMMARY, TOY, KEPT, COSINES = "superposition.json", "toy.png", "kept.png", "cosines.png"
+SUMMARY, TOY, KEPT, COSINES = FILES = "superposition.json", "toy.png", "kept.png", "cosines.png"
 KEPT_NORM = 0.5
 """Least norm of the direction of a represented feature; norms gather near 0 and 1."""
 COSINE_BINS = np.linspace(0, 1, 101)
@@ -128,10 +130,13 @@ def train_toy(config: SuperpositionConfig) -> Toy:
 def superposition(config: SuperpositionConfig) -> dict[str, Any]:
     """Train the toy, compare a run's decoder with chance where one is given, and publish figures and plots in `out`.
 
-    Raises OutputExists, and what loading the run raises.
+    Raises OutputExists, LockedStore, and what loading the run raises.
     """
-    if config.out.exists():
-        raise OutputExists(f"{config.out}: exists; choose another --out, or move it away.")
+    with results_folder(config.out, FILES) as place:
+        return {"out": str(config.out), **_superposition(config, place)}
+
+
+def _superposition(config: SuperpositionConfig, place: Place) -> dict[str, Any]:
     decoder = None if config.run is None else load_run(config.run)[0].W_dec.numpy()
     toy = train_toy(config)
     result: dict[str, Any] = {
@@ -146,11 +151,11 @@ def superposition(config: SuperpositionConfig) -> dict[str, Any]:
     if decoder is not None:
         result["run"] = {"path": str(config.run), **(cosines := decoder_cosines(decoder, config.seed))}
         plots[COSINES] = draw_cosines(cosines)
-    with publish_folder(config.out) as own:
-        for name, data in plots.items():
-            publish_bytes(own / name, data)
-        publish_json(own / SUMMARY, {"format": "actstore-superposition", "version": 1, **result})
-    return {"out": str(config.out), **result, "plots": sorted(plots)}
+    for name, data in plots.items():
+        place.publish(name, data)
+    place.publish(SUMMARY, json_bytes({"format": "actstore-superposition", "version": 1, **result}))
+    seal_folder(place, "superposition", SUMMARY)
+    return {**result, "plots": sorted(plots)}
 
 
 def decoder_cosines(decoder: NDArray[np.floating], seed: int) -> dict[str, Any]:

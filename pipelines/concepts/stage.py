@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from actstore.errors import IdentityMismatch, InputError, NotAStore, OutputExists
-from actstore.files import publish_bytes, publish_folder, publish_json
+from actstore.errors import IdentityMismatch, InputError, NotAStore
+from actstore.files import json_bytes
+from actstore.place import Place
 from actstore.reader import ActivationStore, Store
+from actstore.sealed_folder import require_unfinished, results_folder, seal_folder
 from pipelines.codes.code_store import CodeStore
 from pipelines.concepts.labels import LabelTable, read_labels
 from pipelines.concepts.probing import find_absorption, fit_probes
@@ -30,6 +32,7 @@ from pipelines.shared.cluster import connect, share
 from pipelines.text.codec import TextCodec, store_tokenizer
 
 SUMMARY, TABLE, FEATURES, TEXT = "concepts.json", "concepts.parquet", "features.parquet", "findings.md"
+FILES = (SUMMARY, TABLE, FEATURES, TEXT)
 MAIN_F1 = 0.5
 """Main features must follow their concept at least so well on the choosing half, for absorption to mean anything."""
 
@@ -62,11 +65,11 @@ class ConceptsConfig:
 def concepts(config: ConceptsConfig, client: Any = None) -> dict[str, Any]:
     """Compute and publish the table of concepts. `client` is a Dask client to use instead of the configuration's.
 
-    Raises OutputExists, what opening stores and labels raises, and IdentityMismatch when store or run are not the codes'.
+    Raises OutputExists, LockedStore, what opening stores and labels raises, and IdentityMismatch when store or run are not
+    the codes'.
     """
     folder = config.folder
-    if folder.exists():
-        raise OutputExists(f"{folder}: exists; choose another --out, or move it away.")
+    require_unfinished(folder, FILES)
     codes = CodeStore(config.codes)
     codec = store_tokenizer(codes)
     labels = read_labels(codes, codec, config.labels)
@@ -78,7 +81,7 @@ def concepts(config: ConceptsConfig, client: Any = None) -> dict[str, Any]:
     if len({scored.name for _, scored in others}) < len(others):
         raise InputError(f"beside: {', '.join(scored.name for _, scored in others)}: each must be another one.")
     where = connect(config.scheduler, config.workers) if client is None else nullcontext(client)
-    with where as connected:
+    with results_folder(folder, FILES) as place, where as connected:
         own = ScoredUnits.of(codes)
         held, scores, thresholds, unions = _follow(own, labels, codec, connected, with_tokens=True)
         rows = [
@@ -99,8 +102,8 @@ def concepts(config: ConceptsConfig, client: Any = None) -> dict[str, Any]:
             for row in rows:
                 i = number.get(row["label"])
                 row["beside"][scored.name] = None if i is None else beside_record(scored, their_scores, i, their_unions[i])
-    findings = scores.finalize(thresholds, labels.names, codec.token_texts())
-    return _published(folder, codes, labels, rows, findings)
+        findings = scores.finalize(thresholds, labels.names, codec.token_texts())
+        return _published(place, codes, labels, rows, findings)
 
 
 def find_rules(codes: CodeStore, codec: TextCodec, client: Any, labels: LabelTable | None = None) -> list[Finding]:
@@ -200,7 +203,7 @@ def _scored_at(url: str) -> list[tuple[Store, ScoredUnits]]:
 
 
 def _published(
-    folder: Path, codes: CodeStore, labels: LabelTable, rows: list[dict[str, Any]], findings: list[Finding]
+    place: Place, codes: CodeStore, labels: LabelTable, rows: list[dict[str, Any]], findings: list[Finding]
 ) -> dict[str, Any]:
     rows = sorted(rows, key=lambda row: (-(row["f1"] or 0.0), row["label"]))
     text = findings_text(rows)
@@ -214,9 +217,9 @@ def _published(
         "findings": text,
         "concepts": rows,
     }
-    with publish_folder(folder) as own:
-        publish_bytes(own / TABLE, table_bytes(rows))
-        publish_bytes(own / FEATURES, table_bytes([asdict(finding) for finding in findings]))
-        publish_bytes(own / TEXT, (markdown.inline(text) + "\n").encode())
-        publish_json(own / SUMMARY, {"format": "actstore-concepts", "version": 1, **record})
-    return {"out": str(folder), **record}
+    place.publish(TABLE, table_bytes(rows))
+    place.publish(FEATURES, table_bytes([asdict(finding) for finding in findings]))
+    place.publish(TEXT, (markdown.inline(text) + "\n").encode())
+    place.publish(SUMMARY, json_bytes({"format": "actstore-concepts", "version": 1, **record}))
+    seal_folder(place, "concepts", SUMMARY)
+    return {"out": place.url, **record}

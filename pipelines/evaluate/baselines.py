@@ -31,12 +31,11 @@ from pipelines.evaluate.stage import (
     EvaluateConfig,
     evaluate,
     evaluation_lines,
-    evaluation_path,
+    kept_beside,
     linear_fve,
     load_same_model,
     pca_basis,
     require_heldout,
-    save_evaluation,
 )
 from pipelines.metrics.model_loss import Replace, heldout_text, reconstructing
 from pipelines.models.load import choose_device, load_model, resolve_model
@@ -49,6 +48,7 @@ from pipelines.train.config import TrainConfig
 from pipelines.train.new_trainee import Samples, default_learning_rate, new_trainee
 from pipelines.train.ranks import Ranks
 
+BASELINES = "baselines"
 RANDOM_MODEL = "SAE on random model weights"
 
 
@@ -66,7 +66,7 @@ class BaselinesConfig(EvaluateConfig):
 
 
 def evaluate_beside_baselines(config: BaselinesConfig) -> dict[str, Any]:
-    """`evaluate`; and, when asked for, `baselines`, a row of figures each, published beside the run as `baselines.json`."""
+    """`evaluate`; and, when asked for, `baselines`, a row of figures each, kept in `baselines_folder`."""
     if config.baselines and "batch" not in load_run(config.run)[1].config:
         raise InputError(f"{config.run}: was imported, and baselines repeat the run's training; leave out --baselines.")
     figures = evaluate(config)
@@ -74,8 +74,24 @@ def evaluate_beside_baselines(config: BaselinesConfig) -> dict[str, Any]:
 
 
 def compare(config: BaselinesConfig, figures: dict[str, Any]) -> dict[str, Any]:
-    """The baselines of a run whose own figures are given."""
-    store = ActivationStore(config.store)
+    """The baselines of a run whose own figures are given; `saved` as in `evaluate`."""
+    store = ActivationStore(config.store, snapshot=figures["snapshot"])
+    with kept_beside(baselines_folder(config, store.snapshot), BASELINES) as keep:
+        compared = _compared(config, store, figures)
+        return {**compared, "saved": keep(compared)}
+
+
+def baselines_folder(config: BaselinesConfig, snapshot: str) -> Path:
+    """Where baselines are kept: what they depend on is the folder's name.
+
+    >>> config = BaselinesConfig(run=Path("run"), store="store", windows=64)
+    >>> baselines_folder(config, "0123456789abcdef").as_posix()
+    'run/baselines/0123456789abcdef-windows64-rows1000000'
+    """
+    return config.run / BASELINES / f"{snapshot}-windows{config.windows}-rows{config.baseline_tokens}"
+
+
+def _compared(config: BaselinesConfig, store: ActivationStore, figures: dict[str, Any]) -> dict[str, Any]:
     _, record = load_run(config.run)
     device = choose_device(config.device)
     batch = record.config["batch"]
@@ -104,7 +120,7 @@ def compare(config: BaselinesConfig, figures: dict[str, Any]) -> dict[str, Any]:
         for name, (n_numbers, replace_rows) in linear.items()
     ]
     kept = ("name", "trained_rows", "left_out", *COLUMNS)
-    compared = {
+    return {
         "run_id": record.run_id,
         "store_id": store.store_id,
         "snapshot": store.snapshot,
@@ -112,8 +128,6 @@ def compare(config: BaselinesConfig, figures: dict[str, Any]) -> dict[str, Any]:
         "windows": config.windows,
         "rows": [{key: row[key] for key in kept if key in row} for row in rows],
     }
-    path = evaluation_path(config.run, record, store.store_id, "baselines")
-    return {**compared, "saved": save_evaluation(path, compared)}
 
 
 COLUMNS = {

@@ -8,6 +8,8 @@ field's, written out in docs/GLOSSARY.md; sums are float64.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +21,19 @@ from torch import Tensor, nn
 
 from actstore import paths
 from actstore.errors import IdentityMismatch, InputError, NotAStore
-from actstore.files import publish_json, read_json
+from actstore.files import json_bytes
+from actstore.folder import Folder
 from actstore.reader import ActivationStore
+from actstore.sealed_folder import open_sealed, require_unfinished, seal_folder, unseal
 from pipelines.metrics.model_loss import heldout_text, positions_said, reconstructing
 from pipelines.models.load import choose_device, load_model, model_identity
 from pipelines.models.sites.site import Site
+from pipelines.sae.base import Sae
 from pipelines.sae.checkpoint import RunRecord, load_run, require_match
 from pipelines.sae.reconstruction_metrics import DENSE, PART, heldout_metrics, heldout_rows
 from pipelines.shared.visible_text import BAR
 
-FORMAT, VERSION = "actstore-evaluation", 1
+EVALUATION, VERSION = "evaluation", 2
 PCA_ROWS = 200_000
 BLOCK_COSINES = 1 << 25
 """Cosines of decoder directions in memory at a time: 0.13 GB."""
@@ -53,8 +58,11 @@ class EvaluateConfig:
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Every figure of one SAE as plain values, published at `evaluation_path`; `saved` says where, None for a run's
-    folder that cannot be written to. Raises InputError when the store holds no held-out rows."""
+    """Every figure of one SAE as plain values, kept in `evaluation_folder`; `saved` says where, None for a run's folder
+    that cannot be written to.
+
+    Raises InputError when the store holds no held-out rows, LockedStore while another process makes the same figures.
+    """
     store = ActivationStore(config.store)
     sae, record = load_run(config.run)
     require_match(config.run, record, store)
@@ -63,6 +71,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise InputError(
             f"pca {config.pca}: rows have {record.d_model} dimensions; choose --pca {record.d_model - 1} or less."
         )
+    with kept_beside(evaluation_folder(config, store.snapshot), EVALUATION) as keep:
+        figures = _figures(config, store, sae, record)
+        return {**figures, "saved": keep(figures)}
+
+
+def _figures(config: EvaluateConfig, store: ActivationStore, sae: Sae, record: RunRecord) -> dict[str, Any]:
     device = choose_device(config.device)
     sae.to(device)
     rows = heldout_metrics(sae, store, record.site)
@@ -70,7 +84,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     neighbours = nearest_cosines(sae.W_dec)
     model = load_same_model(config.model or record.model, store, device)
     text = heldout_text(model, store, Site.parse(record.site), {"sae": reconstructing(sae)}, config.windows, device)
-    figures = {
+    return {
         "run_id": record.run_id,
         "store_id": store.store_id,
         "snapshot": store.snapshot,
@@ -94,30 +108,49 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "text_positions_replaced": text.n_replaced,
         **text.finalize(),
     }
-    path = evaluation_path(config.run, record, store.store_id)
-    return {**figures, "saved": save_evaluation(path, figures)}
 
 
-def evaluation_path(run: Path, record: RunRecord, store_id: str, name: str = "evaluation") -> Path:
-    """`evaluation.json` for the store that a run was trained on. For another store the name contains that store's id, so
-    that neither file replaces the other."""
-    return run / (f"{name}.json" if store_id == record.store_id else f"{name}-{store_id}.json")
+def evaluation_folder(config: EvaluateConfig, snapshot: str) -> Path:
+    """Where an evaluation is kept: what it depends on is its name, so that none replaces another.
+
+    >>> config = EvaluateConfig(run=Path("run"), store="store", windows=64)
+    >>> evaluation_folder(config, "0123456789abcdef").as_posix()
+    'run/evaluations/0123456789abcdef-windows64-pca16'
+    """
+    return config.run / "evaluations" / f"{snapshot}-windows{config.windows}-pca{config.pca}"
 
 
-def save_evaluation(path: Path, figures: dict[str, Any]) -> str | None:
-    """Publish figures, in place of older ones; gives the path, or None where the folder cannot be written to."""
-    if not os.access(path.parent, os.W_OK):
-        return None
-    publish_json(path, {"format": FORMAT, "version": VERSION, **figures})
-    return str(path)
+@contextmanager
+def kept_beside(folder: Path, kind: str) -> Iterator[Callable[[dict[str, Any]], str | None]]:
+    """Hold a folder below a run while figures are made that it will keep; gives what keeps them, and says where.
+
+    Figures of the same kind that are there are replaced. A run's folder that cannot be written to keeps nothing.
+    """
+    name, run = f"{kind}.json", folder.parent.parent
+    if not all(os.access(path, os.W_OK) for path in (run, folder.parent, folder) if path.exists()):
+        yield lambda figures: None
+        return
+
+    def keep(figures: dict[str, Any]) -> str:
+        unseal(place)
+        place.publish(name, json_bytes({"format": f"actstore-{kind}", "version": VERSION, **figures}))
+        seal_folder(place, kind, name)
+        return str(folder / name)
+
+    place = Folder(folder)
+    require_unfinished(place, (name,), again=True)
+    with place.lock():
+        yield keep
 
 
-def read_evaluation(path: str | Path) -> dict[str, Any]:
-    """The figures that `save_evaluation` was given. Raises NotAStore when the file is no evaluation."""
-    path = Path(path)
-    value: dict[str, Any] = read_json(path) if path.exists() else {}
-    if value.pop("format", None) != FORMAT or value.pop("version", None) != VERSION:
-        raise NotAStore(f"{path}: not an evaluation of version {VERSION}; run `evaluate` (again).")
+def read_evaluation(folder: str | Path, kind: str = EVALUATION) -> dict[str, Any]:
+    """The figures that a folder keeps.
+
+    Raises NotAStore when it holds none of the kind, IncompleteStore when they are not finished, DamagedStore when they are
+    not those that were sealed."""
+    value: dict[str, Any] = open_sealed(folder, kind, "evaluate").record()
+    if value.pop("format", None) != f"actstore-{kind}" or value.pop("version", None) != VERSION:
+        raise NotAStore(f"{folder}: not of version {VERSION}; run `evaluate` again.")
     return value
 
 

@@ -6,6 +6,7 @@ is 0 and `config` has the file, its format and its origin in place of options.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,18 @@ from typing import Any
 import torch
 
 from actstore.errors import IdentityMismatch, InputError, OutputExists
-from actstore.files import publish_folder, require_free_space
+from actstore.files import require_free_space
+from actstore.lease import held_file
 from actstore.reader import ActivationStore
+from actstore.sealed_folder import require_unfinished, results_folder
 from pipelines.exchange.format import Origin, format_named
 from pipelines.sae.base import Sae
-from pipelines.sae.checkpoint import RunRecord, load_run, require_match, save_run
+from pipelines.sae.checkpoint import WEIGHTS, RunRecord, load_run, require_match, save_run
 from pipelines.sae.row_sample import SAMPLE_ROWS, n_silent, sample_rows, usual_code_width
+from pipelines.sae.tensor_file import making
+
+LEFT_OVER = (WEIGHTS, making(Path(WEIGHTS)).name)
+"""What an import that was killed leaves: a run exists by its record alone."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +61,13 @@ def export_run(config: ExportConfig) -> dict[str, Any]:
             f"{', '.join(chosen.architectures)}; choose another --format, or a run of those."
         )
     files = chosen.files(config.out)
-    for path in files:
-        require_free(path)
-    chosen.write(sae, record, config.out)
+    with ExitStack() as held:
+        for path in files:
+            require_free(path)
+            held.enter_context(held_file(path))
+        for path in files:
+            require_free(path)
+        chosen.write(sae, record, config.out)
     return {
         "files": [str(path) for path in files],
         "format": chosen.name,
@@ -72,13 +83,13 @@ def import_run(config: ImportConfig) -> dict[str, Any]:
     OutputExists or NoSpace; nothing is written then.
     """
     chosen = format_named(config.format)
-    require_free(config.out)
+    require_unfinished(config.out, LEFT_OVER)
     sae, origin = chosen.read(config.file)
     store = ActivationStore(config.store)
     record = record_of(config, chosen.name, sae, origin, store)
     require_free_space(config.out, 12 * sae.n_features * sae.d_model, "the imported run")
-    with publish_folder(config.out) as folder:
-        record = save_run(folder, sae, record)
+    with results_folder(config.out, LEFT_OVER):
+        record = save_run(config.out, sae, record)
     return {"run": str(config.out), "run_id": record.run_id, **asdict(record)}
 
 

@@ -14,6 +14,7 @@ import jinja2
 
 from actstore.errors import InputError, OutputExists
 from actstore.files import publish_bytes, require_free_space
+from actstore.lease import held_file
 from pipelines.analysis.reader import Analysis
 from pipelines.report.view import joined_data, pieces, views
 from pipelines.shared.visible_text import visible
@@ -38,13 +39,19 @@ def report(config: ReportConfig) -> dict[str, Any]:
     Raises OutputExists, NotAStore (no analysis there), DamagedStore (unreadable findings) or NoSpace; nothing is
     written then.
     """
-    if config.out.exists():
-        raise OutputExists(f"{config.out}: exists; choose another --out, or move it away.")
+    _require_free(config.out)
     analysis = Analysis(config.analysis)
-    page = render(analysis, config.examples).encode()
-    require_free_space(config.out, len(page), "the page")
-    publish_bytes(config.out, page)
+    with held_file(config.out):
+        _require_free(config.out)
+        page = render(analysis, config.examples).encode()
+        require_free_space(config.out, len(page), "the page")
+        publish_bytes(config.out, page)
     return {"page": str(config.out), "features": analysis.n_features, "bytes": len(page)}
+
+
+def _require_free(out: Path) -> None:
+    if out.exists():
+        raise OutputExists(f"{out}: exists; choose another --out, or move it away.")
 
 
 def render(analysis: Analysis, n_examples: int) -> str:

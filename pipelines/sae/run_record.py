@@ -12,10 +12,12 @@ from actstore import paths
 from actstore.checked_json import Count, Width, checked
 from actstore.errors import DamagedStore, IdentityMismatch, InputError, NotAStore, WidthMismatch
 from actstore.files import content_hash, publish_json, read_json
+from actstore.kind import not_a
 from actstore.reader import ActivationStore
 
 RUN_VERSION = 2
 RECORD, WEIGHTS = "run.json", "sae.safetensors"
+SHOWN_RUNS = 5
 
 
 Id = Annotated[str, Meta(pattern=r"^([0-9a-f]{16})?\Z")]
@@ -79,7 +81,7 @@ def read_run_record(path: str | Path) -> RunRecord:
     """
     file = Path(path) / RECORD
     if not file.exists():
-        raise NotAStore(f"{path}: not a finished run (no {RECORD}); pass a folder that `train` wrote.")
+        raise not_a(path, f"a finished run (no {RECORD})", _remedy(Path(path)))
     value = checked(read_json(file), dict[str, Any], str(file))
     if value.pop("format", None) != "actstore-run" or value.pop("version", None) != RUN_VERSION:
         raise NotAStore(f"{path}: not a run of format version {RUN_VERSION}; use the actstore version that wrote it.")
@@ -97,6 +99,14 @@ def read_run_record(path: str | Path) -> RunRecord:
             "no SAE has these; restore it from a copy."
         )
     return record
+
+
+def _remedy(path: Path) -> str:
+    """What to pass in place of a folder that holds no run: of a sweep, one of its runs."""
+    runs = sorted(record.parent.name for record in path.glob(f"*/{RECORD}")) if path.is_dir() else []
+    more = f" and {len(runs) - SHOWN_RUNS} more" if len(runs) > SHOWN_RUNS else ""
+    named = f": {', '.join(runs[:SHOWN_RUNS])}{more}" if runs else ""
+    return f"pass one of the runs in it{named}." if runs else "pass a folder that `train` wrote."
 
 
 def require_match(path: str | Path, record: RunRecord, store: ActivationStore) -> None:

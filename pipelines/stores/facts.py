@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from actstore import paths
+from actstore.errors import NotAStore
+from actstore.kind import found
 from actstore.open_place import open_place
 from actstore.reader import Store
 from actstore.schema import PARTS
+from actstore.sealed_folder import SealedFolder
 from pipelines.analysis import record as analysis_record
 from pipelines.sae import run_record
 from pipelines.train import sweep_record
 
 
 def facts(path: str | Path) -> dict[str, Any]:
-    """What lies at `path`; `kind` is activations, codes, run, analysis or sweep.
+    """What lies at `path`; `kind` is activations, codes, run, analysis, sweep, or that of other results.
 
     Raises NotAStore when nothing that actstore wrote lies there, and what opening a damaged one raises.
     """
-    entries = open_place(path).entries()
-    if paths.MANIFEST not in entries:
-        if run_record.RECORD in entries:
-            return run_facts(Path(path))
-        if analysis_record.RECORD in entries:
-            return analysis_facts(path)
-        if sweep_record.SUMMARY in entries:
-            return sweep_facts(Path(path))
-    return store_facts(path)
+    there = found(path)
+    if there.kind in ("activations", "codes"):
+        return store_facts(path)
+    if there.kind == "run":
+        return run_facts(Path(path))
+    if there.kind == analysis_record.KIND:
+        return analysis_facts(path)
+    if there.kind == sweep_record.KIND:
+        return sweep_facts(Path(path))
+    if there.kind:
+        return results_facts(path)
+    raise NotAStore(
+        f"{path}: {there.words}; pass a store, codes, a run, an analysis, a sweep or other results; `actstore ls` "
+        "lists what lies below a folder."
+    )
 
 
 def store_facts(path: str | Path) -> dict[str, Any]:
@@ -87,9 +97,18 @@ def run_facts(path: str | Path) -> dict[str, Any]:
 
 def analysis_facts(path: str | Path) -> dict[str, Any]:
     """What an analysis' record says, and its size."""
-    record = analysis_record.read_analysis_record(path)
-    values = {name: value for name, value in record.items() if name not in ("format", "version")}
+    values = asdict(analysis_record.read_analysis_record(path))
     return {"path": str(path), **values, "kind": "analysis", "disk_bytes": sum(open_place(path).names().values())}
+
+
+def results_facts(path: str | Path) -> dict[str, Any]:
+    """What the record of other results says, such as those of `structure` or `effects`; what it lists is left out."""
+    folder = SealedFolder(open_place(path))
+    record = folder.record()
+    plain = {name: value for name, value in record.items() if isinstance(value, str | int | float)}
+    about = {name: plain[name] for name in plain if name not in ("format", "version", "findings")}
+    sizes = {"objects": len(folder.seal.objects), "disk_bytes": sum(one.bytes for one in folder.seal.objects.values())}
+    return {**about, "path": str(path), "kind": folder.seal.kind, **sizes}
 
 
 def sweep_facts(path: str | Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""In: a folder. Out: the stores, codes, runs and analyses below it, and what was made from what."""
+"""In: a folder. Out: the stores, codes, runs, analyses and other results below it, and what was made from what."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from actstore import paths
-from actstore.errors import ActstoreError, InputError
+from actstore.errors import ActstoreError, IncompleteStore, InputError
+from actstore.kind import RECORDS, SEAL, found
 from actstore.reader import Store
 from actstore.schema import PARTS
 from pipelines.analysis import record as analysis_record
 from pipelines.sae import run_record
+from pipelines.stores.facts import results_facts
 
 SKIPPED = (paths.DATA, paths.COMMITS, paths.TOKENIZER)
 
@@ -30,30 +32,32 @@ class Listed:
 
 
 def list_folder(folder: str | Path) -> list[Listed]:
-    """Every store, code store, run and analysis below a folder, by path. Raises InputError when it is none."""
+    """Everything that actstore wrote below a folder, by path. Raises InputError when it is none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: not a folder; pass one that holds stores or runs.")
-    return [_listed(path) for path in sorted(_homes(folder))]
+    return [_listed(path, kind) for path, kind in sorted(homes(folder))]
 
 
-def _homes(folder: Path) -> Iterator[Path]:
-    """Folders that hold a record of actstore's; folders inside a store are left out."""
+def homes(folder: Path) -> Iterator[tuple[Path, str]]:
+    """(folder, kind) of all that actstore wrote, finished or not; folders inside a store are left out."""
     names = {entry.name for entry in folder.iterdir() if not entry.is_symlink()}
-    if names & {paths.MANIFEST, run_record.RECORD, analysis_record.RECORD}:
-        yield folder
+    if names & {paths.MANIFEST, SEAL, *RECORDS} and (kind := found(folder).kind):
+        yield folder, kind
     for name in sorted(names - set(SKIPPED)):
         if (folder / name).is_dir() and not name.startswith("."):
-            yield from _homes(folder / name)
+            yield from homes(folder / name)
 
 
-def _listed(path: Path) -> Listed:
+def _listed(path: Path, kind: str) -> Listed:
     try:
-        if (path / paths.MANIFEST).exists():
+        if kind in ("activations", "codes"):
             return _store(path)
-        if (path / run_record.RECORD).exists():
+        if kind == "run":
             return _run(path, json.loads((path / run_record.RECORD).read_text(encoding="utf-8")))
-        return _analysis(path, json.loads((path / analysis_record.RECORD).read_text(encoding="utf-8")))
+        return _analysis(path) if kind == analysis_record.KIND else _results(path)
+    except IncompleteStore:
+        return Listed(str(path), kind, "", "not finished", "")
     except (ActstoreError, ValueError, KeyError, OSError) as error:
         return Listed(str(path), "unreadable", "", " ".join(str(error).split()), "")
 
@@ -84,9 +88,17 @@ def _run(path: Path, record: dict[str, Any]) -> Listed:
     )
 
 
-def _analysis(path: Path, record: dict[str, Any]) -> Listed:
-    what = f"{record['n_rows']:,} rows, {record['n_features']:,} features"
-    return Listed(str(path), "analysis", record["codes_id"], what, f"{record['store_id']} {record['run_id']}")
+def _analysis(path: Path) -> Listed:
+    record = analysis_record.read_analysis_record(path)
+    what = f"{record.n_rows:,} rows, {record.n_features:,} features"
+    return Listed(str(path), "analysis", record.codes_id, what, f"{record.store_id} {record.run_id}")
+
+
+def _results(path: Path) -> Listed:
+    facts = results_facts(path)
+    origin = " ".join(str(facts[name]) for name in ("store_id", "run_id", "codes_id") if name in facts)
+    what = f"{facts['objects']:,} files, {facts['disk_bytes'] / 1e6:,.1f} MB"
+    return Listed(str(path), facts["kind"], "", what, origin)
 
 
 def listing_lines(listed: list[dict[str, Any]]) -> list[str]:

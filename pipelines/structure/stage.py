@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actstore.errors import IdentityMismatch, InputError, OutputExists
-from actstore.files import publish_bytes, publish_folder, publish_json, require_free_space
+from actstore.errors import IdentityMismatch, InputError
+from actstore.files import json_bytes, require_free_space
+from actstore.place import Place
+from actstore.sealed_folder import require_unfinished, results_folder, seal_folder
 from pipelines.analysis.reader import PAIRS, STRUCTURE, Analysis
 from pipelines.codes.code_store import CodeStore
 from pipelines.shared.cluster import connect
@@ -31,6 +33,7 @@ from pipelines.text.codec import store_tokenizer
 
 STRUCTURE_VERSION = 1
 RECORD, PAGE, COMMUNITIES = "structure.json", "findings.md", "communities.parquet"
+FILES = (RECORD, PAGE, COMMUNITIES, PAIRS)
 NULL_DRAWS = 20
 """Further draws, each judged as if it were observed."""
 MIN_DRAWS = 20
@@ -78,27 +81,32 @@ def structure(config: StructureConfig, client: Any = None) -> dict[str, Any]:
     """Seek structure and publish it; returns what `structure.json` holds.
 
     `client` is a Dask client to use instead of the one the configuration asks for. Raises NotAStore, IdentityMismatch,
-    InputError, OutputExists, NoSpace; nothing is published then.
+    InputError, OutputExists, LockedStore, NoSpace; nothing is published then.
     """
-    if config.folder.exists():
-        raise OutputExists(f"{config.folder}: exists; move it away, or choose another --out.")
+    require_unfinished(config.folder, FILES)
     analysis = Analysis(config.analysis)
-    codes = CodeStore(analysis.record["codes"] if config.codes is None else config.codes)
-    if codes.store_id != analysis.record["codes_id"]:
+    codes = CodeStore(analysis.record.codes if config.codes is None else config.codes)
+    if codes.store_id != analysis.record.codes_id:
         raise IdentityMismatch(
-            f"{codes.url}: holds codes {codes.store_id}, {config.analysis} was made from {analysis.record['codes_id']}; "
+            f"{codes.url}: holds codes {codes.store_id}, {config.analysis} was made from {analysis.record.codes_id}; "
             "name the right ones with --codes."
         )
     directions = None if config.run is None else _directions(config.run, analysis)
     require_free_space(config.folder, 2 * facts.MAX_PAIRS * 300, "the structure")
-    if client is not None:
-        return _structure(config, analysis, codes, directions, client)
-    with connect(config.scheduler, config.workers) as own_client:
-        return _structure(config, analysis, codes, directions, own_client)
+    with results_folder(config.folder, FILES) as place:
+        if client is not None:
+            return _structure(config, analysis, codes, directions, client, place)
+        with connect(config.scheduler, config.workers) as own_client:
+            return _structure(config, analysis, codes, directions, own_client, place)
 
 
 def _structure(
-    config: StructureConfig, analysis: Analysis, codes: CodeStore, directions: NDArray[np.float32] | None, client: Any
+    config: StructureConfig,
+    analysis: Analysis,
+    codes: CodeStore,
+    directions: NDArray[np.float32] | None,
+    client: Any,
+    place: Place,
 ) -> dict[str, Any]:
     samples = sample_halves(codes, config.rows, config.block_rows, config.seed, client)
     naming = Naming(analysis, codes, store_tokenizer(codes), samples[1])
@@ -109,7 +117,7 @@ def _structure(
     record = {
         "format": "actstore-structure",
         "version": STRUCTURE_VERSION,
-        **{name: analysis.record[name] for name in ("codes_id", "snapshot", "run_id", "site", "corpus", "model")},
+        **{name: getattr(analysis.record, name) for name in ("codes_id", "snapshot", "run_id", "site", "corpus", "model")},
         "settings": {
             **{name: getattr(config, name) for name in ("draws", "rows", "block_rows", "min_lift", "seed")},
             "q": Q,
@@ -125,7 +133,7 @@ def _structure(
         "hubs": facts.hubs_facts(sought),
         "cosine": facts.cosine_facts(sought),
     }
-    _publish(config.folder, record, tables)
+    _publish(place, record, tables)
     return record
 
 
@@ -164,9 +172,9 @@ def _directions(run: Path, analysis: Analysis) -> NDArray[np.float32]:
     from pipelines.sae.checkpoint import load_run
 
     sae, record = load_run(run)
-    if record.run_id != analysis.record["run_id"]:
+    if record.run_id != analysis.record.run_id:
         raise IdentityMismatch(
-            f"{run}: is run {record.run_id}, {analysis.place} was made from {analysis.record['run_id']}; pass that one."
+            f"{run}: is run {record.run_id}, {analysis.place} was made from {analysis.record.run_id}; pass that one."
         )
     rows = sae.W_dec.numpy().astype(np.float32)
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
@@ -182,9 +190,9 @@ def _cosines(directions: NDArray[np.float32], pairs: Pairs, step: int = 1 << 16)
     return cosines
 
 
-def _publish(folder: Path, record: dict[str, Any], tables: dict[str, dict[str, NDArray]]) -> None:
-    with publish_folder(folder) as own:
-        for name, columns in tables.items():
-            publish_bytes(own / name, parquet_bytes(columns))
-        publish_bytes(own / PAGE, findings_page(record).encode())
-        publish_json(own / RECORD, record)
+def _publish(place: Place, record: dict[str, Any], tables: dict[str, dict[str, NDArray]]) -> None:
+    for name, columns in tables.items():
+        place.publish(name, parquet_bytes(columns))
+    place.publish(PAGE, findings_page(record).encode())
+    place.publish(RECORD, json_bytes(record))
+    seal_folder(place, STRUCTURE, RECORD)

@@ -6,15 +6,18 @@ from its last saved state and ends with the same bits, too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from actstore.errors import InputError, OutputExists
+from actstore.folder import Folder
+from actstore.sealed_folder import contents
 from pipelines.compute.freed_memory import keep_freed_memory
 from pipelines.models.load import choose_device
-from pipelines.sae.checkpoint import RECORD, WEIGHTS
+from pipelines.sae.checkpoint import WEIGHTS
 from pipelines.sae.tensor_file import making
 from pipelines.train.config import OWN, TrainConfig
 from pipelines.train.log import METRICS
@@ -29,9 +32,25 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Raises what `train_together` raises.
     """
-    record = train_together([config], config.out)[0]
-    finish(config.out)
+    with alone([config], config.out):
+        record = train_together([config], config.out)[0]
+        finish(config.out)
     return record
+
+
+@contextmanager
+def alone(configs: Sequence[TrainConfig], out: Path) -> Iterator[None]:
+    """Hold the locks of all folders that a training writes; the first of several ranks holds them.
+
+    Raises LockedStore while another process writes one of them, OutputExists when one holds anything else.
+    """
+    if not (out / STATE).exists():
+        _require_free_place(configs, out)  # before a lock file is put there
+    with ExitStack() as stack:
+        if is_first_process():
+            for folder in dict.fromkeys((out, *(config.out for config in configs))):
+                stack.enter_context(Folder(folder).lock())
+        yield
 
 
 def train_together(configs: Sequence[TrainConfig], out: Path) -> list[dict[str, Any]]:
@@ -72,9 +91,9 @@ def finish(out: Path) -> None:
 
 def _require_free_place(configs: Sequence[TrainConfig], out: Path) -> None:
     """Raises OutputExists when an output folder holds anything but the leftovers of an interrupted training."""
-    leftovers = {METRICS, WEIGHTS, STATE, f".{RECORD}.tmp", "tensorboard", "wandb"}
+    leftovers = {METRICS, WEIGHTS, STATE, "tensorboard", "wandb"}
     leftovers |= {making(Path(name)).name for name in (WEIGHTS, STATE)}
     leftovers |= {config.out.name for config in configs if config.out.parent == out}
     for path in dict.fromkeys((out, *(config.out for config in configs))):
-        if path.exists() and (not path.is_dir() or any(item.name not in leftovers for item in path.iterdir())):
+        if path.exists() and (not path.is_dir() or contents(Folder(path)) - leftovers):
             raise OutputExists(f"{path}: exists; choose another --out, or move it away.")

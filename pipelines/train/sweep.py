@@ -1,8 +1,8 @@
 """In: a store and values for some of `train`'s options. Out: a run for each combination of values, and their comparison.
 
 All SAEs are trained in one pass over the store. One folder holds the runs, each named by the options in which they differ,
-with `sweep.json` (the comparison) and `frontier.svg` (FVE over L0). The runs are compared on held-out rows, or on the last
-training batch where the store has no held-out rows.
+with `sweep.json` (the comparison) and `frontier.svg` (FVE over L0), which are sealed. The runs are compared on held-out
+rows, or on the last training batch where the store has no held-out rows.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from typing import Any
 
 from actstore.errors import InputError, OutputExists
 from actstore.files import publish_json
+from actstore.folder import Folder
 from actstore.reader import ActivationStore
+from actstore.sealed_folder import is_sealed, seal_folder
 from pipelines.models.load import choose_device
 from pipelines.sae.checkpoint import load_run
 from pipelines.sae.reconstruction_metrics import heldout_metrics
 from pipelines.train.config import OWN, TrainConfig
 from pipelines.train.ranks import is_first_process
-from pipelines.train.stage import finish, train, train_together
-from pipelines.train.sweep_record import HELDOUT, SUMMARY, comparison_table
+from pipelines.train.stage import alone, finish, train, train_together
+from pipelines.train.sweep_record import FRONTIER, HELDOUT, KIND, SUMMARY, comparison_table, sweep_value
 
-FRONTIER = "frontier.svg"
 SWEPT = tuple(name for name in OWN if name != "out")
 COMPARED_ROWS = 200_000
 """At most this many held-out rows: the standard error of an FVE is then far below the difference between SAEs."""
@@ -43,8 +44,13 @@ def sweep(options: dict[str, Any]) -> dict[str, Any]:
     if len(configs) == 1:
         return train(configs[0])
     out = Path(options["out"])
-    if (out / SUMMARY).exists():
+    if is_sealed(out):
         raise OutputExists(f"{out}: holds a finished sweep; choose another --out, or move it away.")
+    with alone(configs, out):
+        return _swept(configs, str(options["store"]), out)
+
+
+def _swept(configs: list[TrainConfig], store: str, out: Path) -> dict[str, Any]:
     results = train_together(configs, out)
     speed = {"sweep": str(out), "rows_per_s": results[0]["rows_per_s"], "data_wait_share": results[0]["data_wait_share"]}
     if not is_first_process():
@@ -57,17 +63,21 @@ def sweep(options: dict[str, Any]) -> dict[str, Any]:
         if "diverged_within" in result
     ]
     measured_on, figures = compared_figures(*map(list, zip(*finished, strict=True)))
-    rows = [_named(config) | of_run for (config, _), of_run in zip(finished, figures, strict=True)]
+    rows = [
+        _named(config) | {"run_id": result["run_id"]} | of_run
+        for (config, result), of_run in zip(finished, figures, strict=True)
+    ]
     rows.sort(key=lambda row: -row["fve"])
     draw_frontier(rows, out / FRONTIER, measured_on)
     summary = {
-        "store": str(options["store"]),
+        "store": store,
         "measured_on": measured_on,
         "runs": rows,
         "diverged": diverged,
         "frontier": str(out / FRONTIER),
     }
-    publish_json(out / SUMMARY, summary)
+    publish_json(out / SUMMARY, sweep_value(summary))
+    seal_folder(Folder(out), KIND, SUMMARY, [SUMMARY, FRONTIER])
     finish(out)
     return {**speed, **summary}
 

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from actstore.errors import NotAStore
+from actstore.errors import DamagedStore
+from actstore.sealed_folder import open_sealed
 
-SUMMARY = "sweep.json"
+FORMAT, VERSION, KIND = "actstore-sweep", 1, "sweep"
+SUMMARY, FRONTIER = "sweep.json", "frontier.svg"
 HELDOUT = "held-out rows"
 
 
 def read_sweep(path: str | Path) -> dict[str, Any]:
-    """The record of a finished sweep. Raises NotAStore when `path` holds none, or an unreadable one."""
+    """The record of a finished sweep.
+
+    Raises NotAStore when `path` holds none, IncompleteStore for one that is not finished, DamagedStore for one that differs
+    from its seal.
+    """
+    summary: dict[str, Any] = open_sealed(path, KIND, "train").record()
     try:
-        summary: dict[str, Any] = json.loads((Path(path) / SUMMARY).read_text(encoding="utf-8"))
+        if (summary.pop("format"), summary.pop("version")) != (FORMAT, VERSION):
+            raise ValueError(f"not of format version {VERSION}")
         comparison_table(summary)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise NotAStore(f"{path}: not a finished sweep ({SUMMARY}: {error}); pass a folder that `train` wrote.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedStore(f"{path}/{SUMMARY}: not the comparison of a sweep ({error}); train it again.") from error
     return summary
+
+
+def sweep_value(summary: dict[str, Any]) -> dict[str, Any]:
+    """What the file of a sweep holds."""
+    return {"format": FORMAT, "version": VERSION, **summary}
 
 
 def comparison_table(summary: dict[str, Any]) -> list[str]:

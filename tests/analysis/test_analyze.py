@@ -296,7 +296,7 @@ def test_strength_is_the_dense_one(analysis: Analysis, reference: Reference) -> 
 
 
 def test_the_bands_count_every_feature_and_name_each_as_they_count_it(analysis: Analysis) -> None:
-    bands = analysis.record["bands"]
+    bands = analysis.record.bands
     assert sum(bands.values()) == 64
     names = [analysis.band(feature) for feature in range(64)]
     assert {name: names.count(name) for name in bands} == bands

@@ -110,10 +110,10 @@ def values_of(path: str | Path) -> dict[str, Any]:
     """Every number of an analysis, whatever its tiles."""
     found = Analysis(path)
     result: dict[str, Any] = {
-        f"{group}/{name}": np.asarray(array[:])
+        f"{group}/{name}": found._arrays.whole(f"{group}/{name}")
         for group in ("features", "rows", "examples", "joint", "documents", "parts")
-        for name, array in found._root[group].arrays()  # type: ignore[union-attr]
-        if name != "tile_starts"
+        for name in found._arrays.names(group)
+        if name not in ("tile_starts", "tiles")
     }
     for name in ("pairs", "tokens", "positions", "parts", "bins"):
         whole = getattr(found, name).whole()
@@ -172,7 +172,7 @@ def test_pairs_equal_the_dense_ones_for_every_window(
     each = np.diag(expected).copy()
     np.fill_diagonal(expected, 0)
     np.testing.assert_array_equal(found.pairs.whole().toarray(), expected)
-    assert found.record["pairs"] == np.count_nonzero(expected)
+    assert found.record.pairs == np.count_nonzero(expected)
     if within == "document":
         np.testing.assert_array_equal(found.n_documents, each)
     if within == "row":
@@ -304,8 +304,8 @@ def test_rare_pairs_are_dropped_and_the_threshold_recorded(made: Path, plain: Pa
     found, everything = Analysis(tmp_path / "analysis"), Analysis(plain)
     all_pairs = everything.pairs.whole().toarray()
     np.testing.assert_array_equal(found.pairs.whole().toarray(), np.where(all_pairs >= 60, all_pairs, 0))
-    assert (found.record["min_together"], everything.record["min_together"]) == (60, 1)
-    assert found.record["pairs"] == everything.record["pairs"] > found.record["pairs_kept"] == (all_pairs >= 60).sum()
+    assert (found.record.min_together, everything.record.min_together) == (60, 1)
+    assert found.record.pairs == everything.record.pairs > found.record.pairs_kept == (all_pairs >= 60).sum()
 
 
 # Killed and resumed

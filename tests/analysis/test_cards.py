@@ -11,6 +11,8 @@ import pytest
 from tablekit import codes_manifest, dense_codes, text_table, write_table_store
 
 from actstore.errors import InputError
+from actstore.folder import Folder
+from actstore.sealed_folder import seal_folder
 from pipelines.analysis.cards import feature_card, feature_lines, feature_rows, features_lines, joint_lines, joint_rows
 from pipelines.analysis.reader import Analysis
 from pipelines.analysis.stage import AnalyzeConfig, analyze
@@ -92,6 +94,8 @@ def test_the_card_tells_which_partners_are_beyond_the_null_of_structure(analysis
     }
     (tmp_path / "analysis/structure").mkdir()
     (tmp_path / "analysis/structure/pairs.parquet").write_bytes(parquet_bytes({n: np.array(v) for n, v in pairs.items()}))
+    assert found.partners_beyond_chance(1) is None, "not finished: it has no seal"
+    seal_folder(Folder(tmp_path / "analysis/structure"), "structure", "pairs.parquet")
     assert found.partners_beyond_chance(1) == [(0, 40, 4.0, 10.0), (2, 90, 15.0, 6.0)]
     assert found.partners_beyond_chance(1, 1) == [(0, 40, 4.0, 10.0)]
     lines = feature_lines(feature_card(found, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def test_what_cannot_be_shown_is_refused(analysis: Path, store: Path, codes: Pat
         feature_firings(opened, 64)
     with pytest.raises(InputError, match="at least 1"):
         feature_firings(opened, 0, limit=0)
-    opened.record = {**opened.record, "snapshot": "f" * 16}
+    opened.record = replace(opened.record, snapshot="f" * 16)
     with pytest.raises(IdentityMismatch):
         feature_firings(opened, 0, str(codes))
     missing = invoke("feature", analysis, 0, "--firings", "--codes", tmp_path / "nowhere")

@@ -98,9 +98,9 @@ def test_a_card_reads_slices_and_no_whole_matrix(analysis: Path, monkeypatch: py
     read: list[str] = []
     get = Analysis._get
 
-    def recording(self: Analysis, name: str) -> Any:
+    def recording(self: Analysis, name: str, *shape: int | None) -> Any:
         read.append(name)
-        return get(self, name)
+        return get(self, name, *shape)
 
     monkeypatch.setattr(Analysis, "_get", recording)
     again = Analysis(analysis)

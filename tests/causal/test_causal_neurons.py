@@ -81,7 +81,7 @@ def test_ablating_a_feature_of_neurons_is_what_a_hook_in_the_mlp_does(spliced: S
 def test_effects_at_its_firings_are_measured(trained: tuple[Path, Path], spliced: Spliced, tmp_path: Path) -> None:
     asked = EffectsConfig(*trained, tmp_path / "out", top=5, firings=30, resamples=20, device="cpu")
     effects(asked)
-    rows = read_table(tmp_path / "out" / "effects.parquet")
+    rows = read_table((tmp_path / "out" / "effects.parquet").read_bytes())
     assert len(rows) == 5
     assert all(np.isfinite(row["kl"]) and row["kl"] > 0 for row in rows)
 

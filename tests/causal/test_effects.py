@@ -236,7 +236,13 @@ def test_killed_three_times_and_started_again_it_ends_with_the_same_bytes(
         process.join()
         assert process.exitcode == 0
     assert files_of(asked.out) == files_of(tmp_path / "whole")
-    assert {path.name for path in asked.out.iterdir()} == {"plan.json", "effects.json", "effects.parquet"}
+    assert {path.name for path in asked.out.iterdir()} == {
+        "plan.json",
+        "effects.json",
+        "effects.parquet",
+        "seal.json",
+        "lock",
+    }
 
 
 def test_a_finished_measurement_is_not_made_again_and_is_joined_to_another_analysis(
@@ -251,7 +257,7 @@ def test_a_finished_measurement_is_not_made_again_and_is_joined_to_another_analy
         assert files_of(asked.out) == plain
         effects(replace(asked, analysis=analysis))
         joined = files_of(asked.out)
-        assert "band" in read_table(asked.out / "effects.parquet")[0]
+        assert "band" in read_table((asked.out / "effects.parquet").read_bytes())[0]
         effects(asked)
     assert files_of(asked.out) == plain
     effects(replace(asked, out=tmp_path / "anew", analysis=analysis))
@@ -301,7 +307,7 @@ def test_a_drawn_value_is_of_each_firing_as_often_as_it_stands_for(codes: Path) 
 
 
 def test_the_table_has_a_row_for_each_feature_that_fires(found: dict[str, Any], planted: tuple[Path, Path]) -> None:
-    rows = read_table(Path(found["out"]) / "effects.parquet")
+    rows = read_table((Path(found["out"]) / "effects.parquet").read_bytes())
     codes = CodeStore(planted[1])
     fires = np.zeros(64, np.int64)
     for shard in codes.shards(PART):
@@ -397,7 +403,7 @@ def test_joined_to_an_analysis_it_says_what_features_fire_on(run: Path, codes: P
         EffectsConfig(run, codes, tmp_path / "out", top=6, firings=30, analysis=analysis, resamples=50, device="cpu")
     )
     assert found["n_features"] == 6
-    row = read_table(tmp_path / "out" / "effects.parquet")[0]
+    row = read_table((tmp_path / "out" / "effects.parquet").read_bytes())[0]
     assert {"band", "tokens", "density", "peak"} <= set(row)
     assert "fires on" in "\n".join(effects_lines(found))
     json.dumps(found)

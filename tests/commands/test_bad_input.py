@@ -238,9 +238,10 @@ def test_too_little_free_space(
 def test_a_store_that_is_none(refused: Refused, run: Path, tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     (tmp_path / "file").write_text("no store")
-    for path in (tmp_path / "store", tmp_path / "file", tmp_path / "nowhere"):
+    found = {"store": "is an empty folder", "file": "is a file", "nowhere": "nothing is there"}
+    for path in (tmp_path / name for name in found):
+        named = "is a file, " if path.name == "file" else ""
         for command, *arguments in (
-            ("info", path),
             ("recode", path, "--out", tmp_path / "new"),
             ("train", path, "--out", tmp_path / "new"),
             ("evaluate", run, path),
@@ -248,12 +249,15 @@ def test_a_store_that_is_none(refused: Refused, run: Path, tmp_path: Path) -> No
             ("analyze", path, "--out", tmp_path / "new"),
         ):
             line = refused(command, *arguments)
-            assert line.startswith(f"error: {path}: not a store (no manifest.json); pass a folder"), command
-        for command in ("verify", "repair"):
-            line = refused(command, path)
-            assert line == f"error: {path}: not a store; pass a folder that `collect` or `encode` wrote.", command
+            assert line.startswith(f"error: {path}: {named}not a store (no manifest.json); pass a folder"), command
+        line = refused("repair", path)
+        assert line == f"error: {path}: {named}not a store; pass a folder that `collect` or `encode` wrote."
+        for command in ("info", "verify"):
+            assert refused(command, path).startswith(f"error: {path}: {found[path.name]}; pass a"), command
         for command, *arguments in (("features", path), ("feature", path, 0), ("report", path, "--out", tmp_path / "new")):
-            assert refused(command, *arguments).startswith(f"error: {path}: not an analysis (no analysis.json)"), command
+            assert refused(command, *arguments).startswith(f"error: {path}: {named}not an analysis (no analysis.json)"), (
+                command
+            )
 
 
 def test_a_run_that_is_none(refused: Refused, store: Path, tmp_path: Path) -> None:
@@ -289,7 +293,7 @@ def test_a_store_that_somebody_writes(refused: Refused, asked: dict[str, object]
         given = options(asked | {"--out": own, "--encoding": "fp32", "--tokens": 1_000_000, "--layer": 0})
         for command, *arguments in (("collect", *given, "--layer", 2), ("repair", own), ("recode", store, "--out", own)):
             line = refused(command, *arguments)
-            assert line == f"error: {own}: another process is writing this store; wait for it, or stop it.", command
+            assert line == f"error: {own}: another process is writing there; wait for it, or stop it.", command
         for command in ("info", "verify"):
             assert CliRunner().invoke(cli, [command, str(own)]).exit_code == 0, "who only reads need not wait"
 

@@ -183,7 +183,7 @@ def test_info_and_verify_print_json(store: Path) -> None:
     assert found["rows"] == {part: opened.n_rows(part) for part in ("train", "heldout")}
     assert found["shards_committed"] == found["shards_planned"]
     assert found["disk_bytes"] == opened.disk_bytes
-    assert read(invoke("verify", store, "--json")) == {"store": str(store), "level": "full", "faults": []}
+    assert read(invoke("verify", store, "--json")) == {"path": str(store), "level": "full", "faults": []}
 
 
 def test_verify_prints_the_faults_as_json_and_exits_with_1(store: Path, tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_an_error_is_one_line_and_debug_shows_where_it_was_raised(tmp_path: Path
     plain, debug = run_cli("info", tmp_path), run_cli("--debug", "info", tmp_path)
     assert plain.returncode == debug.returncode == 1
     assert plain.stderr.count("\n") == 1
-    assert plain.stderr.startswith(f"error: {tmp_path}: not a store")
+    assert plain.stderr.startswith(f"error: {tmp_path}: is an empty folder; pass a store")
     assert "Traceback" in debug.stderr
     assert "NotAStore" in debug.stderr
 

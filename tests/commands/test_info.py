@@ -82,9 +82,9 @@ def test_info_says_that_codes_have_no_feature_index(codes: Path, tmp_path: Path)
 def test_info_of_an_analysis(analysis: Path, codes: Path) -> None:
     facts, printed = info(analysis)
     record = Analysis(analysis).record
-    assert (facts["kind"], facts["codes_id"], facts["bands"]) == ("analysis", record["codes_id"], record["bands"])
-    assert f"{codes} (id {record['codes_id']})" in printed
-    assert f"{record['n_rows']:,}, {record['k']} codes" in printed
+    assert (facts["kind"], facts["codes_id"], facts["bands"]) == ("analysis", record.codes_id, record.bands)
+    assert f"{codes} (id {record.codes_id})" in printed
+    assert f"{record.n_rows:,}, {record.k} codes" in printed
 
 
 def test_info_of_a_sweep(sweep: Path, store: Path) -> None:
@@ -97,8 +97,8 @@ def test_info_of_a_sweep(sweep: Path, store: Path) -> None:
 def test_a_damaged_record_is_one_clear_line(run: Path, analysis: Path, sweep: Path, tmp_path: Path) -> None:
     for source, name, remedy in (
         (run, RECORD, "restore it from a copy"),
-        (analysis, "analysis.json", "pass what `analyze` wrote"),
-        (sweep, "sweep.json", "pass a folder that `train` wrote"),
+        (analysis, "analysis.json", "restore it from a copy, or make it again"),
+        (sweep, "sweep.json", "restore it from a copy, or make it again"),
     ):
         own = shutil.copytree(source, tmp_path / source.name)
         text = (own / name).read_text()

@@ -16,9 +16,13 @@ from modelkit import run_cli
 from numpy.typing import NDArray
 
 from actstore.errors import IdentityMismatch, InputError, OutputExists
+from actstore.sealed_folder import open_sealed
+from pipelines.compare import stage as comparing
+from pipelines.compare import superposition as plots
 from pipelines.compare.coactivation import best_correlations, correlations
 from pipelines.compare.same_rows import code_source, encoded_source, shared_codes
 from pipelines.compare.stage import CompareConfig, compare
+from pipelines.compare.superposition import SuperpositionConfig, superposition
 from pipelines.compare.table import compare_lines
 from pipelines.metrics.directions import all_pairs, best_cosines, match_one_to_one, random_directions, unit_rows
 from pipelines.sae.architectures.topk import TopKSae
@@ -234,3 +238,33 @@ def test_all_pairs_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts.sum() == 33 * 32 // 2
     np.fill_diagonal(table, -1)
     np.testing.assert_allclose(largest, table.max(axis=1), atol=1e-6)
+
+
+def test_a_comparison_stopped_between_its_files_is_not_there(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = CompareConfig(runs=(run, run), out=tmp_path / "out")
+    for name in ("json_bytes", "seal_folder"):
+        with monkeypatch.context() as patched:
+            patched.setattr(comparing, name, stop)
+            with pytest.raises(KeyboardInterrupt):
+                compare(asked)
+        assert not list(tmp_path.iterdir())
+    compare(asked)
+    assert open_sealed(tmp_path / "out", "compare", "compare").record()["rows"] == 0
+
+
+def test_plots_stopped_between_files_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = SuperpositionConfig(tmp_path / "out", steps=10, sparsities=2)
+    for name in ("json_bytes", "seal_folder"):
+        with monkeypatch.context() as patched:
+            patched.setattr(plots, name, stop)
+            with pytest.raises(KeyboardInterrupt):
+                superposition(asked)
+        assert not list(tmp_path.iterdir())
+    superposition(asked)
+    assert open_sealed(tmp_path / "out", "superposition", "superposition").record()["features"] == 20
+
+
+def stop(*_: object) -> None:
+    raise KeyboardInterrupt

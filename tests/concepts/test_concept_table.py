@@ -153,7 +153,7 @@ def test_raw_dimensions_and_other_codes_stand_beside(planted: Path, rows: dict[s
 
 def test_the_result_is_published_and_read_back(planted: Path, found: dict[str, Any]) -> None:
     assert sorted(path.name for path in (planted / "found").iterdir()) == [
-        "concepts.json", "concepts.parquet", "features.parquet", "findings.md",
+        "concepts.json", "concepts.parquet", "features.parquet", "findings.md", "lock", "seal.json",
     ]  # fmt: skip
     kept = json.loads((planted / "found" / "concepts.json").read_text())
     assert kept["concepts"] == found["concepts"]

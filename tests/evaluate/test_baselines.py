@@ -173,10 +173,11 @@ def test_every_baseline_has_a_row_of_the_same_figures(
 def test_the_baselines_are_kept_beside_the_evaluation_and_nothing_else_is_left(
     config: BaselinesConfig, found: dict[str, Any], run: Path
 ) -> None:
-    kept = read_evaluation(config.run / "baselines.json")
-    assert {**kept, "saved": str(config.run / "baselines.json")} == found["baselines"]
+    saved = Path(found["baselines"]["saved"])
+    assert saved.parent.parent == config.run / "baselines"
+    assert {**read_evaluation(saved.parent, "baselines"), "saved": str(saved)} == found["baselines"]
     written = {path.name for path in config.run.iterdir()} - {path.name for path in run.iterdir()}
-    assert written <= {"baselines.json", "evaluation.json"}
+    assert written <= {"baselines", "evaluations"}
 
 
 def test_the_table_shows_each_baseline_and_no_score_of_a_random_model(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from actstore.errors import IdentityMismatch, InputError, NotAStore
+from actstore.errors import DamagedStore, IdentityMismatch, IncompleteStore, InputError, NotAStore
 from actstore.reader import ActivationStore
 from actstore.recode import recode_store
 from pipelines.collect.config import CollectConfig
@@ -25,7 +25,6 @@ from pipelines.evaluate.stage import (
     cosine_summary,
     evaluate,
     evaluation_lines,
-    evaluation_path,
     linear_fve,
     nearest_cosines,
     pca_basis,
@@ -285,12 +284,12 @@ def test_a_number_of_windows_is_that_over_all_segments() -> None:
 def test_the_file_beside_the_run_holds_what_was_printed(
     store: Path, own_run: Path, opened: ActivationStore, figures: dict[str, Any]
 ) -> None:
-    path = own_run / "evaluation.json"
-    assert figures["saved"] == str(path)
-    assert {**read_evaluation(path), "saved": str(path)} == figures
+    path = Path(figures["saved"])
+    assert path == own_run / "evaluations" / f"{opened.snapshot}-windows{ALL}-pca16" / "evaluation.json"
+    assert {**read_evaluation(path.parent), "saved": str(path)} == figures
     run_id = load_run(own_run)[1].run_id
     assert [figures[name] for name in ("run_id", "store_id", "snapshot")] == [run_id, opened.store_id, opened.snapshot]
-    assert not list(own_run.glob(".*"))
+    assert not list(own_run.rglob(".*"))
 
 
 def test_every_figure_that_is_printed_is_that_of_the_evaluation(figures: dict[str, Any]) -> None:
@@ -301,23 +300,69 @@ def test_every_figure_that_is_printed_is_that_of_the_evaluation(figures: dict[st
     assert figures["positions"] in text
 
 
-def test_the_evaluation_on_another_store_is_kept_beside_the_first(
-    store: Path, own_run: Path, opened: ActivationStore, figures: dict[str, Any], tmp_path: Path
+def test_an_evaluation_of_another_store_or_options_replaces_none(
+    store: Path, own_run: Path, figures: dict[str, Any], tmp_path: Path
 ) -> None:
-    first = (own_run / "evaluation.json").read_bytes()
+    first = Path(figures["saved"]).read_bytes()
     recode_store(store, tmp_path / "int8", "int8")
-    found = evaluate(EvaluateConfig(run=own_run, store=tmp_path / "int8", windows=4, device="cpu"))
-    other = ActivationStore(tmp_path / "int8").store_id
-    assert found["saved"] == str(own_run / f"evaluation-{other}.json")
-    assert read_evaluation(Path(found["saved"]))["store_id"] == other
-    assert (own_run / "evaluation.json").read_bytes() == first
-    assert evaluation_path(own_run, load_run(own_run)[1], opened.store_id) == own_run / "evaluation.json"
+    asked = EvaluateConfig(run=own_run, store=store, windows=4, device="cpu")
+    others = (asked, replace(asked, store=tmp_path / "int8"), replace(asked, windows=2), replace(asked, pca=3))
+    places = {figures["saved"]}
+    for other in others:
+        found = evaluate(other)
+        kept = read_evaluation(Path(found["saved"]).parent)
+        assert {**kept, "saved": found["saved"]} == found
+        assert (kept["store_id"], kept["windows"]) == (ActivationStore(other.store).store_id, other.windows)
+        assert kept["pca_components"] == other.pca
+        places.add(found["saved"])
+    assert len(places) == 1 + len(others)
+    assert Path(figures["saved"]).read_bytes() == first
 
 
-def test_what_is_no_evaluation_is_refused(own_run: Path, tmp_path: Path) -> None:
-    for path in (tmp_path / "nothing.json", own_run / "run.json"):
-        with pytest.raises(NotAStore, match="not an evaluation of version 1; run `evaluate`"):
-            read_evaluation(path)
+def test_the_evaluation_of_a_grown_store_is_kept_beside_the_earlier_one(
+    model_folder: Path, texts: Path, run: Path, tmp_path: Path
+) -> None:
+    asked = CollectConfig(out=tmp_path / "store", model=str(model_folder), corpus=str(texts), layer=(2,), context=32)
+    own = Path(shutil.copytree(run, tmp_path / "run"))
+    places = []
+    for tokens in (1500, 2500):
+        collect(replace(asked, tokens=tokens))
+        places.append(evaluate(EvaluateConfig(run=own, store=tmp_path / "store", windows=2, device="cpu"))["saved"])
+    assert len({read_evaluation(Path(place).parent)["snapshot"] for place in places}) == 2
+
+
+def test_an_evaluation_made_again_replaces_its_own(store: Path, own_run: Path) -> None:
+    asked = EvaluateConfig(run=own_run, store=store, windows=2, device="cpu")
+    first = evaluate(asked)
+    before = Path(first["saved"]).read_bytes()
+    assert evaluate(asked) == first
+    assert Path(first["saved"]).read_bytes() == before
+
+
+def test_a_failed_evaluation_leaves_the_earlier_one(
+    store: Path, own_run: Path, figures: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.evaluate.stage.load_same_model", None)
+    with pytest.raises(TypeError):
+        evaluate(EvaluateConfig(run=own_run, store=store, windows=ALL, device="cpu"))
+    assert {**read_evaluation(Path(figures["saved"]).parent), "saved": figures["saved"]} == figures
+
+
+def test_what_is_no_evaluation_is_refused(own_run: Path, tmp_path: Path, figures: dict[str, Any]) -> None:
+    with pytest.raises(
+        NotAStore, match=r"holds a run, not an evaluation \(no evaluation.json\); pass what `evaluate` wrote"
+    ):
+        read_evaluation(own_run)
+    with pytest.raises(NotAStore, match="not an evaluation"):
+        read_evaluation(tmp_path / "nothing")
+    folder = Path(shutil.copytree(Path(figures["saved"]).parent, tmp_path / "evaluation"))
+    record = folder / "evaluation.json"
+    record.write_bytes(record.read_bytes().replace(b'"windows": 1', b'"windows": 2'))
+    with pytest.raises(DamagedStore, match="is not the object that was sealed"):
+        read_evaluation(folder)
+    (folder / "seal.json").unlink()
+    with pytest.raises(IncompleteStore, match="is not finished"):
+        read_evaluation(folder)
 
 
 def test_a_folder_that_cannot_be_written_to_costs_only_the_file(

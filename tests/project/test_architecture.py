@@ -21,7 +21,15 @@ PIPELINES = [name for name in GRAPH if name.startswith("pipelines.")]
 STORE_LIBRARIES = frozenset({"numpy", "zarr", "numcodecs", "google_crc32c", "msgspec", "obstore"})
 """What `actstore/` may import besides the standard library and itself."""
 
-COMPOSERS = frozenset({"pipelines.demo", "pipelines.lesson", "pipelines.train.sweep", "pipelines.evaluate.baselines"})
+COMPOSERS = frozenset(
+    {
+        "pipelines.demo",
+        "pipelines.lesson",
+        "pipelines.train.sweep",
+        "pipelines.evaluate.baselines",
+        "pipelines.evaluate.of_sweep",
+    }
+)
 """Modules whose work is to call stages one after another."""
 
 MOST_ROOMS, MOST_FLOORS, MOST_ARROWS = 26, 8, 140

@@ -33,8 +33,8 @@ TEMPLATE = """
 VIEW = View(
     order=15,
     template=TEMPLATE,
-    shown=lambda analysis, n_examples: {"title": "Peaks of " + analysis.record["model"]},
-    data=lambda analysis, n_examples: {"toy": {"words": [analysis.record["model"]], "peaks": analysis.peak.tolist()}},
+    shown=lambda analysis, n_examples: {"title": "Peaks of " + analysis.record.model},
+    data=lambda analysis, n_examples: {"toy": {"words": [analysis.record.model], "peaks": analysis.peak.tolist()}},
 )
 '''
 

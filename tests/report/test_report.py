@@ -15,8 +15,11 @@ import scipy.sparse as sp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from actstore.errors import DamagedStore, InputError, NotAStore, OutputExists
+from actstore.folder import Folder
+from actstore.sealed_folder import seal_folder
 from pipelines.analysis.arrays import create_arrays
-from pipelines.analysis.reader import ANALYSIS_VERSION, Analysis
+from pipelines.analysis.reader import Analysis
+from pipelines.analysis.record import AnalysisRecord
 from pipelines.report.stage import ReportConfig, report
 from pipelines.report.views import explorer, frequency
 from pipelines.statistics import frequency_bands
@@ -83,17 +86,32 @@ def write_analysis(folder: Path) -> Analysis:
     tokenizer.decoder = decoders.ByteLevel()
     (folder / "tokenizer").mkdir()
     tokenizer.save(str(folder / "tokenizer/tokenizer.json"))
-    record: dict[str, Any] = {
-        "format": "actstore-analysis",
-        "version": ANALYSIS_VERSION,
-        "model": HOSTILE,
-        "corpus": "https://example.org/*.py",
-    }
-    record |= {"site": "resid_post.2", "k": 8, "store_id": "store0123", "run_id": "run4567", "focus": BEFORE}
-    record |= {"within": "row", "example_slots": {"top": [0, N_EXAMPLES]}}
-    record |= {"n_rows": N_ROWS, "n_features": N_FEATURES, "bands": frequency_bands(FIRES, N_ROWS)}
-    record |= {"bos_token_id": 0, "separator_token_id": 0}
-    (folder / "analysis.json").write_text(json.dumps(record))
+    record = AnalysisRecord(
+        codes_id="0" * 16,
+        snapshot="0" * 16,
+        store_id="store0123",
+        run_id="run4567",
+        site="resid_post.2",
+        **dict.fromkeys(("codes", "run", "store"), "moved"),
+        model=HOSTILE,
+        corpus="https://example.org/*.py",
+        n_rows=N_ROWS,
+        n_features=N_FEATURES,
+        k=8,
+        n_vocabulary=len(TEXTS),
+        context=0,
+        n_documents=2,
+        n_parts=0,
+        bands=frequency_bands(FIRES, N_ROWS),
+        focus=BEFORE,
+        example_width=values.shape[2],
+        example_slots={"top": (0, N_EXAMPLES)} | dict.fromkeys(("strata", "random"), (N_EXAMPLES, N_EXAMPLES)),
+        quantiles=[],
+        **dict.fromkeys(("seed", "bos_token_id", "separator_token_id", "min_together", "pairs", "pairs_kept"), 0),
+        within="row",
+    )
+    (folder / "analysis.json").write_text(json.dumps(record.value()))
+    seal_folder(Folder(folder), "analysis", "analysis.json", whole=("data.zarr", "tokenizer"))
     return Analysis(folder)
 
 
@@ -175,7 +193,7 @@ def test_the_data_in_the_page_equals_the_analysis(analysis: Analysis) -> None:
 def test_the_bands_sum_to_the_number_of_features(analysis: Analysis) -> None:
     html = made(analysis)
     counts = {name: html.data["bands"].count(str(i)) for i, name in enumerate(html.data["band_names"])}
-    assert counts == analysis.record["bands"]
+    assert counts == analysis.record.bands
     assert sum(counts.values()) == N_FEATURES
     cells = html.inside("td")
     assert [int(cells[cells.index(name) + 2]) for name in counts] == list(counts.values())

@@ -33,7 +33,7 @@ from safetensors.numpy import load_file
 from storekit import TWO_SEGMENTS, StoreSpec, files_of, row_ids, row_values, write_store
 
 from actstore import bucket, lease, paths
-from actstore.errors import DamagedStore, InputError, LockedStore, NotAStore, OutputExists, StoreError
+from actstore.errors import DamagedStore, IncompleteStore, InputError, LockedStore, NotAStore, OutputExists, StoreError
 from actstore.integrity import find_faults
 from actstore.open_place import open_place
 from actstore.reader import ActivationStore
@@ -421,7 +421,7 @@ def test_a_second_writer_is_refused_while_the_first_lives_and_takes_over_when_it
 ) -> None:
     first = held_by_another(server, url)
     for _ in range(2):
-        with pytest.raises(LockedStore, match="another process is writing this store"):
+        with pytest.raises(LockedStore, match="another process is writing there"):
             write(url, SMALL)
     assert set(open_place(url).names("lease")) == {"lease/000001"}
     first.kill()
@@ -586,13 +586,18 @@ def test_an_analysis_in_a_bucket_says_what_one_in_a_folder_says(
     analyze(AnalyzeConfig(codes=codes, out=tmp_path / "analysis", **asked), client)
     in_bucket = copy_to_bucket(codes, f"{url}/codes")
     analyze(AnalyzeConfig(codes=in_bucket, out=f"{url}/analysis", **asked), client)
-    expected = {name: data for name, data in objects_of(tmp_path / "analysis").items() if name != "analysis.json"}
+    own = ("analysis.json", "seal.json")  # they name the place of the codes
+    expected = {name: data for name, data in objects_of(tmp_path / "analysis").items() if name not in own}
     found = server.objects(f"{url}/analysis")
     record = json.loads(found.pop("analysis.json"))
+    assert found.pop("seal.json")
     assert found == expected
-    assert Analysis(f"{url}/analysis").record == record
+    assert json.loads(json.dumps(Analysis(f"{url}/analysis").record.value())) == record
     assert record["n_rows"] == Analysis(tmp_path / "analysis").n_rows
     assert not [name for name in server.objects(url) if ".partial/" in name and "/lease/" not in name]
+    for command in ("verify", "info"):
+        result = invoke(command, f"{url}/analysis")
+        assert result.exit_code == 0, result.stderr
     shown = [invoke("feature", where, 3, "--json") for where in (f"{url}/analysis", tmp_path / "analysis")]
     assert shown[0].exit_code == 0, shown[0].stderr
     assert shown[0].stdout == shown[1].stdout
@@ -602,9 +607,11 @@ def test_an_analysis_in_a_bucket_says_what_one_in_a_folder_says(
         analyze(AnalyzeConfig(codes=in_bucket, out=f"{url}/analysis", **asked), client)
 
 
+@pytest.mark.parametrize("at", ["_examples", "seal_folder"])
 @pytest.mark.parametrize("first", [{"examples": 2}, {"examples": 3, "min_together": 5}])
 def test_an_interrupted_analysis_in_a_bucket_is_finished_by_the_next(
     first: dict[str, int],
+    at: str,
     codes: Path,
     client: Any,
     server: Server,
@@ -616,20 +623,21 @@ def test_an_interrupted_analysis_in_a_bucket_is_finished_by_the_next(
     in_bucket, asked = copy_to_bucket(codes, f"{url}/codes"), {"examples": 2}
     analyze(AnalyzeConfig(codes=codes, out=tmp_path / "analysis", **asked), client)
 
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(analyze_module, "_examples", interrupted)
+        patch.setattr(analyze_module, at, interrupted)
         with pytest.raises(KeyboardInterrupt):
             analyze(AnalyzeConfig(codes=in_bucket, out=f"{url}/analysis", **first), client)
     assert server.objects(f"{url}/analysis")
-    with pytest.raises(NotAStore, match="not an analysis"):
+    with pytest.raises((NotAStore, IncompleteStore), match=r"not an analysis|is not finished"):
         Analysis(f"{url}/analysis")
     analyze(AnalyzeConfig(codes=in_bucket, out=f"{url}/analysis", **asked), client)
     found, expected = server.objects(f"{url}/analysis"), objects_of(tmp_path / "analysis")
-    assert found.pop("analysis.json")
-    assert expected.pop("analysis.json")
+    for name in ("analysis.json", "seal.json"):  # they name the place of the codes
+        assert found.pop(name)
+        assert expected.pop(name)
     assert found == expected
 
 

@@ -473,7 +473,7 @@ def test_repair_of_a_healthy_store_changes_nothing(own: Path, level: str) -> Non
 def test_repair_is_refused_while_a_writer_lives(own: Path) -> None:
     flip_bit(own / FP32_SHARD.format(0), 99)
     damaged = files_of(own)
-    with StoreWriter.open(own, SPEC.manifest, {}), pytest.raises(LockedStore, match="another process is writing this store"):
+    with StoreWriter.open(own, SPEC.manifest, {}), pytest.raises(LockedStore, match="another process is writing there"):
         repair(Folder(own))
     assert files_of(own) == damaged
     assert repair(Folder(own)).shards == [(0, "train", 0)]

@@ -179,7 +179,7 @@ def test_what_keeps_an_object_from_being_created_is_said(place: Folder, monkeypa
 def test_one_process_writes_at_a_time(place: Folder) -> None:
     with place.lock():
         with (
-            pytest.raises(LockedStore, match="another process is writing this store; wait for it, or stop it"),
+            pytest.raises(LockedStore, match="another process is writing there; wait for it, or stop it"),
             place.lock(),
         ):
             pass
@@ -195,7 +195,7 @@ def test_a_file_system_without_locks_has_a_lease_in_their_place(
     monkeypatch.setattr(fcntl, "flock", no_os_error(number))
     with place.lock():
         assert list(place.names("lease")) == ["lease/000001"]
-        with pytest.raises(LockedStore, match="another process is writing this store"), place.lock():
+        with pytest.raises(LockedStore, match="another process is writing there"), place.lock():
             pass
     with place.lock():
         assert list(place.names("lease")) == ["lease/000002"]

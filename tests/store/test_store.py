@@ -407,7 +407,7 @@ def test_a_store_that_another_process_writes_is_refused_and_a_killed_writer_is_n
     process = PROCESSES.Process(target=write_and_hold, args=(own, SPEC, there))
     process.start()
     assert here.recv()
-    with pytest.raises(LockedStore, match="another process is writing this store"):
+    with pytest.raises(LockedStore, match="another process is writing there"):
         open_writer(own)
     assert find_faults(Folder(own)) == []  # reading is never locked out
     process.kill()

@@ -240,7 +240,9 @@ def test_the_record_the_tables_and_the_page_say_the_same(result: Path) -> None:
     assert sorted(path.name for path in result.iterdir()) == [
         "communities.parquet",
         "findings.md",
+        "lock",
         "pairs.parquet",
+        "seal.json",
         "structure.json",
     ]
     assert findings_page(record) == page

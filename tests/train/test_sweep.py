@@ -71,7 +71,12 @@ def test_the_comparison_is_of_the_runs_best_first(options: dict[str, Any], swept
     assert [line.split()[0] for line in lines[1:-1]] == [row["run"] for row in swept["runs"]]
     drawing = ElementTree.parse(out / FRONTIER).getroot()
     assert drawing.tag.endswith("svg")
-    assert {path.name for path in out.iterdir()} == {row["run"] for row in swept["runs"]} | {SUMMARY, FRONTIER}
+    assert {path.name for path in out.iterdir()} == {row["run"] for row in swept["runs"]} | {
+        SUMMARY,
+        FRONTIER,
+        "seal.json",
+        "lock",
+    }
 
 
 def test_runs_are_named_by_what_they_differ_in(options: dict[str, Any]) -> None:

@@ -98,7 +98,7 @@ def kill_and_resume(store: Path, folder: Path, n_kills: int, moments: random.Ran
     if not (out / RECORD).exists():
         assert Command.forked(folder, *options(store, out, "--resume")).join() == 0
     assert results(out) == results(folder / "undisturbed")
-    assert {file.name for file in out.iterdir()} == {WEIGHTS, METRICS, RECORD}
+    assert {file.name for file in out.iterdir()} == {WEIGHTS, METRICS, RECORD, "lock"}
     return n_killed
 
 

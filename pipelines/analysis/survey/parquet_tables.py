@@ -59,11 +59,11 @@ def pairs_table(analysis: Analysis, work: Place) -> pa.Table:
         np.concatenate([bundle.read(name) for bundle in bundles]) for name in ("feature", "partner", "together")
     )
     columns: dict[str, Any] = {"feature": feature, "partner": partner, "together": together}
-    of_documents = analysis.record["within"] == "document"
+    of_documents = analysis.record.within == "document"
     each = analysis.n_documents if of_documents else analysis.fires
     total = int((analysis.document_rows > 0).sum()) if of_documents else analysis.n_rows
     columns["p_partner_given_feature"] = association.conditional(together, each[feature])
-    if analysis.record["within"] in ("row", "document"):
+    if analysis.record.within in ("row", "document"):
         counts = (together, each[feature], each[partner])
         columns["p_feature_given_partner"] = association.conditional(together, each[partner])
         columns["lift"] = association.lift(*counts, total)
@@ -76,8 +76,8 @@ def pairs_table(analysis: Analysis, work: Place) -> pa.Table:
 
 def examples_table(analysis: Analysis) -> pa.Table:
     """One row a kept firing: the text before, at and after the firing, and the values there."""
-    slots, examples = analysis.record["example_slots"], analysis.preload()
-    focus, texts = analysis.record["focus"], np.array([*analysis.token_texts, ""], object)
+    slots, examples = analysis.record.example_slots, analysis.preload()
+    focus, texts = analysis.record.focus, np.array([*analysis.token_texts, ""], object)
     value, document = examples["value"], examples["document"]
     tables = []
     for kind in EXAMPLE_KINDS:

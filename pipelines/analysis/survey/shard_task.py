@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from actstore.open_place import open_place
 from actstore.reader import Shard
-from pipelines.analysis.arrays import SparseRows, open_arrays
+from pipelines.analysis.arrays import SparseRows
+from pipelines.analysis.stored_arrays import StoredArrays
 from pipelines.analysis.survey.held_codes import countable
 from pipelines.analysis.survey.job import Job, blocks, shard_name
 from pipelines.analysis.survey.partial_results import Bundle, publish_bundle
@@ -54,5 +55,5 @@ def sample_shard(job: Job, shard: Shard, edges: NDArray[np.int64]) -> SampledExa
 def stratum_edges(job: Job) -> NDArray[np.int64]:
     """(F, strata - 1) the bins in which the quantiles 1/strata, 2/strata, ... of each feature's activations lie."""
     asked = tuple((i + 1) / job.n_strata for i in range(job.n_strata - 1))
-    tiles = SparseRows(open_arrays(open_place(job.result_url), "r"), "bins", N_BINS).tiles()
+    tiles = SparseRows(StoredArrays(open_place(job.result_url)), "bins", job.extent.n_features, N_BINS).tiles()
     return np.concatenate([quantile_bins(counts, asked) for _, counts in tiles])

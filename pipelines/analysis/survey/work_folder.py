@@ -11,7 +11,7 @@ from actstore.files import record_bytes
 from actstore.folder import Folder
 from actstore.open_place import open_place
 from actstore.place import Place
-from pipelines.analysis.reader import ANALYSIS_VERSION, require_new_analysis
+from pipelines.analysis.reader import ANALYSIS_VERSION, RECORD, require_new_analysis
 from pipelines.analysis.survey.job import Job
 from pipelines.statistics import statistics
 
@@ -27,7 +27,8 @@ def require_place(out: str | Path) -> None:
     grows in its place."""
     place = open_place(out)
     is_begun = not isinstance(place, Folder) and work_place(out).exists(KEY)
-    if not is_begun or not all(e in (paths.DATA, paths.TOKENIZER) or e.endswith(".parquet") for e in place.entries()):
+    ours = (paths.DATA, paths.TOKENIZER, RECORD)
+    if not is_begun or not all(name in ours or name.endswith(".parquet") for name in place.entries()):
         require_new_analysis(out)
 
 

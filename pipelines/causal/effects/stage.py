@@ -20,8 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from actstore.checked_json import checked, parse_json
 from actstore.errors import InputError, OutputExists
-from actstore.files import content_hash, publish_json, read_json, require_free_space
+from actstore.files import content_hash, json_bytes, publish_json, require_free_space
+from actstore.folder import Folder
+from actstore.place import Place
+from actstore.sealed_folder import SealedFolder, contents, is_sealed, seal_folder, unseal
 from pipelines.analysis.reader import open_run_analysis
 from pipelines.causal.effects.measure import Measured, measure, measured_bytes
 from pipelines.causal.effects.table import (
@@ -29,9 +33,9 @@ from pipelines.causal.effects.table import (
     TABLE,
     feature_table,
     measured_only,
-    publish_table,
     read_table,
     summary,
+    table_bytes,
 )
 from pipelines.causal.engine.drawn_firings import DrawnFirings, draw_firings
 from pipelines.causal.engine.language_model import Spliced, open_spliced
@@ -79,8 +83,9 @@ class EffectsConfig:
 def effects(config: EffectsConfig) -> dict[str, Any]:
     """Measure, and publish `effects.parquet` (a row for each feature) and `effects.json` in OUT.
 
-    Raises what `open_spliced` raises; IdentityMismatch for codes or an analysis of another run; OutputExists when OUT holds
-    something else, or effects of another configuration; NoSpace when the disk cannot hold what is measured.
+    Raises what `open_spliced` raises; IdentityMismatch for codes or an analysis of another run; LockedStore while another
+    process writes in OUT; OutputExists when OUT holds something else, or effects of another configuration; NoSpace when the
+    disk cannot hold what is measured.
     """
     spliced = open_spliced(config.run, config.store, config.model, config.device)
     codes = open_run_codes(str(config.codes), spliced.record.run_id, str(config.run))
@@ -91,16 +96,31 @@ def effects(config: EffectsConfig) -> dict[str, Any]:
         run = spliced.record.run_id
         analysis = open_run_analysis(config.analysis, run, "the SAE's run", "pass its analysis.")
     plan = _plan(config, spliced, codes)
-    _require_own(config.out, plan)
-    if (config.out / RECORD).exists():
-        rows, n_rows = measured_only(read_table(config.out / TABLE)), read_json(config.out / RECORD)["rows"]
-    else:
-        rows, n_rows = _measured(config, spliced, codes, plan)
-    publish_table(config.out / TABLE, rows, analysis)
-    record = {**plan, "rows": n_rows, **summary(rows, analysis)}
-    publish_json(config.out / RECORD, record)
-    shutil.rmtree(config.out / PARTS, ignore_errors=True)
+    place = Folder(config.out)
+    _require_own(place, plan)
+    with place.lock():
+        _require_own(place, plan)
+        if place.exists(RECORD):
+            before = _published(place)
+            rows, n_rows = measured_only(before[0]), before[1]
+        else:
+            rows, n_rows = _measured(config, spliced, codes, plan)
+        unseal(place)
+        place.publish(TABLE, table_bytes(rows, analysis))
+        record = {**plan, "rows": n_rows, **summary(rows, analysis)}
+        place.publish(RECORD, json_bytes(record))
+        shutil.rmtree(config.out / PARTS, ignore_errors=True)
+        seal_folder(place, "effects", RECORD, [PLAN, RECORD, TABLE])
     return {"out": str(config.out), **record}
+
+
+def _published(place: Place) -> tuple[list[dict[str, Any]], int]:
+    """The rows of the table that is there, and the number of rows drawn from. Raises DamagedStore when either is damaged;
+    without a seal, which a kill took, they are read as they are: each was published whole."""
+    read = SealedFolder(place).read if is_sealed(place) else place.read
+    record = parse_json(read(RECORD), f"{place}/{RECORD}")
+    n_rows = checked(record.get("rows") if isinstance(record, dict) else None, int, f"{place}/{RECORD}: rows")
+    return read_table(read(TABLE)), n_rows
 
 
 def _measured(
@@ -161,16 +181,17 @@ def _plan(config: EffectsConfig, spliced: Spliced, codes: CodeStore) -> dict[str
     }
 
 
-def _require_own(out: Path, plan: dict[str, Any]) -> None:
+def _require_own(place: Place, plan: dict[str, Any]) -> None:
     """Raises OutputExists when OUT holds anything but what was begun with the same plan."""
-    if (out / PLAN).exists():
-        before = read_json(out / PLAN)
+    if place.exists(PLAN):
+        before = parse_json(place.read(PLAN), f"{place}/{PLAN}")
         if before != plan:
-            names = [name for name in plan if before.get(name) != plan[name]]
-            shown = ", ".join(f"{name} {before.get(name)!r} there, {plan[name]!r} now" for name in names)
-            raise OutputExists(f"{out}: holds other effects ({shown}); choose another --out.")
-    elif out.exists() and any(out.iterdir()):
-        raise OutputExists(f"{out}: exists and is not empty; choose another --out.")
+            names = [name for name in plan if not isinstance(before, dict) or before.get(name) != plan[name]]
+            there = before if isinstance(before, dict) else {}
+            shown = ", ".join(f"{name} {there.get(name)!r} there, {plan[name]!r} now" for name in names)
+            raise OutputExists(f"{place}: holds other effects ({shown}); choose another --out.")
+    elif contents(place):
+        raise OutputExists(f"{place}: exists and is not empty; choose another --out.")
 
 
 def _begin(out: Path, plan: dict[str, Any], needed_bytes: int) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from actstore.files import publish_bytes
+from actstore.errors import DamagedStore
 from pipelines.analysis.reader import Analysis
 from pipelines.causal.engine.drawn_firings import DrawnFirings
 from pipelines.shared.parquet import parquet_bytes
@@ -102,20 +103,25 @@ def document_interval(
     return low, high
 
 
-def publish_table(path: Path, rows: list[dict[str, Any]], analysis: Analysis | None) -> None:
-    """Write a parquet file with a row for each feature, joined to the analysis where there is one."""
+def table_bytes(rows: list[dict[str, Any]], analysis: Analysis | None) -> bytes:
+    """A Parquet file with a row for each feature, joined to the analysis where there is one."""
     joined = [row if analysis is None else {**row, **_analysed(analysis, row["feature"])} for row in rows]
-    publish_bytes(path, parquet_bytes(joined))
+    return parquet_bytes(joined)
 
 
-def read_table(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a published table, with what was joined to them. To join them to another analysis: `measured_only`."""
-    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+def read_table(data: bytes) -> list[dict[str, Any]]:
+    """The rows of a table, with what was joined to them. To join them to another analysis: `measured_only`.
+
+    Raises DamagedStore when the bytes are no table."""
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data)).to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DamagedStore(f"{TABLE}: cannot be read ({error}); measure again at another --out.") from error
     return rows
 
 
 def measured_only(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows as `publish_table` got them, without the columns of an analysis."""
+    """The rows as `table_bytes` got them, without the columns of an analysis."""
     return [{name: value for name, value in row.items() if name not in ANALYSED} for row in rows]
 
 

@@ -7,6 +7,7 @@ agreement to some exact ones.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from actstore.errors import InputError
+from actstore.lease import held_file
 from pipelines.causal.attribute.logit_parts import require_position
 from pipelines.causal.engine.answer_metrics import Metric, change_metric, pair_metric, require_metric
 from pipelines.causal.engine.language_model import LanguageModel, Prompt, Spliced, open_either
@@ -119,6 +121,11 @@ def patch(config: PatchConfig) -> dict[str, Any]:
     lm, spliced = open_either(config.run, config.store, config.model, config.device)
     if spliced is not None:
         require_patched(lm.model, spliced.site)
+    with nullcontext() if config.out is None else held_file(config.out):
+        return _patched(config, lm, spliced)
+
+
+def _patched(config: PatchConfig, lm: LanguageModel, spliced: Spliced | None) -> dict[str, Any]:
     task, answers = _task(config, lm, spliced)
     notes: list[str] = []
     steps = _steps(config, task, notes)

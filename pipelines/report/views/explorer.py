@@ -36,7 +36,7 @@ LEVELS = 99
 
 def shown(analysis: Analysis, n_examples: int) -> dict[str, Any]:
     """The bands that the list can be filtered by, and how many features have details."""
-    live = analysis.n_features - analysis.record["bands"]["dead"]
+    live = analysis.n_features - analysis.record.bands["dead"]
     return {"band_names": BANDS, "n_detailed": min(live, DETAILED_FEATURES)}
 
 

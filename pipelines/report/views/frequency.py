@@ -16,7 +16,7 @@ BINS_PER_DECADE = 10
 
 def shown(analysis: Analysis, n_examples: int) -> dict[str, Any]:
     """Each band with its range and its number of features, and the histogram."""
-    counts = [analysis.record["bands"][name] for name in BANDS]
+    counts = [analysis.record.bands[name] for name in BANDS]
     return {
         "bands": list(zip(BANDS, BAND_RANGES, counts, strict=True)),
         "density": frequency_density(analysis.fires, analysis.n_rows),
