@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from actstore.checked_json import checked
 from actstore.errors import IdentityMismatch, InputError
 from pipelines.sae.kernels import KERNELS
 from pipelines.train.trainee import AUXK, RECIPES
@@ -76,6 +78,28 @@ def recorded(config: TrainConfig) -> dict[str, Any]:
     return {**values, "store": str(config.store)}
 
 
+def config_of(values: dict[str, Any], where: str, **changed: Any) -> TrainConfig:
+    """The configuration whose `recorded` options are `values`, with some options changed.
+
+    Raises DamagedStore for options that no training has, InputError for values that make none.
+    """
+    return TrainConfig(**{**vars(checked(values, _recorded_kind(), where)), "out": Path("nowhere"), **changed})
+
+
+@cache
+def _recorded_kind() -> type[Any]:
+    """The dataclass of what `recorded` gives."""
+    hints = get_type_hints(TrainConfig) | {"store": str}
+    kept = [option for option in fields(TrainConfig) if option.name not in NOT_RECORDED]
+    return make_dataclass(
+        "Recorded",
+        [
+            (option.name, hints[option.name], field() if option.default is MISSING else field(default=option.default))
+            for option in kept
+        ],
+    )
+
+
 def require_same(out: Path, config: TrainConfig, saved: list[dict[str, Any]], index: int, n: int) -> None:
     """Raises IdentityMismatch, naming the options that differ, unless the saved training is the one that `config` asks for.
 
@@ -85,11 +109,11 @@ def require_same(out: Path, config: TrainConfig, saved: list[dict[str, Any]], in
         raise IdentityMismatch(
             f"{out}: is a training of {len(saved)} SAEs, {n} were asked for; give the options it began with."
         )
-    asked = recorded(config)
+    asked, theirs = recorded(config), saved[index]
     differing = [
-        f"{name} (there {theirs}, asked {asked[name]})"
-        for name, theirs in saved[index].items()
-        if name not in ("store", "device") and asked[name] != theirs
+        f"{name} (there {theirs.get(name)}, asked {asked.get(name)})"
+        for name in sorted(asked.keys() | theirs.keys())
+        if name not in ("store", "device") and asked.get(name) != theirs.get(name)
     ]
     if differing:
         raise IdentityMismatch(f"{out}: is another training: {', '.join(differing)}; give the options it began with.")

@@ -26,7 +26,7 @@ from pipelines.train.config import TrainConfig, recorded, require_same
 from pipelines.train.log import MetricsLog
 from pipelines.train.new_trainee import Samples, new_trainee
 from pipelines.train.ranks import Ranks
-from pipelines.train.saved_state import Saved, save_state
+from pipelines.train.saved_state import Facts, Saved, save_state
 from pipelines.train.stopping import Stop
 from pipelines.train.trainee import Trainee
 
@@ -69,7 +69,8 @@ class Session:
             raise InputError(
                 f"batch {first.batch}: cannot be shared by {ranks.n_ranks} ranks; choose a multiple, two rows each at least."
             )
-        store = ActivationStore(first.store, snapshot=None if saved is None else saved[1]["snapshot"])
+        facts = saved.facts if saved else None
+        store = ActivationStore(first.store, snapshot=facts.snapshot if facts else None)
         sites = [store.site(config.site, config.layer) for config in configs]
         streams = {
             site: BatchStream(
@@ -91,10 +92,13 @@ class Session:
         for index, (config, site) in enumerate(zip(configs, sites, strict=True)):
             trainee = new_trainee(config, site, store, n_steps, device, ranks, samples, fresh=saved is None)
             settled.append(_settled(config, trainee))
-            if saved is not None:
-                require_same(out, settled[-1], saved[1]["configs"], index, len(configs))
-                trainee.load(saved[0][index], saved[1]["counts"][index])
+            if facts is not None:
+                require_same(out, settled[-1], facts.configs, index, len(configs))
             trainees.append(trainee)
+        if saved is not None:
+            saved.require_trainees([trainee.forms() for trainee in trainees])
+            for trainee, tensors, counts in zip(trainees, saved.tensors, saved.facts.counts, strict=True):
+                trainee.load(tensors, counts)
         session = cls(
             settled,
             out,
@@ -105,10 +109,10 @@ class Session:
             n_steps,
             device,
             ranks,
-            _with_start(saved[1]["history"], saved[1]["rows_seen"], ranks.n_ranks) if saved else [[0, ranks.n_ranks]],
-            saved[1]["log_bytes"] if saved else [0] * len(configs),
-            saved[1]["metrics"] if saved else [{} for _ in configs],
-            {int(index): rows for index, rows in saved[1]["diverged"].items()} if saved else {},
+            _with_start(facts.history, facts.rows_seen, ranks.n_ranks) if facts else [[0, ranks.n_ranks]],
+            facts.log_bytes if facts else [0] * len(configs),
+            facts.metrics if facts else [{} for _ in configs],
+            {int(index): rows for index, rows in facts.diverged.items()} if facts else {},
         )
         for stream in streams.values():
             session._seek(stream)
@@ -232,16 +236,16 @@ class Session:
         if not self.ranks.is_first:
             return
         self.log_bytes = [log.n_bytes for log in logs]
-        facts = {
-            "snapshot": self.store.snapshot,
-            "rows_seen": self.lead.rows_seen,
-            "diverged": self.diverged,
-            "configs": [recorded(config) for config in self.configs],
-            "counts": [trainee.counts() for trainee in self.trainees],
-            "metrics": self.metrics,
-            "log_bytes": self.log_bytes,
-            "history": self.history,
-        }
+        facts = Facts(
+            snapshot=self.store.snapshot,
+            rows_seen=self.lead.rows_seen,
+            diverged={str(index): rows for index, rows in self.diverged.items()},
+            configs=[recorded(config) for config in self.configs],
+            counts=[trainee.counts() for trainee in self.trainees],
+            metrics=self.metrics,
+            log_bytes=self.log_bytes,
+            history=self.history,
+        )
         save_state(self.out, [trainee.tensors() for trainee in self.trainees], facts)
 
     def _publish(self, index: int) -> dict[str, Any]:

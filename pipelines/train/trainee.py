@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.sae.base import Losses, Objective, Sae
+from actstore.checked_json import Count
+from pipelines.sae.base import EPSILON, Losses, Objective, Sae
+from pipelines.sae.tensor_file import Form, forms_of
 
 RECIPES = ("standard", "textbook")
 AUXK = 1 / 32
@@ -88,6 +90,14 @@ def _paced(sae: Sae, fast_biases: bool) -> list[dict[str, Any]]:
         {"pace": math.sqrt(sae.d_model), "params": [p for name, p in sae.named_parameters() if name in fast]},
     ]
     return [group for group in groups if group["params"]]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How far a training is."""
+
+    n_steps: Count
+    rows_seen: Count
 
 
 class Trainee:
@@ -168,13 +178,13 @@ class Trainee:
             "rows": self.rows_seen,
             "loss": float(losses.total.detach()),
             **{name: float(term.detach()) for name, term in losses.terms.items()},
-            "fve": 1.0 - float(error.square().sum() / (x - x.mean(dim=0)).square().sum()),
+            "fve": 1.0 - float(error.square().sum() / (x - x.mean(dim=0)).square().sum().clamp_min(EPSILON)),
             "l0": float((losses.codes.values > 0).sum()) / len(x),
             "dead": float(self.dead.float().mean()),
             "lr": self.recipe.lr_at(self.n_steps - 1),
         }
         if self.recipe.pooled_fve:
-            figures["fve_pooled"] = 1.0 - float(error.var() / x.var())
+            figures["fve_pooled"] = 1.0 - float(error.var() / x.var().clamp_min(EPSILON))
         return figures
 
     def tensors(self) -> dict[str, Tensor]:
@@ -186,10 +196,18 @@ class Trainee:
         tensors["last_fired"] = self.last_fired
         return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
-    def counts(self) -> dict[str, int]:
-        return {"n_steps": self.n_steps, "rows_seen": self.rows_seen}
+    def forms(self) -> dict[str, Form]:
+        """The form of each tensor that `tensors` gives once a step was taken."""
+        forms = {f"sae/{name}": form for name, form in forms_of(self.sae.state_dict()).items()}
+        for name, form in forms_of(dict(self.sae.named_parameters())).items():
+            of_adam = {"step": ("float32", ()), "exp_avg": form, "exp_avg_sq": form}
+            forms |= {f"adam/{name}/{key}": of_key for key, of_key in of_adam.items()}
+        return forms | {"last_fired": ("int64", (self.sae.n_features,))}
 
-    def load(self, tensors: dict[str, Tensor], counts: dict[str, Any]) -> None:
+    def counts(self) -> Counts:
+        return Counts(self.n_steps, self.rows_seen)
+
+    def load(self, tensors: dict[str, Tensor], counts: Counts) -> None:
         """Restore the state that `tensors` and `counts` gave; training resumes exactly."""
         device = self.sae.W_dec.device
         self.sae.load_state_dict({name.removeprefix("sae/"): t for name, t in tensors.items() if name.startswith("sae/")})
@@ -199,4 +217,4 @@ class Trainee:
                 key.removeprefix(prefix): tensor.to(device) for key, tensor in tensors.items() if key.startswith(prefix)
             }
         self.last_fired = tensors["last_fired"].to(device)
-        self.n_steps, self.rows_seen = counts["n_steps"], counts["rows_seen"]
+        self.n_steps, self.rows_seen = counts.n_steps, counts.rows_seen

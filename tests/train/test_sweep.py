@@ -118,7 +118,7 @@ def test_a_sweep_goes_on_from_its_saved_state_without_the_sae_that_diverged(
 
     def saved_then_cut_off(*arguments: Any) -> None:
         save(*arguments)
-        if arguments[2]["diverged"]:
+        if arguments[2].diverged:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
