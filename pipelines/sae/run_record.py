@@ -79,7 +79,11 @@ def read_run_record(path: Path) -> RunRecord:
     if (n_bytes := file.stat().st_size) > LARGEST_RECORD:
         raise DamagedStore(f"{file}: {n_bytes:,} bytes, a record has at most {LARGEST_RECORD:,}; restore it from a copy.")
     value = parse_json(file.read_bytes(), str(file))
-    if not isinstance(value, dict) or value.pop("format", None) != "actstore-run" or value.pop("version", None) != RUN_VERSION:
+    if (
+        not isinstance(value, dict)
+        or value.pop("format", None) != "actstore-run"
+        or value.pop("version", None) != RUN_VERSION
+    ):
         raise NotAStore(f"{path}: not a run of format version {RUN_VERSION}; use the actstore version that wrote it.")
     if value.pop("run_id", None) != content_hash(value)[:16]:
         raise NotAStore(f"{file}: was changed after it was written; restore it from a copy.")

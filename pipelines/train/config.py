@@ -15,6 +15,7 @@ from pipelines.train.trainee import AUXK, RECIPES
 
 NOT_RECORDED = ("out", "resume", "checkpoint_minutes", "tensorboard", "wandb")
 """Options that do not change the trained SAE."""
+MOST_EPOCHS, MOST_ROWS = 1_000_000, 1 << 53
 OWN = ("layer", "site", "architecture", "features", "k", "lr", "l1", "seed", "out")
 """Options in which the SAEs of one pass may differ."""
 
@@ -55,11 +56,13 @@ class TrainConfig:
             raise InputError(f"k {self.k}: there are {self.features} features; choose --k between 1 and {self.features}.")
         numbers = (self.epochs, self.lr, self.l1, self.auxk, self.checkpoint_minutes)
         least = min(self.tokens, self.lr, self.l1, self.auxk, self.checkpoint_minutes)
-        if not all(map(math.isfinite, numbers)) or self.batch < 2 or self.epochs <= 0 or least < 0:
+        most = max(self.tokens, self.batch, self.features)
+        is_bounded = all(map(math.isfinite, numbers)) and self.epochs <= MOST_EPOCHS and most <= MOST_ROWS
+        if not is_bounded or self.batch < 2 or self.epochs <= 0 or least < 0:
             raise InputError(
                 f"batch {self.batch}, epochs {self.epochs}, tokens {self.tokens}, lr {self.lr}, l1 {self.l1}, auxk "
                 f"{self.auxk}, checkpoint-minutes {self.checkpoint_minutes}: must be positive and finite, batch at least "
-                "2 (tokens, lr and l1 may be 0 for their default, the last two for none)."
+                f"2, epochs at most {MOST_EPOCHS:,} (tokens, lr and l1 may be 0 for their default, the last two for none)."
             )
         if 0 < self.tokens < self.batch:
             raise InputError(

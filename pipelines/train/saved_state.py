@@ -35,7 +35,8 @@ class Facts:
     """What a training needs besides tensors. Lists have one entry for each SAE.
 
     `snapshot` is the store's, `configs` are the options as they are recorded, `metrics` the last logged ones, `log_bytes`
-    the lengths of the logs, `history` is that of `RunRecord`, `diverged` has the rows after which SAEs were left out, by number.
+    the lengths of the logs, `history` is that of `RunRecord`, `diverged` has the rows after which SAEs were left out, by
+    their number.
     """
 
     snapshot: Hex16

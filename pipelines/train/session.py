@@ -83,8 +83,7 @@ class Session:
             )
             for site in dict.fromkeys(sites)
         }
-        n_rows = next(iter(streams.values())).n_rows
-        n_steps = max(1, (first.tokens or round(first.epochs * n_rows)) // first.batch)
+        n_steps = _n_steps(first, store, next(iter(streams.values())).n_rows)
         weights_bytes = sum(8 * config.features * store.d_model(site) for config, site in zip(configs, sites, strict=True))
         require_free_space(out, 7 * weights_bytes, f"{len(configs)} SAEs and the state of their training")
         samples = Samples()
@@ -288,6 +287,22 @@ class Session:
 def _with_start(history: list[list[int]], rows_seen: int, n_ranks: int) -> list[list[int]]:
     """The history, with a new entry if the number of ranks has changed."""
     return history if history and history[-1][1] == n_ranks else [*history, [rows_seen, n_ranks]]
+
+
+def _n_steps(config: TrainConfig, store: ActivationStore, n_rows: int) -> int:
+    """The steps of a training on a store of `n_rows` rows. Raises InputError where no batch is filled without repetition."""
+    if config.batch > n_rows:
+        raise InputError(
+            f"batch {config.batch:,}: {store.url} has {n_rows:,} rows to train on, and a batch would repeat some; choose "
+            f"--batch {n_rows} or less, or collect more tokens."
+        )
+    wanted = config.tokens or round(config.epochs * n_rows)
+    if wanted < config.batch:
+        raise InputError(
+            f"epochs {config.epochs:g}: {wanted:,} of {store.url}'s {n_rows:,} rows, less than one batch of "
+            f"{config.batch:,}; choose --batch {max(2, wanted)} or less, or more --epochs."
+        )
+    return wanted // config.batch
 
 
 def _settled(config: TrainConfig, trainee: Trainee) -> TrainConfig:

@@ -60,7 +60,9 @@ def write_run(path: Path, architecture: str) -> Path:
 def restate(run: Path, **changes: Any) -> None:
     """Change a record, None for a field that is dropped, and state the sums that the changed one has."""
     value = {**json.loads((run / RECORD).read_text()), "sae_sha256": _sha256(run / WEIGHTS)} | changes
-    value = {name: field for name, field in value.items() if field is not None and name not in ("run_id", "format", "version")}
+    value = {
+        name: field for name, field in value.items() if field is not None and name not in ("run_id", "format", "version")
+    }
     stated = {"format": "actstore-run", "version": 2, "run_id": content_hash(value)[:16]}
     (run / RECORD).write_text(json.dumps(value | stated))
 
@@ -73,7 +75,8 @@ def test_the_forms_of_an_architecture_are_those_of_its_saes(architecture: str) -
 @pytest.mark.parametrize("architecture", sorted(architectures()))
 def test_a_run_of_each_architecture_reads_back(architecture: str, tmp_path: Path) -> None:
     sae, record = load_run(write_run(tmp_path / "run", architecture))
-    assert all(torch.equal(a, b) for a, b in zip(sae.state_dict().values(), make(architecture, D, F, K).state_dict().values()))
+    written = make(architecture, D, F, K).state_dict()
+    assert all(torch.equal(tensor, written[name]) for name, tensor in sae.state_dict().items())
     assert read_run_record(tmp_path / "run") == record
 
 

@@ -67,7 +67,6 @@ def test_each_bit_of_a_saved_state_is_covered_by_its_sum(tmp_path: Path) -> None
     assert load_state(tmp_path) is not None
 
 
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -16,7 +16,7 @@ from pipelines.sae.base import Objective, dead_loss
 from pipelines.stores.made.recovery import cosine_matrix, recall
 from pipelines.stores.made.synthetic import Superposition
 from pipelines.train import saved_state
-from pipelines.train.trainee import Counts, AUXK, Recipe, Trainee
+from pipelines.train.trainee import AUXK, Counts, Recipe, Trainee
 
 D, F, K, LR = 16, 48, 6, 1e-3
 FAST: dict[str, tuple[str, ...]] = dict.fromkeys(("topk", "batchtopk", "matryoshka", "relu"), ("b_enc",)) | {
