@@ -416,7 +416,7 @@ def test_that_no_feature_can_be_listed_is_said_before_anything_is_measured(
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stage, "measure", stopped)
+    monkeypatch.setattr("pipelines.causal.effects.stage.measure", stopped)
     said = {}
     for firings in (16, 20):
         with pytest.raises(KeyboardInterrupt):

@@ -263,7 +263,7 @@ def test_a_batch_of_more_rows_than_an_epoch_has_is_refused(rows_store: Path, tmp
     for more in ({}, {"epochs": 10.0}, {"tokens": 10_000}):
         asked = TrainConfig(store=rows_store, out=tmp_path / "run", features=8, k=2, device="cpu", **more)  # type: ignore[arg-type]
         with pytest.raises(
-            InputError, match=r"^batch 4,096: .*store has 2,160 rows to train on, .* choose --batch 2160 or less"
+            InputError, match=r"^batch 4,096: .* has 2,160 rows to train on, .* choose --batch 2160 or less"
         ):
             train(asked)
     assert not (tmp_path / "run").exists()
@@ -272,7 +272,7 @@ def test_a_batch_of_more_rows_than_an_epoch_has_is_refused(rows_store: Path, tmp
 def test_less_than_one_batch_of_an_epoch_is_refused(rows_store: Path, tmp_path: Path) -> None:
     asked = TrainConfig(store=rows_store, out=tmp_path / "run", features=8, k=2, batch=1000, epochs=0.25, device="cpu")
     with pytest.raises(
-        InputError, match=r"^epochs 0\.25: 540 of .*2,160 rows, less than one batch of 1,000; choose --batch 540"
+        InputError, match=r"^epochs 0\.25: 540 of .*2,160 rows, .* one batch of 1,000; choose --batch 540"
     ):
         train(asked)
     assert not (tmp_path / "run").exists()

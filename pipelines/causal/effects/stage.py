@@ -113,8 +113,8 @@ def _measured(
     firings = _draw(config, codes)
     if not listed_features(firings):
         print(
-            f"effects: no feature has {MIN_FIRINGS} of its {config.firings} firings at most in two documents, so that no list "
-            f"is made, only {TABLE}; for lists, stop, and take another --out and more --firings.",
+            f"effects: no feature has {MIN_FIRINGS} of its {config.firings} firings at most in two documents, so that no "
+            f"list is made, only {TABLE}; for lists, stop, and take another --out and more --firings.",
             file=sys.stderr,
         )
     features = np.unique(firings.feature)

@@ -155,9 +155,9 @@ def summary(rows: list[dict[str, Any]], analysis: Analysis | None = None) -> dic
 
 def listed_features(firings: DrawnFirings) -> int:
     """How many features will have enough measured firings, in two documents or more, to be in a list."""
-    features, n = np.unique(firings.feature, return_counts=True)
-    documents = np.unique(np.stack([firings.feature, firings.segment, firings.document]), axis=1)
-    n_documents = np.unique(documents[0], return_counts=True)[1]
+    n = np.unique(firings.feature, return_counts=True)[1]
+    of_documents = np.unique(np.stack([firings.feature, firings.segment, firings.document]), axis=1)[0]
+    n_documents = np.unique(of_documents, return_counts=True)[1]
     return int(((n >= MIN_FIRINGS) & (n_documents > 1)).sum())
 
 
