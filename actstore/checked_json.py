@@ -45,7 +45,8 @@ def parse_json(data: bytes, where: str) -> Any:
         )
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_refuse)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # a lone surrogate, written \ud83d, is no text
+        # A number such as 1e999 is no JSON number once it is read, and a lone surrogate, written \ud83d, is no text.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise DamagedStore(f"{where}: not readable as JSON ({error}); restore it from a copy.") from error
     return value

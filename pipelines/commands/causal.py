@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from pipelines.commands.numbers import ANY_WHOLE, AT_LEAST_ONE, FROM_ZERO, Real
 from pipelines.commands.options import (
     DEVICE_OPTION,
     JSON_OPTION,
@@ -24,11 +25,21 @@ from pipelines.commands.output import announced, show
 @splice_options
 @click.option("--target", help="The token whose logit is attributed. Default: the most likely one.")
 @click.option("--against", help="A second token: the difference of the two logits is attributed.")
-@click.option("--position", default=-1, show_default=True, help="Where the next token is predicted; -1: after the last one.")
-@click.option("--by", default="head", show_default=True, help="head: each attention head; layer: each attention whole.")
-@click.option("--top", default=12, show_default=True, help="Parts listed, by size.")
 @click.option(
-    "--movers", default=0, show_default=True, help="Tokens listed for each part: those that it raises and lowers most."
+    "--position",
+    type=ANY_WHOLE,
+    default=-1,
+    show_default=True,
+    help="Where the next token is predicted; -1: after the last one.",
+)
+@click.option("--by", default="head", show_default=True, help="head: each attention head; layer: each attention whole.")
+@click.option("--top", type=AT_LEAST_ONE, default=12, show_default=True, help="Parts listed, by size.")
+@click.option(
+    "--movers",
+    type=FROM_ZERO,
+    default=0,
+    show_default=True,
+    help="Tokens listed for each part: those that it raises and lowers most.",
 )
 @click.option("--raw", is_flag=True, help="Attribute the logit itself, without subtracting the vocabulary's mean.")
 @click.option(
@@ -74,13 +85,33 @@ def attribute(as_json: bool, **options: Any) -> None:
 )
 @click.option("--target", help="The clean text's next token. Default: the most likely one.")
 @click.option("--against", help="The corrupt text's next token. Default: the most likely one.")
-@click.option("--position", default=-1, show_default=True, help="Where the next token is predicted; -1: after the last one.")
-@click.option("--top", default=12, show_default=True, help="Features patched: those with the largest estimated effect.")
 @click.option(
-    "--steps", default=0, show_default=True, help="Steps of integrated gradients; 0: one gradient. For --method attribution."
+    "--position",
+    type=ANY_WHOLE,
+    default=-1,
+    show_default=True,
+    help="Where the next token is predicted; -1: after the last one.",
 )
 @click.option(
-    "--check", default=0, show_default=True, help="Cells to compare with exact patching. For --method attribution."
+    "--top",
+    type=AT_LEAST_ONE,
+    default=12,
+    show_default=True,
+    help="Features patched: those with the largest estimated effect.",
+)
+@click.option(
+    "--steps",
+    type=FROM_ZERO,
+    default=0,
+    show_default=True,
+    help="Steps of integrated gradients; 0: one gradient. For --method attribution.",
+)
+@click.option(
+    "--check",
+    type=FROM_ZERO,
+    default=0,
+    show_default=True,
+    help="Cells to compare with exact patching. For --method attribution.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Also draw the grid, as .png or .svg.")
 @SEED_OPTION
@@ -107,7 +138,7 @@ def patch(as_json: bool, **options: Any) -> None:
 @RUN_ARGUMENT
 @click.argument("text")
 @click.option(
-    "--feature", multiple=True, type=int, help="Feature to ablate; repeatable. Default: all that fire in the text."
+    "--feature", multiple=True, type=FROM_ZERO, help="Feature to ablate; repeatable. Default: all that fire in the text."
 )
 @click.option(
     "--set-to",
@@ -128,8 +159,10 @@ def patch(as_json: bool, **options: Any) -> None:
     show_default=True,
     help="keep: only the feature changes; drop: the reconstruction replaces the rows, and its effect is shown too.",
 )
-@click.option("--top", default=5, show_default=True, help="Next tokens shown.")
-@click.option("--features", default=10, show_default=True, help="Without --feature: features listed, by effect.")
+@click.option("--top", type=AT_LEAST_ONE, default=5, show_default=True, help="Next tokens shown.")
+@click.option(
+    "--features", type=AT_LEAST_ONE, default=10, show_default=True, help="Without --feature: features listed, by effect."
+)
 @click.option("--analysis", help="An analysis of this run; for --set-to mean.")
 @click.option("--codes", help="A code store of this run; for --set-to firing or row.")
 @SEED_OPTION
@@ -152,12 +185,12 @@ def ablate(as_json: bool, **options: Any) -> None:
 
 @click.command()
 @RUN_ARGUMENT
-@click.argument("feature", type=int)
+@click.argument("feature", type=FROM_ZERO)
 @click.argument("text")
 @click.option(
     "--strength",
     multiple=True,
-    type=float,
+    type=Real(),
     default=[0.0, 0.5, 1.0],
     show_default=True,
     help="Strength of the change; repeatable, the texts are shown side by side.",
@@ -180,8 +213,14 @@ def ablate(as_json: bool, **options: Any) -> None:
     show_default=True,
     help="Where the feature is changed: all rows, the prompt's, the prompt's last, or the generated ones.",
 )
-@click.option("--tokens", default=40, show_default=True, help="Tokens to generate.")
-@click.option("--temperature", default=0.0, show_default=True, help="Sampling temperature; 0 takes the most probable token.")
+@click.option("--tokens", type=AT_LEAST_ONE, default=40, show_default=True, help="Tokens to generate.")
+@click.option(
+    "--temperature",
+    type=Real(0),
+    default=0.0,
+    show_default=True,
+    help="Sampling temperature; 0 takes the most probable token.",
+)
 @SEED_OPTION
 @click.option("--cache/--no-cache", default=True, show_default=True, help="Keep keys and values from step to step.")
 @click.option("--analysis", help="An analysis of this run; for --unit peak.")
@@ -207,13 +246,21 @@ def steer(as_json: bool, **options: Any) -> None:
 @RUN_ARGUMENT
 @click.argument("codes")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A folder; continued if it holds these effects.")
-@click.option("--features", multiple=True, type=int, help="Feature to measure; repeatable. Default: all that fire.")
-@click.option("--top", default=0, show_default=True, help="Instead: the N most frequent features; 0: all.")
-@click.option("--firings", default=64, show_default=True, help="Most firings of each feature, each in another window.")
+@click.option("--features", multiple=True, type=FROM_ZERO, help="Feature to measure; repeatable. Default: all that fire.")
+@click.option("--top", type=FROM_ZERO, default=0, show_default=True, help="Instead: the N most frequent features; 0: all.")
+@click.option(
+    "--firings",
+    type=AT_LEAST_ONE,
+    default=64,
+    show_default=True,
+    help="Most firings of each feature, each in another window.",
+)
 @click.option(
     "--measure", default="firing", show_default=True, help="Predictions at the firing position, or the mean of it and later."
 )
-@click.option("--resamples", default=1000, show_default=True, help="Resamples of documents, for the intervals.")
+@click.option(
+    "--resamples", type=AT_LEAST_ONE, default=1000, show_default=True, help="Resamples of documents, for the intervals."
+)
 @click.option("--analysis", help="An analysis of this run; adds densities and tokens.")
 @SEED_OPTION
 @SUBJECT_STORE_OPTION
@@ -237,11 +284,21 @@ def effects(as_json: bool, **options: Any) -> None:
 
 @click.command()
 @RUN_ARGUMENT
-@click.argument("feature", type=int, required=False)
-@click.option("--top", default=10, show_default=True, help="Tokens listed for a feature, or features listed in the table.")
+@click.argument("feature", type=FROM_ZERO, required=False)
+@click.option(
+    "--top",
+    type=AT_LEAST_ONE,
+    default=10,
+    show_default=True,
+    help="Tokens listed for a feature, or features listed in the table.",
+)
 @click.option("--sort", default="kurtosis", show_default=True, help="Order of the table: kurtosis, skew, peak or id.")
 @click.option(
-    "--windows", default=64, show_default=True, help="Windows over which the final LayerNorm's mean scale is taken."
+    "--windows",
+    type=AT_LEAST_ONE,
+    default=64,
+    show_default=True,
+    help="Windows over which the final LayerNorm's mean scale is taken.",
 )
 @SUBJECT_STORE_OPTION
 @MOVED_MODEL_OPTION

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from pipelines.commands.lines import analysis_lines, encode_lines
+from pipelines.commands.numbers import AT_LEAST_ONE, FROM_ZERO, SEED
 from pipelines.commands.options import (
     JSON_OPTION,
     RUN_ARGUMENT,
@@ -50,16 +51,19 @@ def encode(as_json: bool, **options: Any) -> None:
 @click.command()
 @click.argument("sources", nargs=-1, required=True, metavar="CODES | STORE RUN")
 @click.option("--out", required=True, help="Where to write it: a path, or such as s3://bucket/prefix; must be free.")
-@click.option("--examples", default=8, show_default=True, help="Strongest firings kept for each feature.")
-@click.option("--random-examples", default=5, show_default=True, help="Random firings kept for each feature.")
+@click.option("--examples", type=AT_LEAST_ONE, default=8, show_default=True, help="Strongest firings kept for each feature.")
+@click.option(
+    "--random-examples", type=FROM_ZERO, default=5, show_default=True, help="Random firings kept for each feature."
+)
 @click.option(
     "--strata",
+    type=AT_LEAST_ONE,
     default=5,
     show_default=True,
     help="Equal parts of a feature's firings by strength; one example is kept from each.",
 )
-@click.option("--before", default=24, show_default=True, help="Tokens of context shown before a firing.")
-@click.option("--after", default=8, show_default=True, help="Tokens of context shown after it.")
+@click.option("--before", type=FROM_ZERO, default=24, show_default=True, help="Tokens of context shown before a firing.")
+@click.option("--after", type=FROM_ZERO, default=8, show_default=True, help="Tokens of context shown after it.")
 @click.option(
     "--within",
     default="row",
@@ -67,9 +71,13 @@ def encode(as_json: bool, **options: Any) -> None:
     help="Features are together within one row, one document, or this number of tokens.",
 )
 @click.option(
-    "--min-together", default=0, show_default=True, help="Drop pairs seen less often; 0: keep all, above 32,768 features 3."
+    "--min-together",
+    type=FROM_ZERO,
+    default=0,
+    show_default=True,
+    help="Drop pairs seen less often; 0: keep all, above 32,768 features 3.",
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of the random examples.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the random examples.")
 @WORKERS_OPTION
 @click.option("--threads", is_flag=True, help="Threads of this process instead of worker processes.")
 @SCHEDULER_OPTION

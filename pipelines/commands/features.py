@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from pipelines.commands.numbers import AT_LEAST_ONE, FROM_ZERO
 from pipelines.commands.options import DEVICE_OPTION, JSON_OPTION, MOVED_MODEL_OPTION, RUN_ARGUMENT
 from pipelines.commands.output import announced, show
 
@@ -17,7 +18,7 @@ FIRINGS_SHOWN = 50
 @click.command()
 @click.argument("analysis")
 @click.option("--sort", default="frequency", show_default=True, help="frequency, mean, peak, documents, burstiness or id.")
-@click.option("--top", default=20, show_default=True, help="Features listed.")
+@click.option("--top", type=AT_LEAST_ONE, default=20, show_default=True, help="Features listed.")
 @click.option("--joint", is_flag=True, help="The joint frequencies of the most frequent features (20 at most) instead.")
 @JSON_OPTION
 def features(analysis: str, sort: str, top: int, joint: bool, as_json: bool) -> None:
@@ -39,10 +40,10 @@ def features(analysis: str, sort: str, top: int, joint: bool, as_json: bool) -> 
 
 @click.command()
 @click.argument("analysis")
-@click.argument("feature_id", type=int, metavar="ID")
+@click.argument("feature_id", type=FROM_ZERO, metavar="ID")
 @click.option("--examples", default="top", show_default=True, help="top, strata (one of each fifth by strength) or random.")
 @click.option("--firings", is_flag=True, help="Instead: its firings over the whole corpus, strongest first.")
-@click.option("--top", type=click.IntRange(min=1), help=f"Firings listed. Default: {FIRINGS_SHOWN}, with --json all.")
+@click.option("--top", type=AT_LEAST_ONE, help=f"Firings listed. Default: {FIRINGS_SHOWN}, with --json all.")
 @click.option("--codes", help="For --firings: where the analysis' code store is, if it was moved.")
 @JSON_OPTION
 def feature(
@@ -72,7 +73,7 @@ def feature(
 @click.command()
 @click.argument("analysis")
 @click.argument("text")
-@click.option("--top", default=10, show_default=True, help="Features listed for each token.")
+@click.option("--top", type=AT_LEAST_ONE, default=10, show_default=True, help="Features listed for each token.")
 @JSON_OPTION
 def search(analysis: str, text: str, top: int, as_json: bool) -> None:
     """Which features fire on a token, or on the tokens of a text, and on little else.
@@ -94,8 +95,8 @@ def search(analysis: str, text: str, top: int, as_json: bool) -> None:
 @click.command()
 @RUN_ARGUMENT
 @click.option("--texts", required=True, type=click.Path(path_type=Path), help="A file with one text on each line.")
-@click.option("--features", default=20, show_default=True, help="Features shown, by mean activation.")
-@click.option("--tokens", default=5, show_default=True, help="Firings shown for each feature.")
+@click.option("--features", type=AT_LEAST_ONE, default=20, show_default=True, help="Features shown, by mean activation.")
+@click.option("--tokens", type=AT_LEAST_ONE, default=5, show_default=True, help="Firings shown for each feature.")
 @MOVED_MODEL_OPTION
 @DEVICE_OPTION
 @JSON_OPTION

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from pipelines.commands.numbers import AT_LEAST_ONE, Real, Whole
 from pipelines.commands.options import JSON_OPTION, OUT_OPTION, SCHEDULER_OPTION, SEED_OPTION, WORKERS_OPTION
 from pipelines.commands.output import announced, show
 
@@ -16,11 +17,29 @@ from pipelines.commands.output import announced, show
 @click.option("--codes", help="Where the analysis' code store is, if it was moved.")
 @click.option("--run", type=click.Path(path_type=Path), help="The run of the analysis, for its decoder directions.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write it. Default: ANALYSIS/structure.")
-@click.option("--draws", default=100, show_default=True, help="Draws of the null on either half of the documents.")
-@click.option("--rows", default=200_000, show_default=True, help="Rows that are read, in whole documents of both halves.")
-@click.option("--block-rows", default=1024, show_default=True, help="Most rows of a document that a draw deals together.")
 @click.option(
-    "--min-lift", default=2.0, show_default=True, help="A lift over the null from which an effect counts as large."
+    "--draws", type=Whole(20), default=100, show_default=True, help="Draws of the null on either half of the documents."
+)
+@click.option(
+    "--rows",
+    type=AT_LEAST_ONE,
+    default=200_000,
+    show_default=True,
+    help="Rows that are read, in whole documents of both halves.",
+)
+@click.option(
+    "--block-rows",
+    type=Whole(2),
+    default=1024,
+    show_default=True,
+    help="Most rows of a document that a draw deals together.",
+)
+@click.option(
+    "--min-lift",
+    type=Real(1, is_open=True),
+    default=2.0,
+    show_default=True,
+    help="A lift over the null from which an effect counts as large.",
 )
 @SEED_OPTION
 @WORKERS_OPTION
@@ -80,7 +99,9 @@ def concepts(as_json: bool, **options: Any) -> None:
 )
 @click.option("--codes", multiple=True, help="Instead: the codes of each run, in their order.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write figures and a table of all features there.")
-@click.option("--rows", default=100_000, show_default=True, help="Rows on which co-activation is measured.")
+@click.option(
+    "--rows", type=AT_LEAST_ONE, default=100_000, show_default=True, help="Rows on which co-activation is measured."
+)
 @SEED_OPTION
 @JSON_OPTION
 def compare(as_json: bool, **options: Any) -> None:
@@ -100,14 +121,24 @@ def compare(as_json: bool, **options: Any) -> None:
 @click.command()
 @OUT_OPTION
 @click.option("--run", type=click.Path(path_type=Path), help="Also: this run's decoder directions beside random ones.")
-@click.option("--features", default=20, show_default=True, help="Features of the toy model.")
-@click.option("--dimensions", default=5, show_default=True, help="Dimensions of the toy model.")
-@click.option("--importance", default=0.9, show_default=True, help="Importance of each feature relative to the one before.")
+@click.option("--features", type=AT_LEAST_ONE, default=20, show_default=True, help="Features of the toy model.")
+@click.option("--dimensions", type=AT_LEAST_ONE, default=5, show_default=True, help="Dimensions of the toy model.")
 @click.option(
-    "--sparsities", default=9, show_default=True, help="Instances trained, at densities 1 - S from 1 down to 0.01."
+    "--importance",
+    type=Real(0, 1, is_open=True),
+    default=0.9,
+    show_default=True,
+    help="Importance of each feature relative to the one before.",
 )
-@click.option("--steps", default=3000, show_default=True, help="Training steps.")
-@click.option("--batch", default=512, show_default=True, help="Rows in a step of each instance.")
+@click.option(
+    "--sparsities",
+    type=Whole(2),
+    default=9,
+    show_default=True,
+    help="Instances trained, at densities 1 - S from 1 down to 0.01.",
+)
+@click.option("--steps", type=AT_LEAST_ONE, default=3000, show_default=True, help="Training steps.")
+@click.option("--batch", type=AT_LEAST_ONE, default=512, show_default=True, help="Rows in a step of each instance.")
 @SEED_OPTION
 @JSON_OPTION
 def superposition(as_json: bool, **options: Any) -> None:

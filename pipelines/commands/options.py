@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from pipelines.commands.numbers import ANY_WHOLE, AT_LEAST_ONE, FROM_ZERO, SEED, Whole
+
 STORE_ARGUMENT = click.argument("store")
 RUN_ARGUMENT = click.argument("run", type=click.Path(path_type=Path))
 OUT_OPTION = click.option("--out", required=True, type=click.Path(path_type=Path), help="Where to write it; must be free.")
@@ -18,10 +20,9 @@ STORE_OUT_OPTION = click.option(
     "--out", required=True, help="Where to write it: a path, or such as s3://bucket/prefix; continued if it is there."
 )
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-SEED_OPTION = click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**64 - 1), help="Seed of every order and draw."
-)
-WORKERS_OPTION = click.option("--workers", default=2, show_default=True, help="Local Dask worker processes.")
+SEED_OPTION = click.option("--seed", default=0, show_default=True, type=SEED, help="Seed of every order and draw.")
+WORKERS_HELP = "Local Dask worker processes; 0: in this process."
+WORKERS_OPTION = click.option("--workers", type=FROM_ZERO, default=2, show_default=True, help=WORKERS_HELP)
 LEVEL_OPTION = click.option(
     "--level",
     default="full",
@@ -41,7 +42,9 @@ COLLECT_OPTIONS = (
         show_default=True,
         help="stdlib, a path or glob[#column] of text, JSON, CSV or Parquet, or hf:name[:config][:split][#column].",
     ),
-    click.option("--layer", multiple=True, type=int, help="Block to read; repeat for several. Default: the middle one."),
+    click.option(
+        "--layer", multiple=True, type=ANY_WHOLE, help="Block to read; repeat for several. Default: the middle one."
+    ),
     click.option(
         "--site",
         multiple=True,
@@ -49,16 +52,24 @@ COLLECT_OPTIONS = (
         show_default=True,
         help="resid_pre, resid_post, attn_out, mlp_out or mlp_hidden (the MLP's neurons); repeatable.",
     ),
-    click.option("--tokens", default=1_000_000, show_default=True, help="Tokens of text in the finished store."),
     click.option(
-        "--context", default=128, show_default=True, help="Positions the model sees at once, start token included."
+        "--tokens", type=AT_LEAST_ONE, default=1_000_000, show_default=True, help="Tokens of text in the finished store."
+    ),
+    click.option(
+        "--context",
+        type=Whole(2),
+        default=128,
+        show_default=True,
+        help="Positions the model sees at once, start token included.",
     ),
     click.option("--encoding", default="fp16", show_default=True, help="How rows are kept: fp16, fp32, bf16 or int8."),
     click.option(
         "--compute-dtype", default="fp32", show_default=True, help="Dtype in which the model computes: fp32 or bf16."
     ),
     DEVICE_OPTION,
-    click.option("--batch-windows", default=32, show_default=True, help="Most windows in one forward pass."),
+    click.option(
+        "--batch-windows", type=AT_LEAST_ONE, default=32, show_default=True, help="Most windows in one forward pass."
+    ),
     SEED_OPTION,
     click.option(
         "--packing",
@@ -70,12 +81,13 @@ COLLECT_OPTIONS = (
     click.option("--keep-special", is_flag=True, help="Keep position 0 and separators as rows, too."),
     click.option(
         "--shard-mib",
+        type=AT_LEAST_ONE,
         default=128,
         show_default=True,
         help="Target size of a shard; an interruption loses at most one. At least 8,192 rows.",
     ),
     click.option("--mixed-hardware", is_flag=True, help="Continue on a machine whose rows differ in their last bits."),
-    click.option("--workers", default=0, show_default=True, help="Local Dask worker processes; 0: in this process."),
+    click.option("--workers", type=FROM_ZERO, default=0, show_default=True, help=WORKERS_HELP),
     SCHEDULER_OPTION,
 )
 """What `collect` and `estimate` are asked for."""

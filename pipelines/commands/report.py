@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from pipelines.commands.lines import report_lines
+from pipelines.commands.numbers import AT_LEAST_ONE
 from pipelines.commands.options import JSON_OPTION, OUT_OPTION
 from pipelines.commands.output import announced, show
 
@@ -14,7 +15,7 @@ from pipelines.commands.output import announced, show
 @click.command()
 @click.argument("analysis")
 @OUT_OPTION
-@click.option("--examples", default=5, show_default=True, help="Examples shown for each feature.")
+@click.option("--examples", type=AT_LEAST_ONE, default=5, show_default=True, help="Examples shown for each feature.")
 @JSON_OPTION
 def report(as_json: bool, **options: Any) -> None:
     """One self-contained HTML page of an analysis.

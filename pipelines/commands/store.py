@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from pipelines.commands.lines import info_lines, recode_lines, repair_lines
+from pipelines.commands.numbers import ANY_WHOLE
 from pipelines.commands.options import JSON_OPTION, LEVEL_OPTION, STORE_ARGUMENT, STORE_OUT_OPTION
 from pipelines.commands.output import announced, key_lines, show
 
@@ -30,7 +31,7 @@ def ls(folder: Path, as_json: bool) -> None:
 @click.command()
 @click.argument("path")
 @click.option(
-    "--row", type=int, help="Instead, for a store: the token, document and text behind a row of the training split."
+    "--row", type=ANY_WHOLE, help="Instead, for a store: the token, document and text behind a row of the training split."
 )
 @JSON_OPTION
 def info(path: str, row: int | None, as_json: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from pipelines.commands.lines import train_lines
+from pipelines.commands.numbers import ANY_WHOLE, AT_LEAST_ONE, FROM_ZERO, SEED, TORCH_SEED, Real, Whole
 from pipelines.commands.options import (
     DEVICE_OPTION,
     JSON_OPTION,
@@ -23,7 +24,7 @@ from pipelines.commands.output import announced, show, sole
 @click.command()
 @STORE_ARGUMENT
 @OUT_OPTION
-@click.option("--layer", multiple=True, type=int, help="Layer of the store; needed when the store holds several. *")
+@click.option("--layer", multiple=True, type=ANY_WHOLE, help="Layer of the store; needed when the store holds several. *")
 @click.option("--site", multiple=True, default=["resid_post"], show_default=True, help="Site of that layer. *")
 @click.option(
     "--architecture",
@@ -32,22 +33,34 @@ from pipelines.commands.output import announced, show, sole
     show_default=True,
     help="topk, batchtopk, matryoshka, relu, jumprelu or gated. *",
 )
-@click.option("--features", multiple=True, type=int, default=[4096], show_default=True, help="Width of the SAE. *")
-@click.option("--k", multiple=True, type=int, default=[32], show_default=True, help="Features active in each row. *")
-@click.option("--tokens", "--rows", "tokens", default=0, help="Rows to train on; 0: as many as --epochs says.")
-@click.option("--epochs", default=1.0, show_default=True, help="Passes over the store's rows.")
-@click.option("--batch", default=4096, show_default=True, help="Rows in a step.")
+@click.option("--features", multiple=True, type=AT_LEAST_ONE, default=[4096], show_default=True, help="Width of the SAE. *")
+@click.option(
+    "--k", multiple=True, type=AT_LEAST_ONE, default=[32], show_default=True, help="Features active in each row. *"
+)
+@click.option(
+    "--tokens", "--rows", "tokens", type=FROM_ZERO, default=0, help="Rows to train on; 0: as many as --epochs says."
+)
+@click.option(
+    "--epochs", type=Real(0, 1e6, is_open=True), default=1.0, show_default=True, help="Passes over the store's rows."
+)
+@click.option("--batch", type=Whole(2), default=4096, show_default=True, help="Rows in a step.")
 @click.option(
     "--lr",
     multiple=True,
-    type=float,
+    type=Real(0),
     default=[0.0],
     help="Learning rate; 0: 2e-4 / sqrt(features / 16384), more in short runs. *",
 )
 @click.option(
-    "--l1", multiple=True, type=float, default=[0.0], help="Coefficient of the mean absolute code; 0: the architecture's. *"
+    "--l1",
+    multiple=True,
+    type=Real(0),
+    default=[0.0],
+    help="Coefficient of the mean absolute code; 0: the architecture's. *",
 )
-@click.option("--auxk", default=0.03125, show_default=True, help="Weight of the loss that revives dead features.")
+@click.option(
+    "--auxk", type=Real(0), default=0.03125, show_default=True, help="Weight of the loss that revives dead features."
+)
 @click.option(
     "--recipe", default="standard", show_default=True, help="standard, or textbook: constant rate, Linear start, clip at 1."
 )
@@ -55,17 +68,19 @@ from pipelines.commands.output import announced, show, sole
 @click.option(
     "--seed",
     multiple=True,
-    type=click.IntRange(0, 2**63 - 1),
+    type=TORCH_SEED,
     default=[0],
     show_default=True,
     help="Seed of the first weights. *",
 )
-@click.option(
-    "--order-seed", default=0, show_default=True, type=click.IntRange(0, 2**64 - 1), help="Seed of the order of the rows."
-)
+@click.option("--order-seed", default=0, show_default=True, type=SEED, help="Seed of the order of the rows.")
 @DEVICE_OPTION
 @click.option(
-    "--checkpoint-minutes", default=10.0, show_default=True, help="Minutes between saved states; 0: only when stopped."
+    "--checkpoint-minutes",
+    type=Real(0),
+    default=10.0,
+    show_default=True,
+    help="Minutes between saved states; 0: only when stopped.",
 )
 @click.option("--resume", is_flag=True, help="Continue a training that was stopped or killed.")
 @click.option("--tensorboard", is_flag=True, help="Also write the metrics for TensorBoard, in RUN/tensorboard.")
@@ -101,8 +116,10 @@ def train(as_json: bool, **options: Any) -> None:
 @click.command()
 @RUN_ARGUMENT
 @STORE_ARGUMENT
-@click.option("--windows", default=128, show_default=True, help="Held-out windows to run the language model on.")
-@click.option("--pca", default=16, show_default=True, help="Components of the PCA beside the SAE.")
+@click.option(
+    "--windows", type=AT_LEAST_ONE, default=128, show_default=True, help="Held-out windows to run the language model on."
+)
+@click.option("--pca", type=AT_LEAST_ONE, default=16, show_default=True, help="Components of the PCA beside the SAE.")
 @MOVED_MODEL_OPTION
 @DEVICE_OPTION
 @click.option(
@@ -110,6 +127,7 @@ def train(as_json: bool, **options: Any) -> None:
 )
 @click.option(
     "--baseline-tokens",
+    type=FROM_ZERO,
     default=1_000_000,
     show_default=True,
     help="Rows on which the baselines' SAEs are trained, at most those of the run; 0: the run's.",

@@ -44,7 +44,7 @@ from pipelines.sae.base import Sae
 from pipelines.sae.checkpoint import RunRecord, load_run
 from pipelines.sae.reconstruction_metrics import RowMetrics, heldout_metrics, heldout_rows
 from pipelines.shared.progress import track
-from pipelines.train.config import TrainConfig
+from pipelines.train.config import TrainConfig, config_of
 from pipelines.train.new_trainee import Samples, default_learning_rate, new_trainee
 from pipelines.train.ranks import Ranks
 
@@ -94,7 +94,7 @@ def baselines_folder(config: BaselinesConfig, snapshot: str) -> Path:
 def _compared(config: BaselinesConfig, store: ActivationStore, figures: dict[str, Any]) -> dict[str, Any]:
     _, record = load_run(config.run)
     device = choose_device(config.device)
-    batch = record.config["batch"]
+    batch = config_of(record.config, f"{config.run}: config").batch
     n_rows = max(1, min(config.baseline_tokens or record.rows_seen, record.rows_seen) // batch) * batch
     random_model = _on_random_model(config, record, store, n_rows, device)
 
@@ -149,7 +149,7 @@ SCORES = ("ce_loss_score", "ce_loss_score_mean", "kl_score")
 def same_training(record: RunRecord, n_rows: int) -> TrainConfig:
     """The configuration of a run's training, for `n_rows` rows. A default learning rate becomes the default of the shorter
     training."""
-    config = TrainConfig(**{**record.config, "out": Path("nowhere"), "tokens": n_rows})
+    config = config_of(record.config, f"run {record.run_id}: config", tokens=n_rows)
     default = default_learning_rate(config.features, max(1, record.rows_seen // config.batch))
     return replace(config, lr=0.0) if math.isclose(config.lr, default) else config
 

@@ -5,12 +5,12 @@ The weights take rows in raw units: the input scale of training is folded into t
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-from actstore.errors import DamagedStore, NotAStore
-from actstore.files import object_entry
-from pipelines.sae.architectures.registry import make
+from actstore.errors import NotAStore
+from pipelines.sae.architectures.registry import forms, make
 from pipelines.sae.base import Sae
 from pipelines.sae.run_record import (
     RECORD,
@@ -21,7 +21,7 @@ from pipelines.sae.run_record import (
     read_run_record,
     require_match,
 )
-from pipelines.sae.tensor_file import load_tensors, publish_tensors, shapes_in
+from pipelines.sae.tensor_file import load_tensors, publish_tensors
 
 __all__ = ["RECORD", "RUN_VERSION", "WEIGHTS", "RunRecord", "load_run", "require_match", "save_run"]
 
@@ -29,7 +29,7 @@ __all__ = ["RECORD", "RUN_VERSION", "WEIGHTS", "RunRecord", "load_run", "require
 def save_run(path: Path, sae: Sae, record: RunRecord) -> RunRecord:
     """Publish a run: first the weights, flushed to disk, then the record. Returns the record with the weights' sha256."""
     publish_tensors(path / WEIGHTS, {name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()})
-    record = replace(record, sae_sha256=object_entry((path / WEIGHTS).read_bytes())["sha256"])
+    record = replace(record, sae_sha256=_sha256(path / WEIGHTS))
     publish_run_record(path, record)
     return record
 
@@ -37,17 +37,20 @@ def save_run(path: Path, sae: Sae, record: RunRecord) -> RunRecord:
 def load_run(path: str | Path) -> tuple[Sae, RunRecord]:
     """The SAE of a run, for rows in raw units, and its record.
 
-    Raises NotAStore when `path` holds no finished run, DamagedStore when its weights are not those that the record names,
-    are no weights of that architecture, or are not finite. Shapes are compared before anything is allocated.
+    Raises NotAStore when `path` holds no finished run, or weights that are not the run's; DamagedStore, before anything is
+    allocated, when the weights are not those of the architecture; DamagedStore when a weight is not finite.
     """
     record = read_run_record(path)
     weights = Path(path) / WEIGHTS
-    if not weights.exists() or object_entry(weights.read_bytes())["sha256"] != record.sae_sha256:
+    if not weights.exists() or _sha256(weights) != record.sae_sha256:
         raise NotAStore(f"{weights}: missing, or not this run's weights; restore them from a copy.")
-    stated, size = shapes_in(weights), (record.n_features, record.d_model)
-    for name in ("W_enc", "W_dec"):
-        if stated.get(name) != size:
-            raise DamagedStore(f"{weights}: {name} has shape {stated.get(name)}, {RECORD} says {size}; restore both.")
-    sae = make(record.architecture, record.d_model, record.n_features, record.k)
-    sae.load_state_dict(load_tensors(weights, sae.state_dict()))
+    shape = (record.architecture, record.d_model, record.n_features, record.k)
+    tensors = load_tensors(weights, forms(*shape))
+    sae = make(*shape)
+    sae.load_state_dict(tensors)
     return sae.eval().requires_grad_(False), record
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,21 +8,25 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from actstore import paths
-from actstore.checked_json import Count, Width, checked
+from actstore.checked_json import Count, Hex16, Hex64, checked, parse_json
 from actstore.errors import DamagedStore, IdentityMismatch, InputError, NotAStore, WidthMismatch
-from actstore.files import content_hash, publish_json, read_json
+from actstore.files import content_hash, publish_json
 from actstore.kind import not_a
 from actstore.reader import ActivationStore
 
 RUN_VERSION = 2
 RECORD, WEIGHTS = "run.json", "sae.safetensors"
 SHOWN_RUNS = 5
-
-
-Id = Annotated[str, Meta(pattern=r"^([0-9a-f]{16})?\Z")]
-Sha256 = Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")]
-"""Empty where it is not known."""
+LARGEST_RECORD = 16 << 20
+"""Bytes of the longest `run.json` that is read: a record has a few kilobytes."""
+AtLeastOne = Annotated[int, Meta(ge=1, le=1 << 24)]
+"""Numbers a row: a width that is not zero."""
+SiteLabel = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_]{1,100}\.[0-9]{1,6}\Z")]
+Value = str | int | float | bool | None
+Options = dict[str, Value | dict[str, Value]]
+"""What a configuration holds: plain values, and one level of them below a name."""
+EXPECTED = {"config": ("store",), "metrics": ("dead_features", "dead_window_rows")}
+"""What other stages take from these fields of every record."""
 
 
 @dataclass(frozen=True)
@@ -35,22 +39,22 @@ class RunRecord:
     """
 
     architecture: str
-    d_model: Width
-    n_features: Width
-    k: Width
-    code_width: Width
-    site: paths.SiteName
-    store_id: Id
-    snapshot: Id
-    weights_sha256: Sha256
+    d_model: AtLeastOne
+    n_features: AtLeastOne
+    k: AtLeastOne
+    code_width: AtLeastOne
+    site: SiteLabel
+    store_id: Hex16
+    snapshot: Hex16
+    weights_sha256: Hex64
     model: str
     bos: bool
-    input_scale: float
+    input_scale: Annotated[float, Meta(gt=0)]
     rows_seen: Count
-    history: list[list[Count]]
+    history: list[Annotated[list[Count], Meta(min_length=2, max_length=2)]]
     config: dict[str, Any]
     metrics: dict[str, int | float]
-    sae_sha256: Sha256 = ""
+    sae_sha256: Hex64 = ""
 
     @property
     def run_id(self) -> str:
@@ -76,27 +80,32 @@ def publish_run_record(path: Path, record: RunRecord) -> None:
 def read_run_record(path: str | Path) -> RunRecord:
     """The record of a run, without the weights.
 
-    Raises NotAStore when `path` holds no finished run of this version, DamagedStore for a record that was changed or that
-    states what no run can be.
+    Raises NotAStore when `path` holds no finished run of this version, or a record that was changed; DamagedStore when the
+    record holds what no run has.
     """
     file = Path(path) / RECORD
     if not file.exists():
         raise not_a(path, f"a finished run (no {RECORD})", _remedy(Path(path)))
-    value = checked(read_json(file), dict[str, Any], str(file))
-    if value.pop("format", None) != "actstore-run" or value.pop("version", None) != RUN_VERSION:
+    if (n_bytes := file.stat().st_size) > LARGEST_RECORD:
+        raise DamagedStore(f"{file}: {n_bytes:,} bytes, a record has at most {LARGEST_RECORD:,}; restore it from a copy.")
+    value = parse_json(file.read_bytes(), str(file))
+    if (
+        not isinstance(value, dict)
+        or value.pop("format", None) != "actstore-run"
+        or value.pop("version", None) != RUN_VERSION
+    ):
         raise NotAStore(f"{path}: not a run of format version {RUN_VERSION}; use the actstore version that wrote it.")
-    stated = value.pop("run_id", None)
-    try:
-        is_as_written = stated == content_hash(value)[:16]
-    except ValueError:  # 1e999 is read as infinity
-        is_as_written = False
-    if not is_as_written:
-        raise DamagedStore(f"{file}: was changed after it was written; restore it from a copy.")
+    if value.pop("run_id", None) != content_hash(value)[:16]:
+        raise NotAStore(f"{file}: was changed after it was written; restore it from a copy.")
     record = checked(value, RunRecord, str(file))
-    if not 1 <= record.k <= record.n_features or not record.code_width <= record.n_features or record.d_model < 1:
+    checked(record.config, Options, f"{file}: config")
+    for field, names in EXPECTED.items():
+        if missing := [name for name in names if name not in value[field]]:
+            raise DamagedStore(f"{file}: {field} has no {missing[0]}; restore it from a copy.")
+    if not record.k <= record.n_features >= record.code_width:
         raise DamagedStore(
-            f"{file}: k {record.k}, code width {record.code_width}, {record.n_features} features, d_model {record.d_model}: "
-            "no SAE has these; restore it from a copy."
+            f"{file}: k {record.k} and {record.code_width} codes of a row kept, of {record.n_features} features; restore it "
+            "from a copy."
         )
     return record
 

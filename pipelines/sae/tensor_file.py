@@ -1,4 +1,4 @@
-"""Named tensors as one safetensors file, which is published whole or not at all, and read only as what it must be."""
+"""Named tensors as one safetensors file, which is published whole or not at all, and whose header is compared first."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from actstore.errors import DamagedStore
 from actstore.files import fsync_path
+
+Form = tuple[str, tuple[int, ...]]
+"""The dtype of a tensor, as PyTorch calls it, and its shape."""
+DTYPES = {"F32": "float32", "I64": "int64"}
+"""What safetensors calls the dtypes that are written here."""
 
 
 def making(path: Path) -> Path:
@@ -26,53 +30,72 @@ def publish_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
     """Write tensors to `path`, replace the former file, and flush to disk.
 
     The file is first written in a folder of its own, `making(path)`: safetensors writes under a random name, and an
-    interruption would leave that file behind.
+    interruption would leave that file behind. Raises OSError, naming `path`, and leaves nothing behind, when the disk
+    refuses the bytes.
     """
     folder = making(path)
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     try:
+        folder.mkdir(parents=True)
         save_file(tensors, folder / path.name, metadata=metadata)
-    except SafetensorError as error:
-        raise _of_the_disk(error, path) from error
-    fsync_path(folder / path.name)
-    os.replace(folder / path.name, path)
+        fsync_path(folder / path.name)
+        os.replace(folder / path.name, path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        number = error.errno if isinstance(error, OSError) else _number_of(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
     fsync_path(path.parent)
     folder.rmdir()
 
 
-def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor, as the file's header states them. Raises DamagedStore when there is no such header."""
+def forms_of(tensors: Mapping[str, Tensor]) -> dict[str, Form]:
+    """The form of each tensor."""
+    return {name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def load_tensors(path: Path, needed: Mapping[str, Form]) -> dict[str, Tensor]:
+    """The tensors of a file that has exactly those of `needed`, and finite numbers only.
+
+    Nothing is allocated before the names, dtypes and shapes in the file's header are found to be the needed ones. Raises
+    DamagedStore otherwise.
+    """
     try:
         with safe_open(path, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dictionary
-    except (SafetensorError, ValueError, TypeError, OverflowError) as error:
-        raise DamagedStore(f"{path}: not a readable safetensors file ({error}); restore it from a copy.") from error
-
-
-def load_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file, of the names, shapes and dtypes of `expected`.
-
-    Raises DamagedStore, before any is read, when the file has others; and when a value is not finite.
-    """
-    stated = shapes_in(path)
-    for name in sorted(stated.keys() | expected.keys()):
-        theirs, ours = stated.get(name), tuple(expected[name].shape) if name in expected else None
-        if theirs != ours:
-            raise DamagedStore(f"{path}: {name} has shape {theirs}, {ours} is needed; restore it from a copy.")
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in expected}
-    for name, tensor in tensors.items():
-        if tensor.dtype != expected[name].dtype:
-            raise DamagedStore(f"{path}: {name} is {tensor.dtype}, not {expected[name].dtype}; restore it from a copy.")
-        if not bool(torch.isfinite(tensor).all()):
-            raise DamagedStore(f"{path}: {name} has values that are not finite; restore it from a copy, or train anew.")
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+            found = {
+                name: (DTYPES.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape()))
+                for name, part in slices.items()
+            }
+            require_forms(path, found, needed)
+            tensors = {name: file.get_tensor(name) for name in needed}
+    except SafetensorError as error:
+        raise DamagedStore(f"{path}: not readable as safetensors ({error}); restore it from a copy.") from error
+    require_finite(path, tensors)
     return tensors
 
 
-def _of_the_disk(error: SafetensorError, path: Path) -> OSError:
-    """What the operating system said, which safetensors gives as text only: `... (os error 28)`."""
-    number = re.search(r"os error (\d+)", str(error))
-    if number is None:
-        raise error
-    return OSError(int(number[1]), os.strerror(int(number[1])), str(path))
+def require_forms(path: Path, found: Mapping[str, Form], needed: Mapping[str, Form]) -> None:
+    """Raises DamagedStore, naming the first difference, unless a file has exactly the tensors that are needed."""
+    for name in sorted(found.keys() | needed.keys()):
+        if found.get(name) != needed.get(name):
+            there, wanted = (_shown(forms[name]) if name in forms else "none" for forms in (found, needed))
+            raise DamagedStore(f"{path}: tensor {name!r} is {there}, needed is {wanted}; restore it from a copy.")
+
+
+def require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises DamagedStore, naming the tensor, when a number is not finite."""
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise DamagedStore(f"{path}: tensor {name!r} holds NaN or infinity; train anew, or restore it from a copy.")
+
+
+def _shown(form: Form) -> str:
+    return f"{form[0]} {list(form[1])}"
+
+
+def _number_of(error: SafetensorError) -> int | None:
+    """The number of the operating system's error in a message of safetensors, which raises one type for everything."""
+    match = re.search(r"os error (\d+)", str(error))
+    return int(match[1]) if match else None

@@ -37,6 +37,8 @@ KEPT_BYTES = 32 << 20
 def connect(scheduler: str | None, workers: int, *, threads: bool = False) -> Iterator[Any]:
     """A Dask client of the scheduler at an address such as tcp://host:8786, or of `workers` local processes (or threads).
 
+    No workers are one thread of this process.
+
     The dashboard's address is printed to stderr where a dashboard is served; that of local workers listens on this machine
     alone, unless Dask's configuration has another address under `DASHBOARD`. A scheduler without workers, because they are
     starting or restarting, has half a minute to get one.
@@ -48,10 +50,10 @@ def connect(scheduler: str | None, workers: int, *, threads: bool = False) -> It
     from distributed import KilledWorker
     from distributed.scheduler import NoWorkerError
 
-    if workers < 1:
-        raise InputError(f"workers {workers}: need at least 1.")
+    if workers < 0:
+        raise InputError(f"workers {workers}: need at least 0, which is in this process.")
     try:
-        with _client(scheduler, workers, threads) as client:
+        with _client(scheduler, max(1, workers), threads or not workers) as client:
             _register(client, _memory_plugin())
             if link := _dashboard_link(client, scheduler):
                 say(f"dashboard: {link}", err=True)

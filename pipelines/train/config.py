@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from actstore.checked_json import checked
 from actstore.errors import IdentityMismatch, InputError
 from pipelines.sae.kernels import KERNELS
 from pipelines.train.trainee import AUXK, RECIPES
 
 NOT_RECORDED = ("out", "resume", "checkpoint_minutes", "tensorboard", "wandb")
 """Options that do not change the trained SAE."""
+MOST_EPOCHS, MOST_ROWS = 1_000_000, 1 << 53
 OWN = ("layer", "site", "architecture", "features", "k", "lr", "l1", "seed", "out")
 """Options in which the SAEs of one pass may differ."""
 
@@ -53,11 +56,13 @@ class TrainConfig:
             raise InputError(f"k {self.k}: there are {self.features} features; choose --k between 1 and {self.features}.")
         numbers = (self.epochs, self.lr, self.l1, self.auxk, self.checkpoint_minutes)
         least = min(self.tokens, self.lr, self.l1, self.auxk, self.checkpoint_minutes)
-        if not all(map(math.isfinite, numbers)) or self.batch < 2 or self.epochs <= 0 or least < 0:
+        most = max(self.tokens, self.batch, self.features)
+        is_bounded = all(map(math.isfinite, numbers)) and self.epochs <= MOST_EPOCHS and most <= MOST_ROWS
+        if not is_bounded or self.batch < 2 or self.epochs <= 0 or least < 0:
             raise InputError(
                 f"batch {self.batch}, epochs {self.epochs}, tokens {self.tokens}, lr {self.lr}, l1 {self.l1}, auxk "
                 f"{self.auxk}, checkpoint-minutes {self.checkpoint_minutes}: must be positive and finite, batch at least "
-                "2 (tokens, lr and l1 may be 0 for their default, the last two for none)."
+                f"2, epochs at most {MOST_EPOCHS:,} (tokens, lr and l1 may be 0 for their default, the last two for none)."
             )
         if 0 < self.tokens < self.batch:
             raise InputError(
@@ -76,6 +81,28 @@ def recorded(config: TrainConfig) -> dict[str, Any]:
     return {**values, "store": str(config.store)}
 
 
+def config_of(values: dict[str, Any], where: str, **changed: Any) -> TrainConfig:
+    """The configuration whose `recorded` options are `values`, with some options changed.
+
+    Raises DamagedStore for options that no training has, InputError for values that make none.
+    """
+    return TrainConfig(**{**vars(checked(values, _recorded_kind(), where)), "out": Path("nowhere"), **changed})
+
+
+@cache
+def _recorded_kind() -> type[Any]:
+    """The dataclass of what `recorded` gives."""
+    hints = get_type_hints(TrainConfig) | {"store": str}
+    kept = [option for option in fields(TrainConfig) if option.name not in NOT_RECORDED]
+    return make_dataclass(
+        "Recorded",
+        [
+            (option.name, hints[option.name], field() if option.default is MISSING else field(default=option.default))
+            for option in kept
+        ],
+    )
+
+
 def require_same(out: Path, config: TrainConfig, saved: list[dict[str, Any]], index: int, n: int) -> None:
     """Raises IdentityMismatch, naming the options that differ, unless the saved training is the one that `config` asks for.
 
@@ -85,11 +112,11 @@ def require_same(out: Path, config: TrainConfig, saved: list[dict[str, Any]], in
         raise IdentityMismatch(
             f"{out}: is a training of {len(saved)} SAEs, {n} were asked for; give the options it began with."
         )
-    asked = recorded(config)
+    asked, theirs = recorded(config), saved[index]
     differing = [
-        f"{name} (there {theirs}, asked {asked[name]})"
-        for name, theirs in saved[index].items()
-        if name not in ("store", "device") and asked[name] != theirs
+        f"{name} (there {theirs.get(name)}, asked {asked.get(name)})"
+        for name in sorted(asked.keys() | theirs.keys())
+        if name not in ("store", "device") and asked.get(name) != theirs.get(name)
     ]
     if differing:
         raise IdentityMismatch(f"{out}: is another training: {', '.join(differing)}; give the options it began with.")

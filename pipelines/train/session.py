@@ -69,7 +69,8 @@ class Session:
             raise InputError(
                 f"batch {first.batch}: cannot be shared by {ranks.n_ranks} ranks; choose a multiple, two rows each at least."
             )
-        store = ActivationStore(first.store, snapshot=None if saved is None else saved[1].snapshot)
+        facts = saved.facts if saved else None
+        store = ActivationStore(first.store, snapshot=facts.snapshot if facts else None)
         sites = [store.site(config.site, config.layer) for config in configs]
         streams = {
             site: BatchStream(
@@ -82,8 +83,7 @@ class Session:
             )
             for site in dict.fromkeys(sites)
         }
-        n_rows = next(iter(streams.values())).n_rows
-        n_steps = max(1, (first.tokens or round(first.epochs * n_rows)) // first.batch)
+        n_steps = _n_steps(first, store, next(iter(streams.values())).n_rows)
         weights_bytes = sum(8 * config.features * store.d_model(site) for config, site in zip(configs, sites, strict=True))
         require_free_space(out, 7 * weights_bytes, f"{len(configs)} SAEs and the state of their training")
         samples = Samples()
@@ -91,10 +91,13 @@ class Session:
         for index, (config, site) in enumerate(zip(configs, sites, strict=True)):
             trainee = new_trainee(config, site, store, n_steps, device, ranks, samples, fresh=saved is None)
             settled.append(_settled(config, trainee))
-            if saved is not None:
-                require_same(out, settled[-1], saved[1].configs, index, len(configs))
-                trainee.load(saved[0][index], saved[1].counts[index])
+            if facts is not None:
+                require_same(out, settled[-1], facts.configs, index, len(configs))
             trainees.append(trainee)
+        if saved is not None:
+            saved.require_trainees([trainee.forms() for trainee in trainees])
+            for trainee, tensors, counts in zip(trainees, saved.tensors, saved.facts.counts, strict=True):
+                trainee.load(tensors, counts)
         session = cls(
             settled,
             out,
@@ -105,10 +108,10 @@ class Session:
             n_steps,
             device,
             ranks,
-            _with_start(saved[1].history, saved[1].rows_seen, ranks.n_ranks) if saved else [[0, ranks.n_ranks]],
-            saved[1].log_bytes if saved else [0] * len(configs),
-            saved[1].metrics if saved else [{} for _ in configs],
-            {int(index): rows for index, rows in saved[1].diverged.items()} if saved else {},
+            _with_start(facts.history, facts.rows_seen, ranks.n_ranks) if facts else [[0, ranks.n_ranks]],
+            facts.log_bytes if facts else [0] * len(configs),
+            facts.metrics if facts else [{} for _ in configs],
+            {int(index): rows for index, rows in facts.diverged.items()} if facts else {},
         )
         for stream in streams.values():
             session._seek(stream)
@@ -284,6 +287,22 @@ class Session:
 def _with_start(history: list[list[int]], rows_seen: int, n_ranks: int) -> list[list[int]]:
     """The history, with a new entry if the number of ranks has changed."""
     return history if history and history[-1][1] == n_ranks else [*history, [rows_seen, n_ranks]]
+
+
+def _n_steps(config: TrainConfig, store: ActivationStore, n_rows: int) -> int:
+    """The steps of a training on a store of `n_rows` rows. Raises InputError where no batch is filled without repetition."""
+    if config.batch > n_rows:
+        raise InputError(
+            f"batch {config.batch:,}: {store.url} has {n_rows:,} rows to train on, and a batch would repeat some; choose "
+            f"--batch {n_rows} or less, or collect more tokens."
+        )
+    wanted = config.tokens or round(config.epochs * n_rows)
+    if wanted < config.batch:
+        raise InputError(
+            f"epochs {config.epochs:g}: {wanted:,} of {store.url}'s {n_rows:,} rows, less than one batch of "
+            f"{config.batch:,}; choose --batch {max(2, wanted)} or less, or more --epochs."
+        )
+    return wanted // config.batch
 
 
 def _settled(config: TrainConfig, trainee: Trainee) -> TrainConfig:

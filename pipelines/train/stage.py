@@ -72,7 +72,7 @@ def train_together(configs: Sequence[TrainConfig], out: Path) -> list[dict[str, 
     saved = load_state(out)
     if saved is not None and not first.resume:
         raise OutputExists(
-            f"{out}: holds a training interrupted after {saved[1].rows_seen:,} rows; continue it with --resume, or "
+            f"{out}: holds a training interrupted after {saved.facts.rows_seen:,} rows; continue it with --resume, or "
             "choose another --out."
         )
     if saved is None:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actstore.errors import DamagedStore
-from pipelines.sae.base import Losses, Objective, Sae
-from pipelines.train.saved_state import Counts
+from actstore.checked_json import Count
+from pipelines.sae.base import EPSILON, Losses, Objective, Sae
+from pipelines.sae.tensor_file import Form, forms_of
 
 RECIPES = ("standard", "textbook")
 AUXK = 1 / 32
@@ -90,6 +90,14 @@ def _paced(sae: Sae, fast_biases: bool) -> list[dict[str, Any]]:
         {"pace": math.sqrt(sae.d_model), "params": [p for name, p in sae.named_parameters() if name in fast]},
     ]
     return [group for group in groups if group["params"]]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How far a training is."""
+
+    n_steps: Count
+    rows_seen: Count
 
 
 class Trainee:
@@ -170,13 +178,13 @@ class Trainee:
             "rows": self.rows_seen,
             "loss": float(losses.total.detach()),
             **{name: float(term.detach()) for name, term in losses.terms.items()},
-            "fve": 1.0 - float(error.square().sum() / (x - x.mean(dim=0)).square().sum()),
+            "fve": 1.0 - float(error.square().sum() / (x - x.mean(dim=0)).square().sum().clamp_min(EPSILON)),
             "l0": float((losses.codes.values > 0).sum()) / len(x),
             "dead": float(self.dead.float().mean()),
             "lr": self.recipe.lr_at(self.n_steps - 1),
         }
         if self.recipe.pooled_fve:
-            figures["fve_pooled"] = 1.0 - float(error.var() / x.var())
+            figures["fve_pooled"] = 1.0 - float(error.var() / x.var().clamp_min(EPSILON))
         return figures
 
     def tensors(self) -> dict[str, Tensor]:
@@ -188,25 +196,19 @@ class Trainee:
         tensors["last_fired"] = self.last_fired
         return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
+    def forms(self) -> dict[str, Form]:
+        """The form of each tensor that `tensors` gives once a step was taken."""
+        forms = {f"sae/{name}": form for name, form in forms_of(self.sae.state_dict()).items()}
+        for name, form in forms_of(dict(self.sae.named_parameters())).items():
+            of_adam = {"step": ("float32", ()), "exp_avg": form, "exp_avg_sq": form}
+            forms |= {f"adam/{name}/{key}": of_key for key, of_key in of_adam.items()}
+        return forms | {"last_fired": ("int64", (self.sae.n_features,))}
+
     def counts(self) -> Counts:
         return Counts(self.n_steps, self.rows_seen)
 
     def load(self, tensors: dict[str, Tensor], counts: Counts) -> None:
-        """Restore the state that `tensors` and `counts` gave; training resumes exactly.
-
-        Raises DamagedStore when the tensors are not those of such a training."""
-        parameters = dict(self.sae.named_parameters())
-        needed = {f"sae/{name}": tensor.shape for name, tensor in self.sae.state_dict().items()}
-        needed["last_fired"] = self.last_fired.shape
-        for name in tensors.keys() - needed.keys():
-            kind, _, rest = name.partition("/")
-            owner = parameters.get(rest.rpartition("/")[0])
-            if kind == "adam" and owner is not None:  # the optimiser has numbers, and tensors of the parameter's shape
-                needed[name] = owner.shape if tensors[name].ndim else tensors[name].shape
-        for name in sorted(needed.keys() | tensors.keys()):
-            theirs, ours = (tuple(shapes[name]) if name in shapes else None for shapes in (_shapes(tensors), needed))
-            if theirs != ours:
-                raise DamagedStore(f"saved state: {name[:80]} has shape {theirs}, {ours} is needed; train anew.")
+        """Restore the state that `tensors` and `counts` gave; training resumes exactly."""
         device = self.sae.W_dec.device
         self.sae.load_state_dict({name.removeprefix("sae/"): t for name, t in tensors.items() if name.startswith("sae/")})
         for name, parameter in self.sae.named_parameters():
@@ -216,7 +218,3 @@ class Trainee:
             }
         self.last_fired = tensors["last_fired"].to(device)
         self.n_steps, self.rows_seen = counts.n_steps, counts.rows_seen
-
-
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}

@@ -418,3 +418,24 @@ def test_benjamini_hochberg_and_wilson_by_their_definitions() -> None:
     np.testing.assert_array_equal(rejected, p <= bound)
     low, high = wilson(8, 10)
     assert (round(low, 3), round(high, 3)) == (0.490, 0.943)
+
+
+def test_that_no_feature_can_be_listed_is_said_before_anything_is_measured(
+    planted: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipelines.causal.effects.stage.measure", stopped)
+    said = {}
+    for firings in (16, 20):
+        with pytest.raises(KeyboardInterrupt):
+            effects(config(planted, tmp_path / str(firings), firings=firings, top=16))
+        said[firings] = [line for line in capsys.readouterr().err.splitlines() if "no list is made" in line]
+    assert said == {
+        16: [
+            "effects: no feature has 20 of its 16 firings at most in two documents, so that no list is made, only "
+            "effects.parquet; for lists, stop, and take another --out and more --firings."
+        ],
+        20: [],
+    }

@@ -14,12 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 from modelkit import folder_state, run_cli
 
+from actstore.errors import InputError
 from actstore.reader import ActivationStore
-from cli import cli
+from cli import MODULES, cli
+from pipelines.commands.numbers import Real, Whole
 from pipelines.sae.architectures.topk import TopKSae
 from pipelines.sae.checkpoint import load_run, save_run
 
@@ -116,9 +119,9 @@ def test_a_device_that_is_not_there(refused: Refused, asked: dict[str, object]) 
         ("--compute-dtype", "int8", "encoding 'fp16', compute dtype 'int8', packing 'packed': choose from "),
         ("--packing", "loose", "encoding 'fp16', compute dtype 'fp32', packing 'loose': choose from "),
         ("--site", "nonsense", "site 'nonsense': known sites are resid_pre, resid_post, attn_out, mlp_out, mlp_hidden."),
-        ("--tokens", 0, "tokens 0, context 32, batch windows 32, shard MiB 128, workers 0: at least 1, 2, 1, 1 and 0."),
-        ("--workers", -1, "tokens 200, context 32, batch windows 32, shard MiB 128, workers -1: at least 1, 2, 1, 1 and 0."),
-        ("--shard-mib", 0, "tokens 200, context 32, batch windows 32, shard MiB 0, workers 0: at least 1, 2, 1, 1 and 0."),
+        ("--tokens", 0, "--tokens 0: not a number from 1 to 9,007,199,254,740,992; choose one."),
+        ("--workers", -1, "--workers -1: not a number from 0 to 9,007,199,254,740,992; choose one."),
+        ("--shard-mib", 0, "--shard-mib 0: not a number from 1 to 9,007,199,254,740,992; choose one."),
         ("--context", 65, "context 65: the model has 64 positions; choose --context 64 or less."),
     ],
 )
@@ -402,9 +405,57 @@ def test_a_scheduler_whose_address_is_none(
     assert "check the address" in line
 
 
-def test_workers_that_are_none(refused: Refused, codes: Path, tmp_path: Path) -> None:
-    line = refused("analyze", codes, "--out", tmp_path / "new", "--workers", 0)
-    assert line == "error: workers 0: need at least 1."
+WITH_WORKERS = ("collect", "estimate", "encode", "analyze", "structure", "concepts", "demo")
+
+
+def test_workers_mean_the_same_in_every_command() -> None:
+    found = {}
+    for name in MODULES:
+        for parameter in cli.get_command(None, name).params:  # type: ignore[attr-defined, union-attr]
+            if "--workers" in parameter.opts:
+                found[name] = (parameter.help, parameter.type.bounds[0])
+    assert found == dict.fromkeys(found, ("Local Dask worker processes; 0: in this process.", 0))
+    assert set(found) == set(WITH_WORKERS)
+
+
+def test_no_workers_are_this_process(store: Path, run: Path, codes: Path, tmp_path: Path) -> None:
+    from storekit import files_of
+
+    result = CliRunner().invoke(cli, ["encode", str(store), str(run), "--out", str(tmp_path / "codes"), "--workers", "0"])
+    assert result.exit_code == 0, result.output
+    assert files_of(tmp_path / "codes") == files_of(codes)
+
+
+def test_every_number_option_has_bounds() -> None:
+    """A number without one was a training that never ends, a traceback, or a NaN that passes every comparison."""
+    unbounded = [
+        f"{name} {parameter.opts[0]}"
+        for name in MODULES
+        for parameter in cli.get_command(None, name).params  # type: ignore[attr-defined, union-attr]
+        if isinstance(parameter.type, click.types.IntParamType | click.types.FloatParamType)
+        and not isinstance(parameter.type, Whole | Real)
+    ]
+    assert unbounded == []
+
+
+BEYOND = {Whole: ["9" * 30, "-" + "9" * 30], Real: ["nan", "inf", "-inf", "1e300", "-1e300"]}
+
+
+def test_a_number_beyond_its_bounds_is_one_line_in_every_option_of_every_command() -> None:
+    for name in MODULES:
+        command = cli.get_command(None, name)  # type: ignore[attr-defined]
+        for parameter in command.params:
+            for value in BEYOND.get(type(parameter.type), []):
+                context = click.Context(command)
+                with pytest.raises(InputError) as refusal:
+                    parameter.type_cast_value(context, (value,) if parameter.multiple else value)
+                assert str(refusal.value).startswith(f"{parameter.opts[0]} {value}: not a number "), (name, parameter.opts)
+
+
+@pytest.mark.parametrize("epochs", ["1e300", "nan", "inf", "-1", "0"])
+def test_epochs_that_never_end_are_refused(epochs: str, refused: Refused, store: Path, tmp_path: Path) -> None:
+    line = refused("train", store, "--layer", 2, "--out", tmp_path / "new", "--epochs", epochs)
+    assert line == f"error: --epochs {epochs}: not a number above 0 to 1e+06; choose one."
 
 
 # Interventions

@@ -134,7 +134,6 @@ def test_the_help_lists_every_command_and_the_version_is_the_packages() -> None:
         ["collect"],
         ["collect", "--out", "x", "--no-such-option"],
         ["collect", "--out", "x", "--tokens", "many"],
-        ["collect", "--out", "x", "--seed", "-1"],
         ["collect", "--out", "x", "--workers", "two"],
         ["verify", "store", "--level", "nonsense"],
         ["repair", "store", "--level", "nonsense"],

@@ -45,6 +45,6 @@ def write_run(folder: Path, sae: Sae, store: Path, site: str) -> RunRecord:
         rows_seen=100,
         history=[[0, 1]],
         config={"store": str(store)},
-        metrics={},
+        metrics={"dead_features": 0, "dead_window_rows": 100},
     )
     return save_run(folder, sae, record)

@@ -23,6 +23,7 @@ from storekit import StoreSpec, write_store
 from actstore.errors import ActstoreError
 from actstore.files import content_hash
 from actstore.reader import ActivationStore
+from pipelines.analysis.cards import card
 from pipelines.analysis.reader import Analysis
 from pipelines.sae.checkpoint import load_run
 from pipelines.text.codec import store_tokenizer
@@ -57,15 +58,14 @@ def read_state(path: Path) -> str:
     state = load_state(path)
     if state is None:
         return "none"
-    trainees, facts = state
-    tensors = [{name: tensor.numpy().tobytes().hex() for name, tensor in own.items()} for own in trainees]
-    return content_hash([tensors, repr(facts)])
+    tensors = [{name: tensor.numpy().tobytes().hex() for name, tensor in own.items()} for own in state.tensors]
+    return content_hash([tensors, repr(state.facts)])
 
 
 def read_analysis(path: Path) -> str:
     analysis = Analysis(path)
     values = [np.asarray(value).tolist() for value in (analysis.fires, analysis.frequency, analysis.mean, analysis.active)]
-    return content_hash([repr(values), analysis.n_rows, analysis.n_features, repr(analysis.feature(1, 2, 2))])
+    return content_hash([repr(values), analysis.n_rows, analysis.n_features, repr(card(analysis, 1, 2))])
 
 
 def read_tokenizer(path: Path) -> str:

@@ -121,7 +121,7 @@ def test_a_training_of_two_ranks_is_one_run_and_may_be_resumed_by_one(rows_store
     assert torchrun(2, stopper, *asked).returncode != 0
     saved = load_state(out)
     assert saved is not None
-    assert (saved[1].rows_seen, saved[1].history) == (30 * BATCH, [[0, 2]])
+    assert (saved.facts.rows_seen, saved.facts.history) == (30 * BATCH, [[0, 2]])
     assert run_cli(*asked, "--resume").returncode == 0
     sae, record = load_run(out)
     assert (record.rows_seen, record.history) == (60 * BATCH, [[0, 2], [30 * BATCH, 1]])

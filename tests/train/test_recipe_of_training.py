@@ -16,7 +16,7 @@ from pipelines.sae.base import Objective, dead_loss
 from pipelines.stores.made.recovery import cosine_matrix, recall
 from pipelines.stores.made.synthetic import Superposition
 from pipelines.train import saved_state
-from pipelines.train.trainee import AUXK, Recipe, Trainee
+from pipelines.train.trainee import AUXK, Counts, Recipe, Trainee
 
 D, F, K, LR = 16, 48, 6, 1e-3
 FAST: dict[str, tuple[str, ...]] = dict.fromkeys(("topk", "batchtopk", "matryoshka", "relu"), ("b_enc",)) | {
@@ -91,10 +91,11 @@ FACTS = saved_state.Facts("0" * 16, 0, {}, [{}], [saved_state.Counts(0, 0)], [{}
 
 def test_a_training_saved_by_another_recipe_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = [{"sae/b_dec": torch.zeros(D)}]
+    facts = saved_state.Facts("0" * 16, 0, {}, [{}], [Counts(0, 0)], [{}], [0], [[0, 1]])
     with monkeypatch.context() as earlier:
         earlier.setattr(saved_state, "STATE_VERSION", 2)
-        saved_state.save_state(tmp_path, tensors, FACTS)
+        saved_state.save_state(tmp_path, tensors, facts)
     with pytest.raises(DamagedStore, match=r"version 2, this actstore trains by version 4\); move it away"):
         saved_state.load_state(tmp_path)
-    saved_state.save_state(tmp_path, tensors, FACTS)
+    saved_state.save_state(tmp_path, tensors, facts)
     assert saved_state.load_state(tmp_path) is not None

@@ -145,8 +145,8 @@ def test_full_batches_train_to_the_same_weights_whatever_the_chunks(config: Trai
             torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-3 * float(tensor.abs().max()))
 
 
-@pytest.mark.parametrize("batch", [20, 50, 300, 700, 5000], ids=lambda n: f"batch{n}")
-def test_a_batch_may_be_smaller_or_larger_than_a_chunk_a_shard_a_round_or_the_store(
+@pytest.mark.parametrize("batch", [20, 50, 300, 700, 2160], ids=lambda n: f"batch{n}")
+def test_a_batch_may_be_smaller_or_larger_than_a_chunk_a_shard_or_a_round_and_as_large_as_the_store(
     config: TrainConfig, tmp_path: Path, batch: int
 ) -> None:
     """Chunks of 32, shards of 256, rounds of nine chunks, 2,160 rows."""
@@ -238,7 +238,13 @@ def test_rows_that_do_not_vary_are_refused(tmp_path: Path) -> None:
         {"k": 0},
         {"k": 65},
         {"batch": 0},
+        {"batch": 1 << 60},
         {"epochs": 0.0},
+        {"epochs": 1e300},
+        {"epochs": float("nan")},
+        {"epochs": float("inf")},
+        {"epochs": -1.0},
+        {"tokens": 1 << 60},
         {"tokens": -1},
         {"lr": -1.0},
         {"l1": -0.1},
@@ -250,6 +256,22 @@ def test_rows_that_do_not_vary_are_refused(tmp_path: Path) -> None:
 def test_values_that_make_no_training_are_refused(asked: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(asked))):
         TrainConfig(**{"store": Path("s"), "out": Path("o"), "features": 64, "k": 4, **asked})
+
+
+def test_a_batch_of_more_rows_than_an_epoch_has_is_refused(rows_store: Path, tmp_path: Path) -> None:
+    """It was one step on repeated rows, or as many as `tokens` asked for."""
+    for more in ({}, {"epochs": 10.0}, {"tokens": 10_000}):
+        asked = TrainConfig(store=rows_store, out=tmp_path / "run", features=8, k=2, device="cpu", **more)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=r"^batch 4,096: .* has 2,160 rows to train on, .* choose --batch 2160 or less"):
+            train(asked)
+    assert not (tmp_path / "run").exists()
+
+
+def test_less_than_one_batch_of_an_epoch_is_refused(rows_store: Path, tmp_path: Path) -> None:
+    asked = TrainConfig(store=rows_store, out=tmp_path / "run", features=8, k=2, batch=1000, epochs=0.25, device="cpu")
+    with pytest.raises(InputError, match=r"^epochs 0\.25: 540 of .*2,160 rows, .* one batch of 1,000; choose --batch 540"):
+        train(asked)
+    assert not (tmp_path / "run").exists()
 
 
 # The run on disk

@@ -130,7 +130,7 @@ def test_a_training_that_is_asked_to_stop_saves_its_state_first(
     assert command.join() == status
     saved = load_state(out)
     assert saved is not None
-    assert saved[1].rows_seen > 0
+    assert saved.facts.rows_seen > 0
     assert Command.forked(tmp_path, *asked, "--resume").join() == 0
     assert Command.forked(tmp_path, *options(rows_store, tmp_path / "undisturbed")).join() == 0
     assert results(out) == results(tmp_path / "undisturbed")

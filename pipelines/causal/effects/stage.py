@@ -13,6 +13,7 @@ published, the parts that it was made of are removed; the same command then meas
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,9 +30,11 @@ from actstore.sealed_folder import SealedFolder, contents, is_sealed, seal_folde
 from pipelines.analysis.reader import open_run_analysis
 from pipelines.causal.effects.measure import Measured, measure, measured_bytes
 from pipelines.causal.effects.table import (
+    MIN_FIRINGS,
     RECORD,
     TABLE,
     feature_table,
+    listed_features,
     measured_only,
     read_table,
     summary,
@@ -128,6 +131,12 @@ def _measured(
 ) -> tuple[list[dict[str, Any]], int]:
     """A row for each feature, and the number of rows drawn from; goes on where OUT was left."""
     firings = _draw(config, codes)
+    if not listed_features(firings):
+        print(
+            f"effects: no feature has {MIN_FIRINGS} of its {config.firings} firings at most in two documents, so that no "
+            f"list is made, only {TABLE}; for lists, stop, and take another --out and more --firings.",
+            file=sys.stderr,
+        )
     features = np.unique(firings.feature)
     n_vocabulary = int(spliced.lm.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     step = max(1, SUMS_BYTES // (4 * n_vocabulary))

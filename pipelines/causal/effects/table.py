@@ -159,6 +159,14 @@ def summary(rows: list[dict[str, Any]], analysis: Analysis | None = None) -> dic
     return facts
 
 
+def listed_features(firings: DrawnFirings) -> int:
+    """How many features will have enough measured firings, in two documents or more, to be in a list."""
+    n = np.unique(firings.feature, return_counts=True)[1]
+    of_documents = np.unique(np.stack([firings.feature, firings.segment, firings.document]), axis=1)[0]
+    n_documents = np.unique(of_documents, return_counts=True)[1]
+    return int(((n >= MIN_FIRINGS) & (n_documents > 1)).sum())
+
+
 def effects_lines(record: dict[str, Any], n: int = 10) -> list[str]:
     """The lists as tables."""
     where = "the firing position" if record["measure"] == "firing" else "the firing position and all later ones (mean)"

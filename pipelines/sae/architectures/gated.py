@@ -44,8 +44,11 @@ class GatedSae(PenalisedSae):
     def paths(self, x: Tensor, kernel: str) -> tuple[Codes, Codes]:
         """The codes of rows (n, d_model), and the gate's relu at the same places."""
         gate, active = self.preactivations_above(x, self.b_gate, torch.zeros_like(self.b_gate), kernel)
-        product = gate - self.b_gate[active.features]
-        magnitude = product * self.r_mag.exp()[active.features] + self.b_enc[active.features]
+        # `index_select`, not an index: threads add up the gradient of the latter in an order of their own each time.
+        b_gate, stretch, b_enc = (
+            of_features.index_select(0, active.features) for of_features in (self.b_gate, self.r_mag.exp(), self.b_enc)
+        )
+        magnitude = (gate - b_gate) * stretch + b_enc
         return Codes(magnitude.relu(), active), Codes(gate.relu(), active)
 
     def losses(self, x: Tensor, objective: Objective, dead: Tensor | None = None) -> Losses:

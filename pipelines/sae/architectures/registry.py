@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from functools import cache
 
+import torch
+
 import pipelines.sae.architectures
 from actstore.errors import InputError
 from actstore.folder_registry import classes_in
 from pipelines.sae.base import Sae
+from pipelines.sae.tensor_file import Form, forms_of
 
 
 @cache
@@ -31,3 +34,13 @@ def make(name: str, d_model: int, n_features: int, k: int, *, seed: int = 0) -> 
     if name not in known:
         raise InputError(f"architecture {name!r}: there is none of that name; choose one of {', '.join(sorted(known))}.")
     return known[name](d_model, n_features, k, seed=seed)
+
+
+def forms(name: str, d_model: int, n_features: int, k: int) -> dict[str, Form]:
+    """The tensors of an SAE of the architecture `name`, without allocating any. Raises what `make` does.
+
+    >>> forms("topk", 4, 8, 2)["W_dec"]
+    ('float32', (8, 4))
+    """
+    with torch.device("meta"):
+        return forms_of(make(name, d_model, n_features, k).state_dict())
