@@ -14,12 +14,11 @@ from storekit import TWO_SEGMENTS, write_store
 from actstore import ActivationStore, BatchStream
 from actstore.errors import InputError, StoreError
 from pipelines.analysis.reader import Analysis
-from pipelines.causal.effects.table import publish_table, read_table
 from pipelines.causal.engine.language_model import open_spliced, open_store
 from pipelines.codes.code_store import CodeStore
 from pipelines.concepts.labels import read_ranges
 from pipelines.demo import read_demo
-from pipelines.evaluate.stage import read_evaluation, save_evaluation
+from pipelines.evaluate.stage import read_evaluation
 from pipelines.sae.checkpoint import load_run
 from pipelines.sae.run_record import read_run_record
 from pipelines.stores.facts import facts, run_facts, sweep_facts
@@ -36,20 +35,14 @@ def test_load_run_takes_a_string_as_it_takes_a_path(run: Path) -> None:
 
 
 def test_every_reader_takes_a_string_as_it_takes_a_path(run: Path, store: Path, tmp_path: Path) -> None:
-    figures, table, ranges = (tmp_path / name for name in ("evaluation.json", "effects.parquet", "labels.jsonl"))
-    save_evaluation(figures, {"fve": 0.5})
-    publish_table(table, [{"feature": 3}], None)
+    ranges = tmp_path / "labels.jsonl"
     ranges.write_text(json.dumps({"document": "a", "start": 0, "stop": 1, "label": "x"}) + "\n")
-    (tmp_path / "demo.json").write_text("{}")
     record = read_run_record(run)
     readers: list[tuple[Callable[[Any], Any], Path]] = [
         (run_facts, run),
         (facts, store),
         (list_folder, run.parent),
-        (read_evaluation, figures),
-        (read_table, table),
         (lambda path: list(read_ranges(path)), ranges),
-        (read_demo, tmp_path),
         (lambda path: describe_row(path, 5), store),
         (lambda path: open_store(path, record).store_id, run),
         (lambda path: open_spliced(path, str(store), device="cpu").record, run),

@@ -23,7 +23,7 @@ from storekit import StoreSpec, write_store
 from actstore.errors import ActstoreError
 from actstore.files import content_hash
 from actstore.reader import ActivationStore
-from pipelines.analysis.cards import card
+from pipelines.analysis.cards import feature_card
 from pipelines.analysis.reader import Analysis
 from pipelines.sae.checkpoint import load_run
 from pipelines.text.codec import store_tokenizer
@@ -65,7 +65,7 @@ def read_state(path: Path) -> str:
 def read_analysis(path: Path) -> str:
     analysis = Analysis(path)
     values = [np.asarray(value).tolist() for value in (analysis.fires, analysis.frequency, analysis.mean, analysis.active)]
-    return content_hash([repr(values), analysis.n_rows, analysis.n_features, repr(card(analysis, 1, 2))])
+    return content_hash([repr(values), analysis.n_rows, analysis.n_features, repr(feature_card(analysis, 1))])
 
 
 def read_tokenizer(path: Path) -> str:
