@@ -5,6 +5,7 @@
 #   make room    ROOM=train: one room's tests and doctests, without those that start processes; under a minute
 #   make slow    the tests that take long: fifty kills, hundreds of flipped bits
 #   make lowest  the tests nearest to the libraries, on the oldest versions that pyproject.toml accepts
+#   make labels  the labels of Python source, on a Python of any version: make labels PYTHON=python3.13 LABELS=/tmp/labels
 #   make lint    ruff, check and format
 #   make types   mypy
 #   make docs    the pages of docs/ as a site in site/; a warning is an error
@@ -14,6 +15,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 LOWEST ?= .venv-lowest
+LABELS ?= .venv-labels
 OUT ?= demo-out
 ROOM ?= store
 SITE ?= site
@@ -24,7 +26,7 @@ LOWEST_TESTS := tests/store/test_store.py tests/store/test_xarray.py tests/store
 	tests/statistics tests/structure tests/stores tests/evaluate tests/exchange tests/report tests/commands/test_cli.py
 SOURCES := actstore pipelines benchmarks tests docs cli.py
 
-.PHONY: demo test room slow lowest lint types docs clean
+.PHONY: demo test room slow lowest labels lint types docs clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed
@@ -44,6 +46,12 @@ lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pip check
 	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile $(wildcard $(LOWEST_TESTS)) $(PYTEST_ARGS)
 
+labels:
+	$(PYTHON) -m venv --clear $(LABELS)
+	$(LABELS)/bin/python -m pip install --quiet numpy pytest
+	$(LABELS)/bin/python -m pytest -q --noconftest -o addopts= \
+		tests/concepts/test_python_labels.py tests/concepts/test_python_tokens.py
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check $(SOURCES)
 	$(BIN)/python -m ruff format --check $(SOURCES)
@@ -55,7 +63,7 @@ docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir $(abspath $(SITE))
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build site actstore.egg-info
+	rm -rf $(VENV) $(LOWEST) $(LABELS) build site actstore.egg-info
 
 # A stamp in the environment says what was installed from which pyproject.toml and constraints.txt.
 $(VENV)/.installed: EXTRA =
