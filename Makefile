@@ -4,7 +4,8 @@
 #   make test    install what the tests need, then run them
 #   make room    ROOM=train: one room's tests and doctests, without those that start processes; under a minute
 #   make slow    the tests that take long: fifty kills, hundreds of flipped bits
-#   make lowest  the tests nearest to the libraries, on the oldest versions that pyproject.toml accepts
+#   make lowest  the tests nearest to the libraries, on the oldest versions that pyproject.toml accepts; torch is that of
+#                constraints.txt, since the oldest comes with 8 GB of CUDA: TORCH=exact takes it
 #   make labels  the labels of Python source, on a Python of any version: make labels PYTHON=python3.13 LABELS=/tmp/labels
 #   make lint    ruff, check and format
 #   make types   mypy
@@ -77,5 +78,7 @@ $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-docs $(VENV)/.inst
 
 $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python -m pip install --quiet --no-deps -r constraints-lowest.txt -e .
+	grep -vE '^(torch|triton|nvidia-)' constraints-lowest.txt > $(LOWEST)/pins.txt
+	$(LOWEST)/bin/python -m pip install --quiet --no-deps -r $(LOWEST)/pins.txt -e .
+	$(LOWEST)/bin/python -m pip install --quiet $(if $(filter exact,$(TORCH)),-r constraints-lowest.txt,$(shell grep '^torch==' constraints.txt))
 	touch $@
