@@ -6,7 +6,6 @@ dask or zarr.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import sys
@@ -16,8 +15,8 @@ from typing import Any, NoReturn
 import click
 
 from actstore import __version__
-from actstore.errors import ActstoreError
 from pipelines.shared.environment import set_environment
+from pipelines.shared.error_line import mendable_line
 
 COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Begin": {
@@ -64,7 +63,6 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
 }
 """Heading -> command -> (its module in `pipelines/commands/`, its line in the help). An empty heading is not shown."""
 MODULES = {name: module for rows in COMMANDS.values() for name, (module, _) in rows.items()}
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _Commands(click.Group):
@@ -101,24 +99,13 @@ class _Commands(click.Group):
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        except (ActstoreError, OSError) as error:
-            if debug or (isinstance(error, OSError) and not error.filename and error.errno not in FULL_DISK):
+        except Exception as error:
+            line = None if debug else mendable_line(error)
+            if line is None:
                 raise
-            click.echo(f"error: {_one_line(error)}", err=True)
+            click.echo(f"error: {line}", err=True)
             sys.exit(1)
         sys.exit(0)
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and not isinstance(error, ActstoreError):
-        where = error.filename or "the output"
-        remedy = (
-            "free some space and run the same command again"
-            if error.errno in FULL_DISK
-            else "check the path and its permissions"
-        )
-        return f"{where}: {error.strerror}; {remedy}; everything committed is kept."
-    return " ".join(str(error).split())
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

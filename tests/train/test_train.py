@@ -262,18 +262,14 @@ def test_a_batch_of_more_rows_than_an_epoch_has_is_refused(rows_store: Path, tmp
     """It was one step on repeated rows, or as many as `tokens` asked for."""
     for more in ({}, {"epochs": 10.0}, {"tokens": 10_000}):
         asked = TrainConfig(store=rows_store, out=tmp_path / "run", features=8, k=2, device="cpu", **more)  # type: ignore[arg-type]
-        with pytest.raises(
-            InputError, match=r"^batch 4,096: .* has 2,160 rows to train on, .* choose --batch 2160 or less"
-        ):
+        with pytest.raises(InputError, match=r"^batch 4,096: .* has 2,160 rows to train on, .* choose --batch 2160 or less"):
             train(asked)
     assert not (tmp_path / "run").exists()
 
 
 def test_less_than_one_batch_of_an_epoch_is_refused(rows_store: Path, tmp_path: Path) -> None:
     asked = TrainConfig(store=rows_store, out=tmp_path / "run", features=8, k=2, batch=1000, epochs=0.25, device="cpu")
-    with pytest.raises(
-        InputError, match=r"^epochs 0\.25: 540 of .*2,160 rows, .* one batch of 1,000; choose --batch 540"
-    ):
+    with pytest.raises(InputError, match=r"^epochs 0\.25: 540 of .*2,160 rows, .* one batch of 1,000; choose --batch 540"):
         train(asked)
     assert not (tmp_path / "run").exists()
 
