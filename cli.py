@@ -19,9 +19,8 @@ from typing import Any, NoReturn
 import click
 
 from actstore import __version__
-from actstore.errors import ActstoreError
 from pipelines.shared.environment import set_environment
-from pipelines.shared.error_line import error_line, is_expected
+from pipelines.shared.error_line import mendable_line
 from pipelines.shared.visible_text import escaped, visible
 
 COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
@@ -107,10 +106,11 @@ class _Commands(click.Group):
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        except (ActstoreError, OSError, MemoryError, RuntimeError, ImportError, UnicodeEncodeError) as error:
-            if debug or not is_expected(error):
+        except Exception as error:
+            line = None if debug else mendable_line(error)
+            if line is None:
                 raise
-            click.echo(visible(f"error: {error_line(error)}"), err=True)
+            click.echo(visible(f"error: {line}"), err=True)
             sys.exit(1)
         sys.exit(0)
 

@@ -63,12 +63,12 @@ class Bucket(Place):
             ) from error
 
     def read(self, name: str) -> bytes:
-        with self._errors():
+        with self._errors(name):
             return bytes(self._calls.get(self.objects, name).bytes())
 
     def read_into(self, name: str, start: int, *buffers: memoryview) -> int:
         length = sum(buffer.nbytes for buffer in buffers)
-        with self._errors():
+        with self._errors(name):
             try:
                 received = memoryview(self._calls.get_range(self.objects, name, start=start, length=length)).cast("B")
             except self._calls.exceptions.GenericError as error:
@@ -130,8 +130,8 @@ class Bucket(Place):
         return held_lease(self)
 
     @contextmanager
-    def _errors(self, writing: bool = False) -> Iterator[None]:
-        """Turn a server's refusal into one StoreError line, and a missing object into FileNotFoundError."""
+    def _errors(self, name: str = "", *, writing: bool = False) -> Iterator[None]:
+        """Turn a server's refusal into one StoreError line, and a missing object into a FileNotFoundError that names it."""
         _require_no_fork(self.url)
         try:
             yield
@@ -139,7 +139,7 @@ class Bucket(Place):
             what = _reason(error)
             is_missing = isinstance(error, self._calls.exceptions.NotFoundError | FileNotFoundError)
             if is_missing and not writing and "NoSuchBucket" not in what:
-                raise FileNotFoundError(errno.ENOENT, what, self.url) from error
+                raise FileNotFoundError(errno.ENOENT, what, f"{self.url}/{name}".rstrip("/")) from error
             raise StoreError(
                 f"{self.url}: {what}; check the bucket, its credentials and AWS_ENDPOINT_URL; what was committed is kept."
             ) from error

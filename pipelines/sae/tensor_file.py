@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from actstore.errors import DamagedStore
 from actstore.files import fsync_path
+from pipelines.shared.error_line import system_error
 
 Form = tuple[str, tuple[int, ...]]
 """The dtype of a tensor, as PyTorch calls it, and its shape."""
@@ -42,7 +42,7 @@ def publish_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
         os.replace(folder / path.name, path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(folder, ignore_errors=True)
-        number = error.errno if isinstance(error, OSError) else _number_of(error)
+        number = error.errno if isinstance(error, OSError) else system_error(error)
         if number is None:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
@@ -93,9 +93,3 @@ def require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _shown(form: Form) -> str:
     return f"{form[0]} {list(form[1])}"
-
-
-def _number_of(error: SafetensorError) -> int | None:
-    """The number of the operating system's error in a message of safetensors, which raises one type for everything."""
-    match = re.search(r"os error (\d+)", str(error))
-    return int(match[1]) if match else None

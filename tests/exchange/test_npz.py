@@ -21,6 +21,7 @@ from storekit import StoreSpec, write_store
 from actstore.errors import InputError
 from actstore.files import publish_json
 from pipelines.exchange.formats.npz import FORMAT, NEAREST_ULPS, logarithm
+from pipelines.sae.checkpoint import load_run
 
 SITE, D_MODEL, N_FEATURES, K = "resid_post.0", 4, 24, 3
 FACTS = {"architecture": "jumprelu", "k": K, "site": SITE, "apply_b_dec_to_input": False}
@@ -314,3 +315,20 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     publish_json(tmp_path / "none.json", FACTS)
     with pytest.raises(InputError, match=r"none\.npz: cannot be read \(No such file"):
         FORMAT.read(tmp_path / "none.npz")
+
+
+@pytest.mark.parametrize("spoilt_by", ["norms", "b_dec"])
+def test_weights_that_overflow_when_they_are_folded_are_refused_in_one_line(spoilt_by: str, tmp_path: Path) -> None:
+    """Every number of the file is finite, and the SAE would have infinite ones."""
+    arrays = plain_arrays()
+    arrays["W_enc"] *= np.float32(1e30)
+    arrays["W_dec" if spoilt_by == "norms" else "b_dec"] *= np.float32(1e15)
+    with pytest.raises(InputError, match=r"goes beyond float32 once b_dec and the norms of W_dec are folded into it"):
+        FORMAT.read(written(tmp_path, arrays))
+
+
+def test_thresholds_of_zero_are_finite_parameters_of_a_run_that_reads_back(tmp_path: Path, rows_store: Path) -> None:
+    sae, _ = FORMAT.read(written(tmp_path, plain_arrays() | {"threshold": np.zeros(N_FEATURES, np.float32)}))
+    write_run(tmp_path / "run", sae, rows_store, SITE)
+    read, _ = load_run(tmp_path / "run")
+    assert bool((read.get_parameter("log_threshold").exp() == 0).all())

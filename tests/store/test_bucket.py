@@ -822,3 +822,22 @@ def test_a_servers_reason_is_read_out_of_cdata() -> None:
     """Some servers, and earlier versions of moto, wrap the message so."""
     answer = "<Error><Code>NoSuchBucket</Code><Message><![CDATA[The bucket <x> does not exist.]]></Message></Error>"
     assert bucket._reason(Exception(answer)) == "NoSuchBucket: The bucket <x> does not exist"
+
+
+@pytest.mark.parametrize("vanished", ["manifest.json", "commits/0000/sealed.json", "commits/0000/train/000000.json"])
+def test_an_object_that_vanished_after_the_bucket_was_listed_is_one_line_that_names_it(
+    vanished: str, server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    url = f"{server.bucket()}/store"
+    write_store(url, StoreSpec(n_documents=20))
+    name, _, key = f"{url[5:]}/{vanished}".partition("/")
+    listed = bucket.Bucket(url).names()
+    server.client().delete_object(Bucket=name, Key=key)
+    monkeypatch.setattr(
+        bucket.Bucket, "names", lambda _, prefix="": {own: n for own, n in listed.items() if own.startswith(prefix)}
+    )
+    result = CliRunner().invoke(cli, ["train", url, "--out", str(tmp_path / "run"), "--layer", "0", "--batch", "32"])
+    assert result.exit_code == 1
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith(f"error: {url}")
+    assert vanished in line

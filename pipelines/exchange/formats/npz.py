@@ -49,6 +49,8 @@ MOST_JSON_BYTES, MOST_NAME = 1 << 20, 1000
 MOST_RATIO, FREE_BYTES = 20, 1 << 26
 """A file of n bytes may unfold to MOST_RATIO · n + FREE_BYTES: weights hardly compress, zip bombs do by 1,000."""
 NEAREST_ULPS = 16
+LOG_OF_ZERO = -1000.0
+"""A finite number whose exponential is 0 in float32."""
 
 Arrays = dict[str, NDArray[np.float32]]
 
@@ -96,9 +98,16 @@ class Npz:
         d_model, n_features = arrays["W_enc"].shape
         if not 1 <= k <= n_features:
             raise InputError(f"{facts}: k {k}, {weights} has {n_features} features; write the k that it was trained with.")
-        if not said["apply_b_dec_to_input"]:
-            arrays["b_enc"] = (arrays["b_enc"] + arrays["b_dec"].astype(np.float64) @ arrays["W_enc"]).astype(np.float32)
-        fold_decoder_norms(weights, architecture, arrays)
+        with np.errstate(over="ignore"):
+            if not said["apply_b_dec_to_input"]:
+                arrays["b_enc"] = (arrays["b_enc"] + arrays["b_dec"].astype(np.float64) @ arrays["W_enc"]).astype(np.float32)
+            fold_decoder_norms(weights, architecture, arrays)
+        for name, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise InputError(
+                    f"{weights}: {name} goes beyond float32 once b_dec and the norms of W_dec are folded into it; scale the "
+                    "weights of each feature before."
+                )
         sae = make(architecture, d_model, n_features, k)
         state = sae.state_dict()
         state |= {name: torch.from_numpy(array.T if name == "W_enc" else array) for name, array in arrays.items()}
@@ -271,7 +280,7 @@ def logarithm(threshold: torch.Tensor) -> torch.Tensor:
     A threshold that was an exponential comes back exactly, and with it each code: the search goes NEAREST_ULPS numbers
     up and down from the logarithm, which rounding can have moved.
     """
-    best = start = threshold.log()
+    best = start = threshold.log().clamp_min(LOG_OF_ZERO)
     for way in (-torch.inf, torch.inf):
         candidate = start
         for _ in range(NEAREST_ULPS):
