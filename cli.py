@@ -27,12 +27,12 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Begin": {
         "demo": ("demo", "The whole chain on the built-in GPT-2; offline."),
         "ls": ("store", "What lies below a folder, and what it was made from."),
-        "info": ("store", "What a store, run, codes, analysis or sweep is."),
+        "info": ("store", "What a store, run, codes, analysis or other result is."),
     },
     "Fill and keep a store": {
         "collect": ("collect", "Run the model over a corpus; write or extend a store."),
         "estimate": ("collect", "What `collect` would take here: bytes, memory, time."),
-        "verify": ("store", "Compare a store with what was committed."),
+        "verify": ("store", "Compare stores and results with what was committed."),
         "repair": ("store", "Drop what is damaged, to be filled in again."),
         "recode": ("store", "Copy a store into another encoding."),
     },

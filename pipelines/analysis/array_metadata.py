@@ -91,6 +91,8 @@ def parse_array_metadata(data: bytes, where: str) -> ArrayMetadata:
     """Raises DamagedStore for a `zarr.json` that is none of an analysis' array."""
     found = checked(parse_json(data, where), ArrayMetadata, where)
     objects = found.chunk_grid.configuration.chunk_shape
+    if found.fill_value != 0:
+        raise _refused(where, f"fill value {str(found.fill_value)[:40]}")
     if not 1 <= len(found.shape) <= MOST_DIMENSIONS or len(objects) != len(found.shape) or found.storage_transformers:
         raise _refused(where, f"an array of shape {found.shape} in objects of {objects}")
     chunks = _inner_chunks(found.codecs, objects, where)

@@ -114,7 +114,10 @@ class StoredArrays:
                 f"{where}: {n_stored:,} stored bytes cannot unfold to the {found.n_bytes:,} of shape {found.shape}; "
                 "restore it from a copy."
             )
-        array = zarr.open_array(self._store, path=name, mode="r", zarr_format=3)
+        try:
+            array = zarr.open_array(self._store, path=name, mode="r", zarr_format=3)
+        except (ValueError, TypeError, KeyError, OverflowError, OSError) as error:
+            raise DamagedStore(f"{where}: cannot be opened ({str(error)[:200]}); restore it from a copy.") from error
         if tuple(array.shape) != tuple(found.shape) or array.dtype != np.dtype(found.data_type):
             raise DamagedStore(f"{where}: {METADATA} changed while it was read; run the command again.")
         return StoredArray(where, array)

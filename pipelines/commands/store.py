@@ -73,18 +73,19 @@ def verify(path: str, level: str, as_json: bool) -> None:
       actstore verify experiments
     """
     from actstore.errors import DamagedStore
-    from actstore.kind import found
     from pipelines.stores.care import verify as stage
+    from pipelines.stores.care import what_is_damaged
 
     faults = stage(path, level)
     show({"path": path, "level": level, "faults": faults}, as_json, lambda v: v["faults"] or [f"{path}: no fault found"])
-    if faults and found(path).kind in ("activations", "codes", ""):
-        raise DamagedStore(
-            f"{path}: {len(faults)} faults; `actstore repair STORE` drops what is damaged in a store, and the command that "
-            "wrote the store then fills exactly that in again."
-        )
     if faults:
-        raise DamagedStore(f"{path}: {len(faults)} faults; restore it from a copy, or make it again at another --out.")
+        remedies = {
+            "a store": f"`actstore repair {path}` drops what is damaged, and the command that wrote the store then fills "
+            "exactly that in again.",
+            "several": "`actstore repair STORE` mends a store; restore all else from a copy, or make it again.",
+            "results": "restore it from a copy, or make it again at another --out.",
+        }
+        raise DamagedStore(f"{path}: {len(faults)} faults; {remedies[what_is_damaged(path)]}")
 
 
 @click.command()

@@ -57,6 +57,15 @@ def verify(path: str | Path, level: str) -> list[str]:
     return lines
 
 
+def what_is_damaged(path: str | Path) -> str:
+    """How what lies at a place can be mended: `a store`, `results`, or `several` things in a folder."""
+    place = open_place(path)
+    kind = found(place).kind
+    if paths.COMMITS in place.entries() or kind in ("activations", "codes"):
+        return "a store"
+    return "results" if kind else "several"
+
+
 def _below(place: Folder) -> Iterator[tuple[Place, str]]:
     """(place, kind) of the folder and all below it; a store whose manifest is lost or damaged is a store all the same."""
     if paths.COMMITS in place.entries():

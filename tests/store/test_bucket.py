@@ -605,6 +605,10 @@ def test_an_analysis_in_a_bucket_says_what_one_in_a_folder_says(
     assert result.exit_code == 0, result.stderr
     with pytest.raises(OutputExists, match="exists"):
         analyze(AnalyzeConfig(codes=in_bucket, out=f"{url}/analysis", **asked), client)
+    open_place(f"{url}/analysis").remove("data.zarr/features/fires/c/0")
+    for command in ("verify", "features", "info"):
+        result = invoke(command, f"{url}/analysis")
+        assert (result.exit_code, "data.zarr/features/fires/c/0: missing" in result.output) == (1, True), result.output
 
 
 @pytest.mark.parametrize("at", ["_examples", "seal_folder"])
