@@ -20,7 +20,6 @@ import click
 
 from actstore import __version__
 from pipelines.shared.environment import set_environment
-from pipelines.shared.error_line import mendable_line
 from pipelines.shared.visible_text import escaped, visible
 
 COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
@@ -107,6 +106,8 @@ class _Commands(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except Exception as error:
+            from pipelines.shared.error_line import mendable_line
+
             line = None if debug else mendable_line(error)
             if line is None:
                 raise

@@ -21,14 +21,15 @@ from zarr.errors import BaseZarrError
 from zarr.storage import MemoryStore
 
 from actstore import paths
+from actstore.array_metadata import parse_array_metadata
 from actstore.dimensions import row_dimensions, table_dimensions
 from actstore.errors import DamagedStore
 from actstore.files import Entry, object_entry
 from actstore.layout import Layout
 from actstore.schema import TABLE_CHUNK, Manifest, RowArray
 from actstore.segment_record import SegmentRecord
-from actstore.zarr_metadata import array_metadata
 
+TABLE_COMPRESSOR = "zstd"
 ALL_CHUNKS: ArrayConfigParams = {"write_empty_chunks": True}
 """Chunks of zeros are written too, since a missing chunk counts as a fault."""
 CRC_BYTES = 4
@@ -98,11 +99,11 @@ def read_table(objects: dict[str, bytes], places: NDArray[np.int64] | None = Non
     try:
         if "zarr.json" not in objects:
             raise Unreadable("no record names such a table")
-        metadata = array_metadata(objects["zarr.json"], "zarr.json")
+        metadata = parse_array_metadata(objects["zarr.json"], "zarr.json", TABLE_COMPRESSOR)
         if metadata.n_objects != len(objects) - 1 and places is None:
             raise Unreadable(f"shape {metadata.shape} needs {metadata.n_objects} objects, {len(objects) - 1} were committed")
-        if max(metadata.chunk_shape, default=1) > TABLE_CHUNK:
-            raise Unreadable(f"chunks of {metadata.chunk_shape} values; a table has {TABLE_CHUNK:,} at most")
+        if max(chunks := metadata.chunk_grid.configuration.chunk_shape) > TABLE_CHUNK:
+            raise Unreadable(f"chunks of {chunks} values; a table has {TABLE_CHUNK:,} at most")
         memory = MemoryStore({name: buffer.from_bytes(data) for name, data in objects.items()})
         table = zarr.open_array(memory, mode="r", zarr_format=3)
         return np.asarray(table[...] if places is None else table.vindex[places])
@@ -215,7 +216,9 @@ def _no_row_value(dtype: np.dtype[Any]) -> float:
 
 
 def _compressors(compressed: bool, itemsize: int) -> list[Any]:
-    blosc_codec = [BloscCodec(typesize=itemsize, cname="zstd", clevel=1, shuffle=BloscShuffle.shuffle)] if compressed else []
+    blosc_codec = (
+        [BloscCodec(typesize=itemsize, cname=TABLE_COMPRESSOR, clevel=1, shuffle=BloscShuffle.shuffle)] if compressed else []
+    )
     return [*blosc_codec, Crc32cCodec()]
 
 

@@ -5,6 +5,8 @@ A bug in this project raises anything else; the command line shows these as one 
 
 from __future__ import annotations
 
+import re
+
 
 class ActstoreError(Exception):
     """Base of everything a user, their input or their disk can cause."""
@@ -65,3 +67,13 @@ class EncodingError(StoreError):
     def __reduce__(self) -> tuple[type[EncodingError], tuple[str, int]]:
         """Lets the error pass from a worker process to the process that asked."""
         return type(self), (str(self), self.row)
+
+
+def system_error(error: BaseException) -> int | None:
+    """The number of the operating system's error that a library written in Rust puts into its message; None without one.
+
+    >>> system_error(RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"))
+    28
+    """
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match else None

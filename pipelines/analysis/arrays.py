@@ -17,8 +17,7 @@ from actstore.errors import DamagedStore
 from actstore.folder import Folder
 from actstore.open_place import open_place
 from actstore.place import Place
-from pipelines.analysis.array_metadata import COMPRESSOR
-from pipelines.analysis.stored_arrays import StoredArrays
+from pipelines.analysis.stored_arrays import COMPRESSOR, StoredArrays
 
 CHUNK_ENTRIES, OBJECT_CHUNKS = 1 << 16, 64
 LOADED_ENTRIES = 1 << 25

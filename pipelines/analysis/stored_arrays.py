@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore, ObjectStore, WrapperStore
 
 from actstore import paths
+from actstore.array_metadata import parse_array_metadata
 from actstore.errors import DamagedStore
 from actstore.folder import Folder
 from actstore.open_place import open_place
 from actstore.place import Place
-from pipelines.analysis.array_metadata import MOST_RATIO, parse_array_metadata
 
-METADATA = "zarr.json"
+METADATA, COMPRESSOR = "zarr.json", "lz4"
+MOST_RATIO = 256
+"""Bytes that one stored byte may unfold to: lz4 gives at most 255."""
 Shape = tuple[int | None, ...]
 """A shape that an array must have; None for a length that may be any."""
 
@@ -92,7 +94,7 @@ class StoredArrays:
             if any(other.startswith(f"{own}/") for other in self._there):
                 raise DamagedStore(f"{where}: has no {METADATA}, which `analyze` writes; restore it from a copy.")
             raise KeyError(name)
-        found = parse_array_metadata(self._read(f"{own}/{METADATA}"), f"{where}/{METADATA}")
+        found = parse_array_metadata(self._read(f"{own}/{METADATA}"), f"{where}/{METADATA}", COMPRESSOR)
         if shape is not None and not _fits(found.shape, shape):
             asked = " x ".join("any" if n is None else str(n) for n in shape)
             raise DamagedStore(

@@ -11,9 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from actstore.errors import DamagedStore
+from actstore.errors import DamagedStore, system_error
 from actstore.files import fsync_path
-from pipelines.shared.error_line import system_error
 
 Form = tuple[str, tuple[int, ...]]
 """The dtype of a tensor, as PyTorch calls it, and its shape."""

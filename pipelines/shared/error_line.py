@@ -10,7 +10,7 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-from actstore.errors import ActstoreError
+from actstore.errors import ActstoreError, system_error
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_MEMORY = re.compile(
@@ -30,16 +30,6 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its type when it has none."""
     lines = str(error).strip().splitlines()
     return lines[0].strip().rstrip(".") if lines else type(error).__name__
-
-
-def system_error(error: BaseException) -> int | None:
-    """The number of the operating system's error that a library written in Rust puts into its message; None without one.
-
-    >>> system_error(RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"))
-    28
-    """
-    match = re.search(r"\(os error (\d+)\)", str(error))
-    return int(match[1]) if match else None
 
 
 def mendable_line(error: BaseException) -> str | None:

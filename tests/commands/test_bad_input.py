@@ -185,7 +185,7 @@ def test_an_output_that_exists(
     (out / "thesis.txt" if there == "a folder" else out).write_text("years of work")
     commands: dict[str, list[object]] = {
         "collect": options(asked),
-        "train": [store, "--layer", 2, "--features", 64, "--k", 4],
+        "train": [store, "--layer", 2, "--features", 64, "--k", 4, "--batch", 256],
         "recode": [store],
         "encode": [store, run],
         "analyze": [codes],
@@ -222,7 +222,7 @@ def test_too_little_free_space(
     out = tmp_path / "new"
     commands: dict[str, list[object]] = {
         "collect": options(asked),
-        "train": [store, "--layer", 2, "--features", 64, "--k", 4],
+        "train": [store, "--layer", 2, "--features", 64, "--k", 4, "--batch", 256],
         "recode": [store],
         "encode": [store, run],
         "analyze": [codes],

@@ -204,7 +204,7 @@ def test_a_corpus_that_is_gone_leaves_out_only_the_random_model(
     found = evaluate_beside_baselines(config)
     left_out = [row for row in found["baselines"]["rows"] if "left_out" in row]
     assert [row["name"] for row in left_out] == [RANDOM_MODEL]
-    assert "no .txt" in left_out[0]["left_out"]
+    assert "no file there" in left_out[0]["left_out"]
     line = next(line for line in lines(found) if line.startswith(f"{RANDOM_MODEL} "))
     assert f"  left out: corpus {corpus}: no " in line
 

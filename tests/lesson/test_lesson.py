@@ -203,7 +203,7 @@ def test_a_corpus_by_its_name_gives_its_documents(model_folder: Path, texts: Pat
         ({"layer": 0}, r"max_len 128: model .*model0 has 64 positions"),
         ({"layer": 0, "max_len": 0}, "num_samples 1000, max_len 0"),
         ({"layer": 0, "max_len": 8, "corpus": [""]}, "has no token"),
-        ({"layer": 0, "max_len": 8, "corpus": "nowhere/*.txt"}, "no .txt"),
+        ({"layer": 0, "max_len": 8, "corpus": "nowhere/*.txt"}, "no file there"),
     ],
 )
 def test_what_cannot_be_collected_is_said(asked: dict[str, Any], expected: str, model_folder: Path) -> None:

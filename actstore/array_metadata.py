@@ -1,7 +1,7 @@
-"""`zarr.json` of an array that anyone may have written: accepted only as the writer of an analysis writes it.
+"""`zarr.json` of an array that anyone may have written: accepted only as the writers of a store or an analysis write it.
 
-Zarr knows codecs that run code or unfold without end, and types that hold Python objects; here only what `create_arrays`
-writes is read: format 3, whole numbers and floats, the codecs of CODECS, and shapes whose bytes the stored ones can give.
+Zarr knows codecs that run code or unfold without end, and types that hold Python objects; here only what is written is
+read: format 3, whole numbers and floats, the codecs of CODECS, and shapes whose bytes the stored ones can give.
 """
 
 from __future__ import annotations
@@ -17,9 +17,6 @@ from actstore.checked_json import checked, parse_json
 from actstore.errors import DamagedStore
 
 CODECS = ("bytes", "blosc", "crc32c", "sharding_indexed")
-COMPRESSOR: Literal["lz4"] = "lz4"
-MOST_RATIO = 256
-"""Bytes that one stored byte may unfold to: lz4 gives at most 255."""
 MOST_DIMENSIONS = 4
 
 Length = Annotated[int, Meta(ge=0, le=1 << 40)]
@@ -61,7 +58,7 @@ class ChunkKeys:
 
 @dataclass(frozen=True)
 class ArrayMetadata:
-    """The metadata of an array of an analysis."""
+    """The metadata of an array."""
 
     zarr_format: Literal[3]
     node_type: Literal["array"]
@@ -82,55 +79,60 @@ class ArrayMetadata:
         return tuple(-(-n // own) for n, own in zip(self.shape, object_shape, strict=True))
 
     @property
+    def n_objects(self) -> int:
+        """Objects in which the chunks lie."""
+        return math.prod(self.grid)
+
+    @property
     def n_bytes(self) -> int:
         """Bytes of the whole array in memory."""
         return math.prod(self.shape) * np.dtype(self.data_type).itemsize
 
 
-def parse_array_metadata(data: bytes, where: str) -> ArrayMetadata:
-    """Raises DamagedStore for a `zarr.json` that is none of an analysis' array."""
+def parse_array_metadata(data: bytes, where: str, compressor: str) -> ArrayMetadata:
+    """Raises DamagedStore for a `zarr.json` that is not one of an array that is written with Blosc's `compressor`."""
     found = checked(parse_json(data, where), ArrayMetadata, where)
     objects = found.chunk_grid.configuration.chunk_shape
     if found.fill_value != 0:
         raise _refused(where, f"fill value {str(found.fill_value)[:40]}")
     if not 1 <= len(found.shape) <= MOST_DIMENSIONS or len(objects) != len(found.shape) or found.storage_transformers:
         raise _refused(where, f"an array of shape {found.shape} in objects of {objects}")
-    chunks = _inner_chunks(found.codecs, objects, where)
+    chunks = _inner_chunks(found.codecs, objects, where, compressor)
     for n, of_object, of_chunk in zip(found.shape, objects, chunks, strict=True):
-        # as `create_arrays` cuts: no chunk is longer than the array, no object reaches a chunk beyond its end
+        # as arrays are cut: no chunk is longer than the array, no object reaches a chunk beyond its end
         if of_chunk > max(n, 1) or of_object % of_chunk or of_object >= max(n, 1) + of_chunk:
             raise _refused(where, f"shape {found.shape} in objects of {objects}, chunks of {chunks}")
     return found
 
 
-def _inner_chunks(codecs: list[dict[str, Any]], object_shape: list[int], where: str) -> list[int]:
+def _inner_chunks(codecs: list[dict[str, Any]], object_shape: list[int], where: str, compressor: str) -> list[int]:
     """The shape of the smallest chunks; checks the names and settings of all codecs on the way."""
     names = [codec.get("name") for codec in codecs]
     for name in names:
         if name not in CODECS:
-            raise _refused(where, f"codec {str(name)[:40]!r}, an analysis has {', '.join(CODECS)}")
+            raise _refused(where, f"codec {str(name)[:40]!r}; only {', '.join(CODECS)} are read")
     if names == ["sharding_indexed"]:
         inside = codecs[0].get("configuration")
         inside = inside if isinstance(inside, dict) else {}
         own = checked(inside.get("codecs"), list[dict[str, Any]], where)
         index = [codec.get("name") for codec in checked(inside.get("index_codecs"), list[dict[str, Any]], where)]
         shape = checked(inside.get("chunk_shape"), list[ChunkLength], where)
-        if index == ["bytes", "crc32c"] and len(shape) == len(object_shape) and _is_plain(own):
+        if index == ["bytes", "crc32c"] and len(shape) == len(object_shape) and _is_plain(own, compressor):
             return shape
-    elif _is_plain(codecs):
+    elif _is_plain(codecs, compressor):
         return object_shape
     raise _refused(where, f"codecs {', '.join(map(str, names))} in another order or with other settings")
 
 
-def _is_plain(codecs: list[dict[str, Any]]) -> bool:
-    """Whether these are bytes, then blosc with the writer's compressor, then crc32c."""
+def _is_plain(codecs: list[dict[str, Any]], compressor: str) -> bool:
+    """Whether these are bytes, then blosc with this compressor, then crc32c."""
     settings = codecs[1].get("configuration") if len(codecs) > 1 else None
     return (
         [codec.get("name") for codec in codecs] == ["bytes", "blosc", "crc32c"]
         and isinstance(settings, dict)
-        and settings.get("cname") == COMPRESSOR
+        and settings.get("cname") == compressor
     )
 
 
 def _refused(where: str, what: str) -> DamagedStore:
-    return DamagedStore(f"{where}: {what}: `analyze` does not write this; get the analysis again, or make it anew.")
+    return DamagedStore(f"{where}: {what}: no array of ours has this; get the files again, or make them anew.")
