@@ -7,7 +7,7 @@ directly, by the shard's index: a tenth of the time, and each chunk's crc32c is 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import google_crc32c
 import numpy as np
@@ -29,7 +29,7 @@ from actstore.layout import Layout
 from actstore.schema import TABLE_CHUNK, Manifest, RowArray
 from actstore.segment_record import SegmentRecord
 
-TABLE_COMPRESSOR = "zstd"
+TABLE_COMPRESSOR: Literal["zstd"] = "zstd"
 ALL_CHUNKS: ArrayConfigParams = {"write_empty_chunks": True}
 """Chunks of zeros are written too, since a missing chunk counts as a fault."""
 CRC_BYTES = 4

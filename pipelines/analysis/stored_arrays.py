@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zarr
@@ -20,7 +20,8 @@ from actstore.folder import Folder
 from actstore.open_place import open_place
 from actstore.place import Place
 
-METADATA, COMPRESSOR = "zarr.json", "lz4"
+METADATA = "zarr.json"
+COMPRESSOR: Literal["lz4"] = "lz4"
 MOST_RATIO = 256
 """Bytes that one stored byte may unfold to: lz4 gives at most 255."""
 Shape = tuple[int | None, ...]
