@@ -113,7 +113,7 @@ def write_codes(path: Path, n_rows: int) -> CodeStore:
     starts = np.arange(0, n_rows, stride, dtype=np.int64)
     lengths = np.minimum(stride, n_rows - starts)
     offsets = np.append(np.arange(0, n_rows, DOCUMENT_ROWS), n_rows).astype(np.int64)
-    n_vocabulary = codec.backend.get_vocab_size()
+    n_vocabulary = codec.n_vocabulary
     empty = np.empty(0, np.int64)
     tables = {
         **text_tables(

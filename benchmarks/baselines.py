@@ -45,7 +45,7 @@ def raw_dimension_findings(store_path: Path, client: Any) -> list[Finding]:
     labels = read_labels(store, codec, None)
     held = [share(client, segment) for segment in labels.segments]
     thresholds = choose_thresholds(scored, held, client)
-    scores = score_rules(scored, held, thresholds, codec.backend.get_vocab_size(), client)
+    scores = score_rules(scored, held, thresholds, codec.n_vocabulary, client)
     return list(scores.finalize(thresholds, labels.names, codec.token_texts()))
 
 

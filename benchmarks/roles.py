@@ -119,7 +119,7 @@ def count_targets(
     codec = store_tokenizer(codes)
     labels = read_labels(codes, codec, None)
     columns = [labels.names.index(rule) for rule in rules]
-    counts = TargetCounts(len(rules), len(features), codec.backend.get_vocab_size())
+    counts = TargetCounts(len(rules), len(features), codec.n_vocabulary)
     column = np.full(codes.n_features, -1)
     column[features] = np.arange(len(features))
     for shard in codes.shards(PART):

@@ -37,7 +37,7 @@ from pipelines.evaluate.inspect import strongest
 from pipelines.models.capture import capture
 from pipelines.models.families.registry import family_of
 from pipelines.models.forward import blocks_of
-from pipelines.models.load import choose_device, load_model, model_identity, resolve_model
+from pipelines.models.load import choose_device, load_model, model_identity, require_own_tokenizer, resolve_model
 from pipelines.models.sites.site import Site
 from pipelines.sae.base import Objective, Sae
 from pipelines.sae.checkpoint import RunRecord, require_match, save_run
@@ -137,7 +137,9 @@ def collect_activations(
     if max_len > _n_positions(model):
         raise InputError(f"max_len {max_len}: model {model_name} has {_n_positions(model)} positions; choose at most that.")
     texts = (document.text for document in open_corpus(corpus, seed).documents()) if isinstance(corpus, str) else corpus
-    ids = [of_text[:max_len] for of_text in codec_of(tokenizer).ids(list(islice(texts, num_samples))) if of_text]
+    codec = codec_of(tokenizer)
+    require_own_tokenizer(model_name, model, codec.n_vocabulary)
+    ids = [of_text[:max_len] for of_text in codec.ids(list(islice(texts, num_samples))) if of_text]
     if not ids:
         raise InputError(f"corpus {corpus}: has no token; pass some text.")
     rows = torch.cat([_rows(model, layer, text) for text in ids])
@@ -216,7 +218,7 @@ def inspect_features(
     if not ids or top_n < 1:
         raise InputError(f"texts: {len(ids)} have a token, top_n is {top_n}; need at least 1 of each.")
     values, indices = _codes(sae, torch.cat([_rows(model, layer, _fitting(text, model, codec)) for text in ids]))
-    tokens = [codec.text([i]) for text in ids for i in text]
+    tokens = [codec.token_text(i) for text in ids for i in text]
     rate = None if activations is None else _fired(sae, activations).mean(axis=0)
     print(f"{len(tokens)} tokens of {len(ids)} texts; features by mean activation, with the tokens that fire them most:")
     firings_of = {}

@@ -122,7 +122,7 @@ def _job(config: AnalyzeConfig, codes: CodeStore, work: Place) -> Job:
     extent = Extent(
         n_features=codes.n_features,
         k=codes.k,
-        n_vocabulary=store_tokenizer(codes).backend.get_vocab_size(),
+        n_vocabulary=store_tokenizer(codes).n_vocabulary,
         context=codes.manifest.policy.context,
         n_documents=len(names),
         n_parts=len(corpus_parts(names)[0]),

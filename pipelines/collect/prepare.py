@@ -5,8 +5,6 @@ Nothing is written yet.
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 from torch import nn
 
@@ -17,7 +15,7 @@ from pipelines.collect.config import CollectConfig
 from pipelines.models.capture import require_collected, site_width
 from pipelines.models.families.registry import family_of
 from pipelines.models.forward import blocks_of
-from pipelines.models.load import DTYPES, choose_device, load_model, model_identity, resolve_model
+from pipelines.models.load import DTYPES, choose_device, load_model, model_identity, require_own_tokenizer, resolve_model
 from pipelines.models.sites.site import Site
 from pipelines.text.corpus import Corpus, open_corpus
 from pipelines.text.tokens import TextCodec, load_tokenizer
@@ -32,7 +30,7 @@ def prepare(config: CollectConfig) -> Collection:
     model = load_model(config.model, device, "fp32")
     sites = _sites(config, model)
     codec, tokenizer_files = load_tokenizer(resolve_model(config.model))
-    _require_same_vocabulary(config, model, codec)
+    require_own_tokenizer(config.model, model, codec.n_vocabulary)
     corpus = open_corpus(config.corpus, config.seed)
     manifest = _manifest(config, model, sites, codec, corpus)
     model = model.to(getattr(torch, DTYPES[config.compute_dtype]))
@@ -49,14 +47,6 @@ def _sites(config: CollectConfig, model: nn.Module) -> list[Site]:
     if config.context > limit:
         raise InputError(f"context {config.context}: the model has {limit} positions; choose --context {limit} or less.")
     return sites
-
-
-def _require_same_vocabulary(config: CollectConfig, model: nn.Module, codec: TextCodec) -> None:
-    known, given = cast(Any, model).config.vocab_size, codec.backend.get_vocab_size()
-    if given > known:
-        raise InputError(
-            f"model {config.model}: its tokenizer has {given} tokens, the model knows {known}; put the right one beside it."
-        )
 
 
 def _manifest(config: CollectConfig, model: nn.Module, sites: list[Site], codec: TextCodec, corpus: Corpus) -> Manifest:

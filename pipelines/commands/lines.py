@@ -25,6 +25,7 @@ def some(names: list[str]) -> str:
 
 
 def collect_lines(result: dict[str, Any]) -> list[str]:
+    n = result.get("control_tokens", 0)
     before = result["shards_committed_before"]
     return aligned(
         [
@@ -32,6 +33,10 @@ def collect_lines(result: dict[str, Any]) -> list[str]:
             ("rows", f"{result['rows']:,} from {result['tokens']:,} tokens"),
             ("shards", f"{result['shards']:,}" + (f", {before:,} of them were there before" if before else "")),
             ("device", result.get("device")),
+            (
+                "control",
+                f"{n:,} tokens of the text are special tokens: this tokenizer cannot take them as text" if n else None,
+            ),
             ("corpus", "exhausted: it has no more tokens" if result["corpus_exhausted"] else None),
         ]
     )

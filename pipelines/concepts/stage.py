@@ -108,7 +108,7 @@ def find_rules(codes: CodeStore, codec: TextCodec, client: Any, labels: LabelTab
     scored = ScoredUnits.of(codes)
     held = _held(client, labels)
     thresholds = choose_thresholds(scored, held, client)
-    scores = score_rules(scored, held, thresholds, codec.backend.get_vocab_size(), client)
+    scores = score_rules(scored, held, thresholds, codec.n_vocabulary, client)
     return list(scores.finalize(thresholds, labels.names, codec.token_texts()))
 
 
@@ -128,7 +128,7 @@ def _follow(
     """(labels on the workers, rule scores, thresholds, union of each label) of what is scored."""
     held = _held(client, labels)
     thresholds = choose_thresholds(scored, held, client)
-    scores = score_rules(scored, held, thresholds, codec.backend.get_vocab_size() if with_tokens else 0, client)
+    scores = score_rules(scored, held, thresholds, codec.n_vocabulary if with_tokens else 0, client)
     return held, scores, thresholds, find_unions(scored, held, scores, thresholds, len(labels.names), client)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from actstore.errors import IdentityMismatch, InputError
 from pipelines.models.capture import capture
 from pipelines.models.families.registry import family_of
-from pipelines.models.load import choose_device, load_model, model_identity, resolve_model
+from pipelines.models.load import choose_device, load_model, model_identity, require_own_tokenizer, resolve_model
 from pipelines.models.sites.site import Site
 from pipelines.sae.checkpoint import load_run
 from pipelines.text.tokens import load_tokenizer
@@ -52,6 +52,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     if model_identity(model).weights_sha256 != record.weights_sha256:
         raise IdentityMismatch(f"model {name}: is not the one {config.run} was trained on; name the right one with --model.")
     codec, _ = load_tokenizer(resolve_model(name))
+    require_own_tokenizer(name, model, codec.n_vocabulary)
     sae.to(device)
     limit = family_of(model).n_positions(model)
     lead = [codec.bos_token_id] if record.bos else []
@@ -78,7 +79,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
             line, position = places[row]
             shown.append(
                 {
-                    "token": codec.text([ids_of[line][position]]),
+                    "token": codec.token_text(ids_of[line][position]),
                     "value": value,
                     "before": codec.text(ids_of[line][max(0, position - CONTEXT_TOKENS) : position]),
                     "line": line,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -22,8 +23,8 @@ def load_model(name: str, device: str, compute_dtype: str) -> nn.Module:
     """A causal language model of a known family: `builtin`, a hub id, or a local folder.
 
     The family may change the configuration first (`Family.adjusted`). oneDNN computes dense float32 layers on a CPU
-    (`pipelines.compute.cpu_products`). Raises InputError when there is no such model, no network for a hub id, or a weight
-    that is missing or has another shape.
+    (`pipelines.compute.cpu_products`). Raises InputError when there is no such model, no network for a hub id, a weight
+    that is missing or has another shape, or an adapter beside the weights.
     """
     source = resolve_model(name)
     if not Path(source).exists():
@@ -32,6 +33,7 @@ def load_model(name: str, device: str, compute_dtype: str) -> nn.Module:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    _require_no_adapter(name, source)
     try:
         config = AutoConfig.from_pretrained(source)
         if config.model_type not in families():
@@ -53,6 +55,41 @@ def load_model(name: str, device: str, compute_dtype: str) -> nn.Module:
     return model.to(device=device, dtype=getattr(torch, DTYPES[compute_dtype])).eval()
 
 
+def require_own_tokenizer(name: str, model: nn.Module, n_vocabulary: int) -> None:
+    """Raises InputError when a tokenizer of so many ids cannot be the model's.
+
+    Ids beyond the embedding have no row in it. An embedding may be padded, but not to more than twice its tokens.
+    """
+    n_rows = len(cast(Any, model).get_input_embeddings().weight)
+    if n_vocabulary > n_rows:
+        raise InputError(
+            f"model {name}: its tokenizer has ids up to {n_vocabulary - 1:,}, the model's embedding {n_rows:,} rows, 0 to "
+            f"{n_rows - 1:,}; put the model's own tokenizer beside it."
+        )
+    if n_vocabulary < n_rows // 2 and n_rows - n_vocabulary > LARGEST_PADDING:
+        raise InputError(
+            f"model {name}: its tokenizer has {n_vocabulary:,} ids, the model's embedding {n_rows:,} rows; put the model's "
+            "own tokenizer beside it."
+        )
+
+
+def _require_no_adapter(name: str, source: str) -> None:
+    """Raises InputError where an adapter's weights lie: the base model alone would be loaded, or nothing."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    try:
+        file = find_adapter_config_file(source)
+    except (OSError, ValueError):  # no such model: loading it says why
+        return
+    if file is not None:
+        raise InputError(
+            f"model {name}: has an adapter ({Path(file).name}), whose weights would be left out; merge it first "
+            "(peft's `merge_and_unload`, then `save_pretrained`) and pass the merged folder."
+        )
+
+
+LARGEST_PADDING = 128
+"""Rows that an embedding may have beyond a tokenizer of any size; larger tokenizers may be padded to twice their size."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 """Compute dtypes by their names on the command line and in the manifest."""
 

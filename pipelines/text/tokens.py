@@ -7,10 +7,11 @@ document's tokens followed by one separator; documents held out for evaluation c
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from tokenizers import Tokenizer
 from actstore.errors import InputError, StoreError
 from actstore.reader import Store
 from pipelines.shared.error_line import first_line
+from pipelines.text.codec import TextCodec as TextCodec
 from pipelines.text.corpus import Document
 
 if TYPE_CHECKING:
@@ -30,43 +32,6 @@ if TYPE_CHECKING:
 BATCH_DOCUMENTS = 64
 HELDOUT_MODULUS_LARGE, HELDOUT_MODULI_SMALL = 50, (20, 10, 5, 3, 2)
 LARGE_CORPUS_DOCUMENTS = 1000
-
-
-@dataclass(frozen=True)
-class TextCodec:
-    """A tokenizer as the stages use it: ids from text, text and bytes from ids."""
-
-    backend: Tokenizer
-    bos_token_id: int
-    separator_token_id: int
-
-    @property
-    def sha256(self) -> str:
-        """Hash of the tokenizer's whole definition."""
-        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
-
-    def ids(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-    def text(self, ids: NDArray[np.integer] | list[int]) -> str:
-        return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=False))
-
-    def token_texts(self) -> list[str]:
-        """Every token of the vocabulary as text; a token that is part of a character shows U+FFFD."""
-        return [self.text([i]) for i in range(self.backend.get_vocab_size())]
-
-    def token_bytes(self) -> list[bytes]:
-        """Every token of a byte-level vocabulary as the bytes it stands for; special tokens stand for none."""
-        to_byte = {character: byte for byte, character in _byte_alphabet().items()}
-        added = {
-            i: b"" if token.special else token.content.encode()
-            for i, token in self.backend.get_added_tokens_decoder().items()
-        }
-        return [
-            added[i] if i in added else bytes(to_byte[c] for c in self.backend.id_to_token(i) or "")
-            for i in range(self.backend.get_vocab_size())
-        ]
 
 
 @dataclass(frozen=True)
@@ -111,9 +76,21 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerFast:
         raise InputError(
             f"model {name}: no tokenizer ({first_line(error)}); put the tokenizer's files beside the model."
         ) from error
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+    if not tokenizer.is_fast:
+        raise InputError(f"model {name}: its tokenizer has no fast form; put a tokenizer.json beside the model.")
+    backend = tokenizer.backend_tokenizer
+    # transformers makes a tokenizer of special tokens alone where a folder has no file of a name that it knows
+    if not backend.get_vocab(with_added_tokens=False).keys() - {
+        token.content for token in backend.get_added_tokens_decoder().values()
+    }:
         raise InputError(
-            f"model {name}: its tokenizer has no fast form or no end-of-text token; use a GPT-2-style tokenizer."
+            f"model {name}: its tokenizer has {backend.get_vocab_size()} special tokens and no other; put the model's "
+            "tokenizer.json, under this name, beside it."
+        )
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"model {name}: its tokenizer names no end-of-text token; put a tokenizer_config.json with `eos_token` "
+            "beside it."
         )
     return tokenizer
 
@@ -128,10 +105,52 @@ def codec_of(tokenizer: PreTrainedTokenizerFast) -> TextCodec:
     return TextCodec(tokenizer.backend_tokenizer, bos, eos)
 
 
+def own_definition(backend: Tokenizer, file: str | None) -> str:
+    """The text that a tokenizer's hash is taken of.
+
+    That of its `tokenizer.json`, as `tokenizers` writes it, when loading changed nothing that determines ids; whether
+    a tokenizer_config.json lies beside it, and what transformers adds, makes no difference then. Else of what was loaded.
+    """
+    loaded = backend.to_str()
+    if file is None:
+        return loaded
+    written = Tokenizer.from_file(file)
+    written.no_truncation()
+    written.no_padding()
+    text = written.to_str()
+    return text if _determining_ids(text) == _determining_ids(loaded) else loaded
+
+
+def _determining_ids(definition: str) -> dict[str, Any]:
+    """What the ids of a text depend on: special tokens are never looked for in it, and nothing is added around it."""
+    parts = json.loads(definition)
+    # "" and null say the same of a prefix or suffix; an unknown token is given by name
+    model = {name: value for name, value in parts["model"].items() if value not in ("", None)}
+    added = [token for token in parts["added_tokens"] if not token["special"]]
+    return {"model": model, "added": added, **{name: parts[name] for name in ("normalizer", "pre_tokenizer")}}
+
+
+def _definition_file(name: str) -> str | None:
+    """The `tokenizer.json` of a hub id or local folder on this disk, where it has one."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        return cached_file(
+            name,
+            "tokenizer.json",
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:
+        return None
+
+
 def load_tokenizer(name: str) -> tuple[TextCodec, dict[str, bytes]]:
     """The tokenizer of a hub id or local folder, and the files that a store keeps a copy of. Errors as `open_tokenizer`."""
     tokenizer = open_tokenizer(name)
     codec = codec_of(tokenizer)
+    codec = replace(codec, definition=own_definition(codec.backend, _definition_file(name)))
     for key in ("is_local", "local_files_only"):  # how it was found this time is no part of it
         tokenizer.init_kwargs.pop(key, None)
     with tempfile.TemporaryDirectory() as folder:
@@ -157,14 +176,16 @@ def parse_tokenizer(data: bytes, where: str, bos_token_id: int, separator_token_
 class TokenSource:
     """A corpus's tokens from one place on, taken table after table; no document is read or tokenised twice.
 
-    `document` and `token` say where the next table begins: behind the first `token` tokens of that document.
+    `document` and `token` say where the next table begins: behind the first `token` tokens of that document. `n_control`
+    counts the special tokens that the tokenizer gave for text.
     """
 
     def __init__(self, documents: Iterator[Document], codec: TextCodec, document: int = 0, token: int = 0):
         self.document, self.token = document, token
         self._documents, self._codec = documents, codec
-        self._dtype = np.min_scalar_type(codec.backend.get_vocab_size() - 1)
+        self._dtype = np.min_scalar_type(max(codec.n_vocabulary - 1, codec.separator_token_id))
         self._pending: deque[tuple[str, NDArray[Any]]] = deque()
+        self.n_control = 0
 
     def take(self, n_tokens: int, heldout_modulus: int | None) -> TokenTable | None:
         """The table of the next `n_tokens` tokens, or None when no token is left; the next table goes on where it ends.
@@ -212,6 +233,7 @@ class TokenSource:
         if not self._pending:
             batch = list(islice(self._documents, BATCH_DOCUMENTS))
             for document, ids in zip(batch, self._codec.ids([document.text for document in batch]), strict=True):
+                self.n_control += self._codec.n_control(ids)
                 self._pending.append((document.name.replace("\n", " "), np.asarray(ids, self._dtype)))
         return bool(self._pending)
 
@@ -236,11 +258,3 @@ def _choose_modulus(names: list[str]) -> int:
         if 0 < sum(is_heldout(name, modulus) for name in names) < len(names):
             return modulus
     return 0
-
-
-def _byte_alphabet() -> dict[int, str]:
-    """GPT-2's byte-level alphabet: printable bytes stand for themselves, the others for U+0100 and on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    alphabet = {byte: chr(byte) for byte in printable}
-    alphabet |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in alphabet)}
-    return alphabet

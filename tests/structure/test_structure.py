@@ -161,7 +161,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, client: A
     folder = tmp_path_factory.mktemp("planted")
     _, codec, files = text_table({"one": "a text"}, model_folder)
     rng = np.random.default_rng(0)
-    vocabulary = codec.backend.get_vocab_size()
+    vocabulary = codec.n_vocabulary
     documents = [rng.integers(2, vocabulary, 119).tolist() for _ in range(100)]
     table = token_table(documents, 4, separator=codec.separator_token_id)
     fired, _ = planted.communities(100, 40, [8, 6], rng, rows=120)

@@ -69,9 +69,9 @@ def feature_table(
                 "loss_low": float(low[1]),
                 "loss_high": float(high[1]),
                 "value": float(weight @ firings.value[mine] / weight.sum()),
-                "promoted": [codec.text([t]) for t in up.tolist()],
+                "promoted": [codec.token_text(t) for t in up.tolist()],
                 "promoted_weight": brought[up].tolist(),
-                "suppressed": [codec.text([t]) for t in down.tolist()],
+                "suppressed": [codec.token_text(t) for t in down.tolist()],
                 "suppressed_weight": brought[down].tolist(),
             }
         )

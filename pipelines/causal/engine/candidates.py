@@ -25,6 +25,6 @@ def top_candidates(logits: Tensor, codec: TextCodec, n: int) -> list[Candidate]:
     probability = probabilities(logits)
     first = torch.topk(probability, min(n, len(probability)))
     return [
-        Candidate(token, codec.text([token]), value)
+        Candidate(token, codec.token_text(token), value)
         for token, value in zip(first.indices.tolist(), first.values.tolist(), strict=True)
     ]

@@ -172,7 +172,7 @@ def _task(config: PatchConfig, lm: LanguageModel, spliced: Spliced | None) -> tu
         against = int(last.argmax()) if against is None else against
         name = config.metric or "logit_difference"
         if name == "logit_difference" and target == against:
-            name = lm.codec.text([target])
+            name = lm.codec.token_text(target)
             raise InputError(
                 f"both texts are most likely followed by {name!r}, so there is no difference of answers; name two with "
                 "--target and --against."
@@ -182,8 +182,8 @@ def _task(config: PatchConfig, lm: LanguageModel, spliced: Spliced | None) -> tu
     if spliced is not None:
         own = dense_codes(spliced.sae, pair.into.at(spliced.site), kept)
         change = -own if config.corrupt is None else dense_codes(spliced.sae, pair.source.at(spliced.site), kept) - own
-    text = lm.codec.text
-    answers = {"target": text([target]), "against": None if against is None else text([against])}
+    text = lm.codec.token_text
+    answers = {"target": text(target), "against": None if against is None else text(against)}
     return Task(lm, spliced, prompt, pair, metric, kept, change), answers
 
 

@@ -110,7 +110,7 @@ def steer(config: SteerConfig) -> dict[str, Any]:
         "temperature": config.temperature,
         "seed": config.seed,
         "texts": [
-            {"strength": value, "text": codec.text(ids), "tokens": [codec.text([i]) for i in ids]}
+            {"strength": value, "text": codec.text(ids), "tokens": [codec.token_text(i) for i in ids]}
             for value, ids in zip(config.strength, generated, strict=True)
         ],
     }
