@@ -105,7 +105,7 @@ class TextCodec:
         return _without_lead([self.token_text(i) for i in ids], lambda: self.text(ids), " ")
 
     def _run_text(self, ids: NDArray[np.integer] | list[int], is_inner: bool) -> str:
-        pieces = []
+        pieces: list[str] = []
         for is_token, group in groupby((int(i) for i in ids), self._is_token):
             run = list(group)
             if is_token:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from pipelines.text.codec import TextCodec
 
@@ -63,6 +66,13 @@ def with_gaps() -> TextCodec:
     vocab = {c: i for i, c in enumerate([*SPECIAL, *alphabet])}
     vocab[alphabet[-1]], vocab["a"] = vocab["a"], 299
     return byte_level(vocab)
+
+
+def saved(codec: TextCodec, folder: Path) -> Path:
+    """A folder that `load_tokenizer` reads: the tokenizer's file, and which tokens begin and end a text."""
+    special = dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=codec.backend, **special).save_pretrained(folder)
+    return folder
 
 
 def _with_special(backend: Tokenizer) -> TextCodec:
