@@ -69,7 +69,7 @@ def _in_text(codes: CodeStore, places: RowPlaces, rows: list[int], values: list[
 def _around(
     codes: CodeStore, codec: TextCodec, segment: int, document: int, token_index: int, token: int
 ) -> tuple[str, str, str]:
-    """The text before a token of a document, its own, and the text after it; none around a start of text, which is no part."""
+    """The text before a token of a document, its own, and the text after it; a start of text has none around it."""
     if token_index < 0:
         return "", codec.token_text(token), ""
     offsets, ids = codes.table(segment, "documents/offsets"), codes.table(segment, "tokens/ids")
