@@ -105,7 +105,7 @@ def test_pieces_of_a_text_join_to_what_the_decoder_gives(text: str, kind: str, d
     assert codec.text(ids) == decoded
     assert b"".join(codec.document_bytes(ids, PIECES[kind])).decode() == decoded
     pieces = codec.split_text(ids)
-    if "�" not in "".join(pieces):
+    if "�" not in "".join(pieces) and decoded:
         assert "".join(pieces) == decoded
         shown = [at for at, piece in enumerate(pieces) if piece]
         assert "".join(codec.around(ids, data.draw(st.sampled_from(shown)))) == decoded
