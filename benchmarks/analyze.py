@@ -68,7 +68,7 @@ from pipelines.shared.cluster import connect, run_tasks
 from pipelines.statistics import Extent
 from pipelines.statistics.pairs import PairTile, firings_of, marked_codes
 from pipelines.stores.made.made_store import made_manifest
-from pipelines.text.codec import load_tokenizer
+from pipelines.text.tokenizer_files import load_tokenizer
 
 REPETITIONS, TURNS = 3, 6
 FEATURES, K, DRAWN = 24_576, 32, 80

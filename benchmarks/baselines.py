@@ -32,7 +32,7 @@ from pipelines.concepts.table import concept_lines  # noqa: E402
 from pipelines.demo import DemoConfig, read_demo, rule_counts, run_demo  # noqa: E402
 from pipelines.sae.checkpoint import load_run  # noqa: E402
 from pipelines.shared.cluster import connect, share  # noqa: E402
-from pipelines.text.codec import store_tokenizer  # noqa: E402
+from pipelines.text.tokenizer_files import store_tokenizer  # noqa: E402
 
 NEURON_TOKENS = 300_000
 """Tokens of the demo's text; neurons take four times the space of the residual stream."""
@@ -45,7 +45,7 @@ def raw_dimension_findings(store_path: Path, client: Any) -> list[Finding]:
     labels = read_labels(store, codec, None)
     held = [share(client, segment) for segment in labels.segments]
     thresholds = choose_thresholds(scored, held, client)
-    scores = score_rules(scored, held, thresholds, codec.backend.get_vocab_size(), client)
+    scores = score_rules(scored, held, thresholds, codec.n_vocabulary, client)
     return list(scores.finalize(thresholds, labels.names, codec.token_texts()))
 
 

@@ -50,7 +50,7 @@ from pipelines.concepts.labels import read_labels, shard_labels  # noqa: E402
 from pipelines.models.forward import logits  # noqa: E402
 from pipelines.shared.progress import track  # noqa: E402
 from pipelines.shared.visible_text import visible  # noqa: E402
-from pipelines.text.codec import store_tokenizer  # noqa: E402
+from pipelines.text.tokenizer_files import store_tokenizer  # noqa: E402
 
 MIN_F1 = 0.6
 """Least F1 on the choosing half of a feature that follows a rule, for the rule to be a role."""
@@ -119,7 +119,7 @@ def count_targets(
     codec = store_tokenizer(codes)
     labels = read_labels(codes, codec, None)
     columns = [labels.names.index(rule) for rule in rules]
-    counts = TargetCounts(len(rules), len(features), codec.backend.get_vocab_size())
+    counts = TargetCounts(len(rules), len(features), codec.n_vocabulary)
     column = np.full(codes.n_features, -1)
     column[features] = np.arange(len(features))
     for shard in codes.shards(PART):

@@ -27,7 +27,7 @@ from pipelines.report.stage import ReportConfig, report
 from pipelines.sae.checkpoint import RECORD as RUN_RECORD
 from pipelines.sae.checkpoint import load_run
 from pipelines.shared.cluster import connect
-from pipelines.text.codec import store_tokenizer
+from pipelines.text.tokenizer_files import store_tokenizer
 from pipelines.train.config import TrainConfig
 from pipelines.train.stage import train
 

@@ -37,15 +37,16 @@ from pipelines.evaluate.inspect import strongest
 from pipelines.models.capture import capture
 from pipelines.models.families.registry import family_of
 from pipelines.models.forward import blocks_of
-from pipelines.models.load import choose_device, load_model, model_identity, resolve_model
+from pipelines.models.load import choose_device, load_model, model_identity, require_own_tokenizer, resolve_model
 from pipelines.models.sites.site import Site
 from pipelines.sae.base import Objective, Sae
 from pipelines.sae.checkpoint import RunRecord, require_match, save_run
 from pipelines.sae.textbook import SparseAutoencoder, sae_loss
 from pipelines.shared.visible_text import say, visible
 from pipelines.statistics import frequency_bands
-from pipelines.text.codec import TextCodec, codec_of, open_tokenizer
+from pipelines.text.codec import TextCodec
 from pipelines.text.corpus import open_corpus
+from pipelines.text.tokenizer_files import codec_of, open_tokenizer
 from pipelines.train.config import TrainConfig, recorded
 from pipelines.train.trainee import Recipe, Trainee
 
@@ -137,7 +138,9 @@ def collect_activations(
     if max_len > _n_positions(model):
         raise InputError(f"max_len {max_len}: model {model_name} has {_n_positions(model)} positions; choose at most that.")
     texts = (document.text for document in open_corpus(corpus, seed).documents()) if isinstance(corpus, str) else corpus
-    ids = [of_text[:max_len] for of_text in codec_of(tokenizer).ids(list(islice(texts, num_samples))) if of_text]
+    codec = codec_of(tokenizer)
+    require_own_tokenizer(model_name, model, codec.n_vocabulary)
+    ids = [of_text[:max_len] for of_text in codec.ids(list(islice(texts, num_samples))) if of_text]
     if not ids:
         raise InputError(f"corpus {corpus}: has no token; pass some text.")
     rows = torch.cat([_rows(model, layer, text) for text in ids])

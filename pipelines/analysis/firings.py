@@ -11,7 +11,8 @@ from actstore.errors import InputError
 from pipelines.analysis.reader import Analysis
 from pipelines.codes.code_store import CodeStore
 from pipelines.codes.feature_index import FeatureIndex, RowPlaces
-from pipelines.text.codec import TextCodec, store_tokenizer
+from pipelines.text.codec import TextCodec
+from pipelines.text.tokenizer_files import store_tokenizer
 
 BEFORE, AFTER = 8, 4
 """Tokens of text given around a firing's token, within its document."""
@@ -61,17 +62,18 @@ def _in_text(codes: CodeStore, places: RowPlaces, rows: list[int], values: list[
     firings = []
     for i, (row, value) in enumerate(zip(rows, values, strict=True)):
         segment, document = int(places.segment[i]), int(places.document[i])
-        before, after = _around(codes, codec, segment, document, int(places.token_index[i]))
-        token = codec.token_text(int(places.token[i]))
+        before, token, after = _around(codes, codec, segment, document, int(places.token_index[i]), int(places.token[i]))
         firings.append(Firing(row, value, names[segment][document], int(places.position[i]), token, before, after))
     return firings
 
 
-def _around(codes: CodeStore, codec: TextCodec, segment: int, document: int, token_index: int) -> tuple[str, str]:
-    """The text before and after a token of a document; of a start of text, which has no place there, none."""
+def _around(
+    codes: CodeStore, codec: TextCodec, segment: int, document: int, token_index: int, token: int
+) -> tuple[str, str, str]:
+    """The text before a token of a document, its own, and the text after it; a start of text has none around it."""
     if token_index < 0:
-        return "", ""
+        return "", codec.token_text(token), ""
     offsets, ids = codes.table(segment, "documents/offsets"), codes.table(segment, "tokens/ids")
     first = max(token_index - BEFORE, int(offsets[document]))
     last = min(token_index + 1 + AFTER, int(offsets[document + 1]))
-    return codec.text(ids[first:token_index]), codec.text(ids[token_index + 1 : last])
+    return codec.around(ids[first:last], token_index - first)

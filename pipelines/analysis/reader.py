@@ -28,7 +28,7 @@ from pipelines.analysis.stored_arrays import StoredArray
 from pipelines.statistics import BANDS, association, band_numbers
 from pipelines.statistics.of_codes.bins import QUANTILES
 from pipelines.statistics.value_bins import bin_edges
-from pipelines.text.codec import parse_tokenizer
+from pipelines.text.tokenizer_files import parse_tokenizer
 
 FINDINGS = "findings.json"
 STRUCTURE, PAIRS = "structure", "pairs.parquet"

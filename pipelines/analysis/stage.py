@@ -43,7 +43,7 @@ from pipelines.statistics import Extent, frequency_bands
 from pipelines.statistics.of_codes.bins import QUANTILES
 from pipelines.statistics.of_codes.counts import FeatureCounts
 from pipelines.statistics.statistic import Arrays
-from pipelines.text.codec import store_tokenizer
+from pipelines.text.tokenizer_files import store_tokenizer
 
 EXAMPLE_CHUNK_BYTES = 1 << 17
 JOINT = 20

@@ -26,7 +26,7 @@ from pipelines.sae.base import Sae
 from pipelines.sae.checkpoint import RunRecord
 from pipelines.sae.textbook import SparseAutoencoder
 from pipelines.shared.visible_text import say, visible
-from pipelines.text.codec import codec_of
+from pipelines.text.tokenizer_files import codec_of
 
 COMPONENTS = {"attn": "attn_out", "mlp": "mlp_out"}
 """The textbook's names of what can be patched, and our sites."""

@@ -15,10 +15,11 @@ from pipelines.collect.config import CollectConfig
 from pipelines.models.capture import require_collected, site_width
 from pipelines.models.families.registry import family_of
 from pipelines.models.forward import blocks_of
-from pipelines.models.load import DTYPES, choose_device, load_model, model_identity, n_known_tokens, resolve_model
+from pipelines.models.load import DTYPES, choose_device, load_model, model_identity, require_own_tokenizer, resolve_model
 from pipelines.models.sites.site import Site
-from pipelines.text.codec import TextCodec, load_own_tokenizer
+from pipelines.text.codec import TextCodec
 from pipelines.text.corpus import Corpus, open_corpus
+from pipelines.text.tokenizer_files import load_tokenizer
 
 
 def prepare(config: CollectConfig) -> Collection:
@@ -29,7 +30,8 @@ def prepare(config: CollectConfig) -> Collection:
     device = choose_device(config.device)
     model = load_model(config.model, device, "fp32")
     sites = _sites(config, model)
-    codec, tokenizer_files = load_own_tokenizer(config.model, resolve_model(config.model), n_known_tokens(model))
+    codec, tokenizer_files = load_tokenizer(resolve_model(config.model))
+    require_own_tokenizer(config.model, model, codec.n_vocabulary)
     corpus = open_corpus(config.corpus, config.seed)
     manifest = _manifest(config, model, sites, codec, corpus)
     model = model.to(getattr(torch, DTYPES[config.compute_dtype]))

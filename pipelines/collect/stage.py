@@ -72,6 +72,7 @@ def collect(config: CollectConfig) -> dict[str, Any]:
         "rows": sum(part.n_rows for segment in segments for part in segment.parts.values()),
         "shards": run.n_committed(),
         "shards_committed_before": committed_before,
+        "control_tokens": source.n_control,
         "corpus_exhausted": sum(segment.n_tokens for segment in segments) < config.tokens,
         "corpus_skipped": collection.text.corpus.skipped,
         "lone_surrogates": source.n_replaced,

@@ -29,13 +29,18 @@ def some(names: list[str]) -> str:
 
 
 def collect_lines(result: dict[str, Any]) -> list[str]:
-    before, replaced = result["shards_committed_before"], result.get("lone_surrogates")
+    n, replaced = result.get("control_tokens", 0), result.get("lone_surrogates")
+    before = result["shards_committed_before"]
     return aligned(
         [
             ("store", f"{result['store']} (id {result['store_id']})"),
             ("rows", f"{result['rows']:,} from {result['tokens']:,} tokens"),
             ("shards", f"{result['shards']:,}" + (f", {before:,} of them were there before" if before else "")),
             ("device", result.get("device")),
+            (
+                "control",
+                f"{n:,} tokens of the text are special tokens: this tokenizer cannot take them as text" if n else None,
+            ),
             ("corpus", "exhausted: it has no more tokens" if result["corpus_exhausted"] else None),
             ("skipped", result.get("corpus_skipped")),
             ("surrogates", f"{replaced:,} lone, replaced by U+FFFD" if replaced else None),

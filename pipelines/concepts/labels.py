@@ -252,7 +252,8 @@ def _with_bytes(
     pieces = codec.token_bytes()
     ids = [store.table(segment.index, paths.TOKEN_IDS) for segment in store.segments]
     for document in documents:
-        yield document, [pieces[i] for segment, start, stop in document.spans for i in ids[segment][start:stop]]
+        own = [int(i) for segment, start, stop in document.spans for i in ids[segment][start:stop]]
+        yield document, codec.document_bytes(own, pieces)
 
 
 def _text(token_bytes: list[bytes]) -> str:

@@ -29,7 +29,8 @@ from pipelines.concepts.unions import Union, find_unions
 from pipelines.sae.checkpoint import load_run
 from pipelines.shared import markdown
 from pipelines.shared.cluster import connect, share
-from pipelines.text.codec import TextCodec, store_tokenizer
+from pipelines.text.codec import TextCodec
+from pipelines.text.tokenizer_files import store_tokenizer
 
 SUMMARY, TABLE, FEATURES, TEXT = "concepts.json", "concepts.parquet", "features.parquet", "findings.md"
 FILES = (SUMMARY, TABLE, FEATURES, TEXT)

@@ -14,10 +14,10 @@ from torch import Tensor
 from actstore.errors import IdentityMismatch, InputError
 from pipelines.models.capture import capture
 from pipelines.models.families.registry import family_of
-from pipelines.models.load import choose_device, load_model, model_identity, n_known_tokens, resolve_model
+from pipelines.models.load import choose_device, load_model, model_identity, require_own_tokenizer, resolve_model
 from pipelines.models.sites.site import Site
 from pipelines.sae.checkpoint import load_run
-from pipelines.text.codec import load_own_tokenizer
+from pipelines.text.tokenizer_files import load_tokenizer
 
 CONTEXT_TOKENS = 6
 
@@ -51,7 +51,8 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     model = load_model(name, device, "fp32")
     if model_identity(model).weights_sha256 != record.weights_sha256:
         raise IdentityMismatch(f"model {name}: is not the one {config.run} was trained on; name the right one with --model.")
-    codec, _ = load_own_tokenizer(name, resolve_model(name), n_known_tokens(model))
+    codec, _ = load_tokenizer(resolve_model(name))
+    require_own_tokenizer(name, model, codec.n_vocabulary)
     sae.to(device)
     limit = family_of(model).n_positions(model)
     lead = [codec.bos_token_id] if record.bos else []

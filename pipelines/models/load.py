@@ -6,7 +6,7 @@ import hashlib
 import warnings
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -35,8 +35,8 @@ def load_model(name: str, device: str, compute_dtype: str) -> nn.Module:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    _require_no_adapter(name, source)
     try:
-        _require_no_adapter(name, source)
         config = _configuration(name, source)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")  # said beside the error that follows
@@ -70,14 +70,36 @@ def load_model(name: str, device: str, compute_dtype: str) -> nn.Module:
     return model.to(device=device, dtype=getattr(torch, DTYPES[compute_dtype])).eval()
 
 
+def require_own_tokenizer(name: str, model: nn.Module, n_vocabulary: int) -> None:
+    """Raises InputError when a tokenizer of so many ids cannot be the model's.
+
+    Ids beyond the embedding have no row in it. An embedding may be padded, but not to more than twice its tokens.
+    """
+    n_rows = len(cast(Any, model).get_input_embeddings().weight)
+    if n_vocabulary > n_rows:
+        raise InputError(
+            f"model {name}: its tokenizer has ids up to {n_vocabulary - 1:,}, the model's embedding {n_rows:,} rows, 0 to "
+            f"{n_rows - 1:,}; put the model's own tokenizer beside it."
+        )
+    if n_vocabulary < n_rows // 2 and n_rows - n_vocabulary > LARGEST_PADDING:
+        raise InputError(
+            f"model {name}: its tokenizer has {n_vocabulary:,} ids, the model's embedding {n_rows:,} rows; put the model's "
+            "own tokenizer beside it."
+        )
+
+
 def _require_no_adapter(name: str, source: str) -> None:
-    """Raises InputError where the weights are changed by an adapter, which would silently not be applied."""
+    """Raises InputError where an adapter's weights lie: the base model alone would be loaded, or nothing."""
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    if find_adapter_config_file(source) is not None:
+    try:
+        file = find_adapter_config_file(source)
+    except (OSError, ValueError):  # no such model: loading it says why
+        return
+    if file is not None:
         raise InputError(
-            f"model {name}: an adapter (adapter_config.json) lies beside it, and is not applied; merge it into the weights "
-            "first (PEFT's merge_and_unload), save the result, and pass that folder."
+            f"model {name}: has an adapter ({Path(file).name}), whose weights would be left out; merge it first "
+            "(peft's `merge_and_unload`, then `save_pretrained`) and pass the merged folder."
         )
 
 
@@ -102,6 +124,8 @@ def _configuration(name: str, source: str) -> Any:
 
 ATTENTION = ("eager", "sdpa")
 """Implementations of attention that transformers itself has for every family."""
+LARGEST_PADDING = 128
+"""Rows that an embedding may have beyond a tokenizer of any size; larger tokenizers may be padded to twice their size."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 """Compute dtypes by their names on the command line and in the manifest."""
 
@@ -109,11 +133,6 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 def resolve_model(name: str) -> str:
     """The folder of the shipped model for `builtin`; any other name unchanged."""
     return str(model_path()) if name == "builtin" else name
-
-
-def n_known_tokens(model: nn.Module) -> int:
-    """How many token ids a model takes: its vocabulary, which may be padded beyond its tokenizer's."""
-    return int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
 
 
 def choose_device(device: str) -> str:

@@ -61,10 +61,13 @@ class Naming:
         offsets = self.codes.table(segment, paths.DOCUMENT_OFFSETS)
         document = int(np.searchsorted(offsets, max(token, 0), side="right")) - 1
         first, last = max(int(offsets[document]), token - BEFORE), min(int(offsets[document + 1]), token + AFTER + 1)
-        before, after = (visible(self.codec.text(ids[a:b])) for a, b in ((first, token), (token + 1, last)))
+        around = (
+            self.codec.around(ids[first:last], token - first) if token >= 0 else ("", "", self.codec.text(ids[first:last]))
+        )
+        before, own, after = map(visible, around)
         return {
             "document": self.codes.document_names(segment)[document],
-            "text": f"{before}⟦{visible(self.codec.text(ids[token : token + 1]))}⟧{after}",
+            "text": f"{before}⟦{own}⟧{after}",
         }
 
 

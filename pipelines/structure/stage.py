@@ -29,7 +29,7 @@ from pipelines.structure.null import Pairs, candidates
 from pipelines.structure.null_rounds import MIN_EXPECTATION, Q, judge_draws, observe
 from pipelines.structure.page import findings_page
 from pipelines.structure.sample import Sample, sample_halves
-from pipelines.text.codec import store_tokenizer
+from pipelines.text.tokenizer_files import store_tokenizer
 
 STRUCTURE_VERSION = 1
 RECORD, PAGE, COMMUNITIES = "structure.json", "findings.md", "communities.parquet"

@@ -8,7 +8,7 @@ from typing import Any
 
 from actstore import paths
 from actstore.reader import Store
-from pipelines.text.codec import store_tokenizer
+from pipelines.text.tokenizer_files import store_tokenizer
 
 CONTEXT_TOKENS = 24
 
@@ -20,9 +20,8 @@ def describe_row(url: str | Path, row: int, part: str = "train") -> dict[str, An
     ids = store.table(origin.segment, paths.TOKEN_IDS)
     at = max(origin.token_index, origin.document_start - 1)
     first, last = max(at - CONTEXT_TOKENS, origin.document_start), min(at + CONTEXT_TOKENS, origin.document_stop)
-    token = codec.token_text(int(ids[at]) if origin.token_index >= 0 else codec.bos_token_id)
-    return {
-        **asdict(origin),
-        "token": token,
-        "text": f"{codec.text(ids[first:at])}[[{token}]]{codec.text(ids[at + 1 : last])}",
-    }
+    if origin.token_index >= 0:
+        before, token, after = codec.around(ids[first:last], at - first)
+    else:
+        before, token, after = "", codec.token_text(codec.bos_token_id), codec.text(ids[origin.document_start : last])
+    return {**asdict(origin), "token": token, "text": f"{before}[[{token}]]{after}"}

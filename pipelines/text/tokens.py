@@ -55,14 +55,15 @@ class TokenSource:
     """A corpus's tokens from one place on, taken table after table; no document is read or tokenised twice.
 
     `document` and `token` say where the next table begins: behind the first `token` tokens of that document. `n_replaced`
-    counts the lone surrogates that were replaced in the documents read so far.
+    counts the lone surrogates that were replaced in the documents read so far, `n_control` the special tokens that the
+    tokenizer gave for text.
     """
 
     def __init__(self, documents: Iterator[Document], codec: TextCodec, document: int = 0, token: int = 0):
         self.document, self.token = document, token
         self._documents, self._codec = documents, codec
-        self._dtype = np.min_scalar_type(codec.largest_id)
-        self.n_replaced = 0
+        self._dtype = np.min_scalar_type(max(codec.n_vocabulary - 1, codec.separator_token_id))
+        self.n_replaced = self.n_control = 0
         self._pending: deque[tuple[str, int, NDArray[Any]]] = deque()
 
     def take(self, n_tokens: int, heldout_modulus: int | None) -> TokenTable | None:
@@ -115,6 +116,7 @@ class TokenSource:
             batch = self._batch()
             self.n_replaced += sum(document.n_replaced for document in batch)
             for document, ids in zip(batch, self._codec.ids([document.text for document in batch]), strict=True):
+                self.n_control += self._codec.n_control(ids)
                 name, key = document.name.replace("\n", " "), document.key
                 self._pending.append((name, key, np.asarray(ids, self._dtype)))
         return bool(self._pending)

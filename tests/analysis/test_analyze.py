@@ -18,6 +18,7 @@ from modelkit import faults_in
 from numpy.typing import NDArray
 from storekit import files_of
 from tablekit import codes_manifest, dense_codes, text_table, write_table_store
+from tokenizerkit import saved, with_gaps
 
 from actstore import paths
 from actstore.errors import IdentityMismatch, IncompleteStore, InputError, NotAStore, OutputExists, WidthMismatch
@@ -391,6 +392,21 @@ def test_nothing_is_shown_beyond_the_ends_of_a_window(model_folder: Path, client
         for example in analysis.examples(feature)[1:]:
             assert set(example.tokens[outside]) == {""}
             assert [value > 0 for value in example.values] == [text != "" for text in example.tokens]
+
+
+def test_a_vocabulary_with_gaps_is_analyzed_by_its_ids(client: Any, tmp_path: Path) -> None:
+    """251 tokens, of which "a" has the id 299."""
+    text = "banana and papaya, a taxi at a bazaar. " * 30
+    table, codec, files = text_table({"story.txt": text}, saved(with_gaps(), tmp_path / "model"), modulus=0)
+    values = (table.ids == 299).astype(np.float32)[:, None]
+    write_table_store(
+        tmp_path / "codes", codes_manifest(1, 1, codec), table, lambda index: dense_codes(values[index]), files
+    )
+    analyze(config_of(tmp_path / "codes", tmp_path / "analysis"), client)
+    analysis = Analysis(tmp_path / "analysis")
+    (token,) = analysis.top_tokens(0)
+    assert (token.token, token.text, token.share, token.recall) == (299, "a", 1.0, 1.0)
+    assert analysis.extent.n_vocabulary == len(analysis.token_rows) == len(analysis.token_texts) == 300
 
 
 # Wherever the tasks run

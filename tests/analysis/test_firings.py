@@ -20,7 +20,7 @@ from pipelines.analysis.firings import AFTER, BEFORE, feature_firings
 from pipelines.analysis.reader import Analysis
 from pipelines.codes.code_store import CodeStore, read_codes
 from pipelines.codes.feature_index import FeatureIndex
-from pipelines.text.codec import store_tokenizer
+from pipelines.text.tokenizer_files import store_tokenizer
 
 
 def invoke(*arguments: object) -> Result:

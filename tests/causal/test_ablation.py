@@ -184,6 +184,13 @@ def test_kl_is_never_negative_and_finite_and_the_definitions() -> None:
     np.testing.assert_allclose(found, reference, rtol=1e-6, atol=1e-15)
 
 
+def test_an_id_that_the_tokenizer_does_not_have_shows_as_its_number(read: Read) -> None:
+    """Models are padded: a prediction may put such an id first."""
+    logits = torch.zeros(4200)
+    logits[4100] = 9.0
+    assert top_candidates(logits, read.spliced.lm.codec, 1)[0].text == "<4100>"
+
+
 def test_the_command_says_what_ablation_did(run: Path, read: Read) -> None:
     found = ablate_features(AblateConfig(run, TEXT, features=3, top=4, device="cpu"))
     exact = ablate(read, [set_everywhere(read, f) for f in firing(read)]).normal_ablated[:, -1]

@@ -39,8 +39,8 @@ from pipelines.collect.config import CollectConfig
 from pipelines.collect.stage import collect
 from pipelines.sae.architectures.topk import TopKSae
 from pipelines.sae.checkpoint import load_run, save_run
-from pipelines.text.codec import load_tokenizer
 from pipelines.text.split import document_halves
+from pipelines.text.tokenizer_files import load_tokenizer
 
 PLANTED, CHANNEL = 7, 5
 CUE, ANSWER = " wood", " mole"

@@ -139,6 +139,8 @@ def test_what_matters_only_sometimes_is_said_only_then() -> None:
     ):
         lines = collect_lines({**collected, "corpus_exhausted": False, "added": usual | unusual})
         assert any(" ".join(line.split()).startswith(" ".join(said.split())) for line in lines)
+    counted = collect_lines({**collected, "corpus_exhausted": False, "control_tokens": 1200})
+    assert "1,200 tokens of the text are special tokens: this tokenizer cannot take them as text" in counted[3]
     encoded = {"codes": "c", "store_id": "i", "rows": 5, "features": 8, "code_width": 2, "disk_bytes": 10}
     assert not any(line.startswith("cut") for line in encode_lines({**encoded, "codes_cut": 0, "rows_cut": 0}))
     assert "cut       3 codes in 2 rows did not fit" in encode_lines({**encoded, "codes_cut": 3, "rows_cut": 2})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from tablekit import codes_manifest, dense_codes, text_table, write_table_store
+from tokenizerkit import byte_level, llama_like, saved, unigram
 
 from actstore.errors import InputError
 from cli import cli
@@ -20,7 +22,8 @@ from pipelines.codes.code_store import CodeStore
 from pipelines.collect.config import CollectConfig
 from pipelines.collect.stage import collect
 from pipelines.concepts.labels import SegmentLabels, read_labels, stored_documents
-from pipelines.text.codec import TextCodec, store_tokenizer
+from pipelines.text.codec import TextCodec
+from pipelines.text.tokenizer_files import store_tokenizer
 
 TEXTS = {
     f"story{i}.txt": f"The {animal} number {i * 31} went to the déjà vu wood, and the {animal} slept — “well”.\n"
@@ -72,6 +75,30 @@ def test_labels_of_a_file_hold_at_the_tokens_of_their_ranges(opened: tuple[CodeS
         n_expected = sum(text.count(animal) for text in TEXTS.values())
         assert n_expected > 3
         assert found.replace(" ", "") == animal * n_expected
+
+
+@pytest.mark.parametrize("make", [llama_like, unigram, byte_level])
+def test_characters_are_those_of_the_text_whatever_the_tokenizer_and_whatever_it_spells_out(
+    make: Callable[[], TextCodec], tmp_path: Path
+) -> None:
+    """A space that the tokenizer puts before a text, and a special token spelt out in it, move no label."""
+    text = "the cat</s> ate the cat"
+    table, codec, files = text_table({"a.txt": text, "b.txt": text}, saved(make(), tmp_path / "model"))
+    write_table_store(
+        tmp_path / "codes",
+        codes_manifest(1, 1, codec),
+        table,
+        lambda i: dense_codes(np.ones((len(i), 1), np.float32)),
+        files,
+    )
+    store = CodeStore(tmp_path / "codes")
+    last = {"document": "a.txt", "start": len(text) - 3, "stop": len(text), "label": "the last word"}
+    labels = read_labels(store, codec, jsonl(tmp_path / "last.jsonl", [last]))
+    offsets, holds = store.table(0, "documents/offsets"), labels.segments[0].holds[:, [0]].toarray()[:, 0]
+    at = store.document_names(0).index("a.txt")
+    own = np.flatnonzero(holds)
+    assert codec.text(store.table(0, "tokens/ids")[own]).strip() == "cat"
+    assert own[-1] == offsets[at + 1] - 2
 
 
 def test_parquet_says_the_same_as_jsonl(opened: tuple[CodeStore, TextCodec], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import GPT2LMHeadModel
 
 from actstore.reader import ActivationStore
 from actstore.schema import PARTS, WindowPolicy
-from pipelines.text.codec import store_tokenizer
+from pipelines.text.tokenizer_files import store_tokenizer
 
 
 def stored_rows(store: ActivationStore, part: str, name: str) -> dict[int, NDArray[Any]]:

@@ -14,8 +14,9 @@ from storekit import StoreSpec, statistics
 from actstore.schema import PARTS, Manifest, RowArray, WindowPolicy
 from actstore.segment_record import PartRecord, SegmentRecord
 from actstore.writer import StoreWriter, write_shard
-from pipelines.text.codec import TextCodec, load_tokenizer
+from pipelines.text.codec import TextCodec
 from pipelines.text.split import text_key
+from pipelines.text.tokenizer_files import load_tokenizer
 from pipelines.text.tokens import TokenSource, TokenTable
 from pipelines.text.windows import cut_windows
 

@@ -20,7 +20,7 @@ from torch import nn
 from actstore.errors import InputError
 from cli import cli
 from pipelines.models.load import load_model
-from pipelines.text.codec import open_tokenizer
+from pipelines.text.tokenizer_files import open_tokenizer
 
 
 @pytest.fixture

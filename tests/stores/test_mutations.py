@@ -26,7 +26,7 @@ from actstore.reader import ActivationStore
 from pipelines.analysis.cards import feature_card
 from pipelines.analysis.reader import Analysis
 from pipelines.sae.checkpoint import load_run
-from pipelines.text.codec import store_tokenizer
+from pipelines.text.tokenizer_files import store_tokenizer
 from pipelines.train.config import TrainConfig
 from pipelines.train.saved_state import STATE, load_state
 from pipelines.train.stage import train

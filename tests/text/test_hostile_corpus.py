@@ -31,10 +31,11 @@ from cli import cli
 from pipelines.collect.config import CollectConfig
 from pipelines.collect.stage import collect
 from pipelines.text import document
-from pipelines.text.codec import TextCodec, load_tokenizer, store_tokenizer
+from pipelines.text.codec import TextCodec
 from pipelines.text.corpus import Document, open_corpus
 from pipelines.text.document import MOST_CHARACTERS, documents_of
 from pipelines.text.sources import json_files
+from pipelines.text.tokenizer_files import load_tokenizer, store_tokenizer
 from pipelines.text.tokens import BATCH_CHARACTERS, TokenSource
 
 WORDS = "The fox went to the wood, and saw “déjà vu” 17 times. "
@@ -378,7 +379,7 @@ PEAK = """
 import re, sys
 from pathlib import Path
 from pipelines.text.corpus import open_corpus
-from pipelines.text.codec import load_tokenizer
+from pipelines.text.tokenizer_files import load_tokenizer
 from pipelines.text.tokens import TokenSource
 
 codec, _ = load_tokenizer(sys.argv[1])

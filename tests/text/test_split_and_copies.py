@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tablekit import text_table, token_table
 
 from pipelines.text import copies, document
-from pipelines.text.codec import load_tokenizer
 from pipelines.text.copies import SEQUENCE_TOKENS, Copies
 from pipelines.text.split import TextKey, document_halves, is_heldout, text_key
+from pipelines.text.tokenizer_files import load_tokenizer
 from pipelines.text.tokens import TokenSource
 
 WORDS = st.text(st.sampled_from("aZ09é ,.\n\t-中"), max_size=40)

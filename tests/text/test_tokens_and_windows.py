@@ -15,9 +15,10 @@ from tokenizers import AddedToken
 
 from actstore.errors import InputError
 from actstore.schema import PARTS, WindowPolicy
-from pipelines.text.codec import TextCodec, load_tokenizer
+from pipelines.text.codec import TextCodec
 from pipelines.text.corpus import Document
 from pipelines.text.split import text_key
+from pipelines.text.tokenizer_files import load_tokenizer
 from pipelines.text.tokens import BATCH_DOCUMENTS, TokenSource, TokenTable
 from pipelines.text.windows import Windows, cut_windows
 

@@ -74,11 +74,11 @@ def _attributed(
         lm.model, run, parts, target, against, position, centred=not config.raw, final_norm=config.final_norm
     )
     order = attribution.shares.abs().argsort(descending=True).tolist()
-    text = lm.codec.text
+    text = lm.codec.token_text
     movers = {}
     if config.movers:
         movers = {
-            name: {"raises": [[text([i]), v] for i, v in up], "lowers": [[text([i]), v] for i, v in down]}
+            name: {"raises": [[text(i), v] for i, v in up], "lowers": [[text(i), v] for i, v in down]}
             for name, up, down in top_movers(lm.model, run, parts, config.movers, position)
         }
     return {
@@ -87,8 +87,8 @@ def _attributed(
         "site": spliced.site.label if spliced else None,
         "tokens": list(prompt.texts),
         "position": position,
-        "target": text([target]),
-        "against": None if against is None else text([against]),
+        "target": text(target),
+        "against": None if against is None else text(against),
         "centred": against is None and not config.raw,
         "final_norm": config.final_norm,
         "probability": float(probabilities(scores)[target]),

@@ -43,6 +43,7 @@ from pipelines.causal.effects.table import (
 from pipelines.causal.engine.drawn_firings import DrawnFirings, draw_firings
 from pipelines.causal.engine.language_model import Spliced, open_spliced
 from pipelines.codes.code_store import CodeStore, open_run_codes
+from pipelines.models.forward import unembedding
 from pipelines.shared.progress import track
 
 MEASURES = ("firing", "later")
@@ -138,7 +139,7 @@ def _measured(
             file=sys.stderr,
         )
     features = np.unique(firings.feature)
-    n_vocabulary = int(spliced.lm.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    n_vocabulary = len(unembedding(spliced.lm.model))
     step = max(1, SUMS_BYTES // (4 * n_vocabulary))
     # a part stays until the next state of it is whole, so that there is room for one more
     needed_bytes = measured_bytes(len(firings), len(features) + min(step, len(features)), n_vocabulary)

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from actstore.errors import IdentityMismatch, InputError, StoreError
 from actstore.reader import ActivationStore
 from pipelines.models.families.registry import family_of
-from pipelines.models.load import choose_device, load_model, model_identity, n_known_tokens, resolve_model
+from pipelines.models.load import choose_device, load_model, model_identity, require_own_tokenizer, resolve_model
 from pipelines.models.sites.site import Site
 from pipelines.sae.base import Sae
 from pipelines.sae.checkpoint import RunRecord, load_run, require_match
-from pipelines.text.codec import TextCodec, load_own_tokenizer, store_tokenizer
+from pipelines.text.codec import TextCodec
+from pipelines.text.tokenizer_files import load_tokenizer, store_tokenizer
 
 DEFAULT_MODEL = "gpt2"
 
@@ -74,13 +75,13 @@ class LanguageModel:
         if not self.keep_special:
             kept &= tokens != self.codec.separator_token_id
             kept[0] = False
-        return Prompt(tokens, kept, tuple(map(self.codec.token_text, all_ids)))
+        return Prompt(tokens, kept, tuple(self.codec.split_text(all_ids)))
 
     def token(self, text: str) -> int:
         """The id of a text that is one token. Raises InputError, with the tokens it has, when it is not."""
         ids = self.codec.ids([text])[0]
         if len(ids) != 1:
-            parts = " ".join(repr(self.codec.token_text(i)) for i in ids) or "none"
+            parts = " ".join(repr(text) for text in self.codec.split_text(ids)) or "none"
             raise InputError(f"token {text!r}: is {len(ids)} tokens here ({parts}), needs to be one; mind a leading space.")
         return ids[0]
 
@@ -108,7 +109,8 @@ def open_language_model(model: str, device: str = "auto", *, bos: bool = True, k
     """A model and the tokenizer that lies beside it. Raises InputError when either cannot be loaded."""
     chosen = choose_device(device)
     loaded = frozen(load_model(model, chosen, "fp32"))  # first: without network it is soon refused, and its reason is clear
-    codec, _ = load_own_tokenizer(model, resolve_model(model), n_known_tokens(loaded))
+    codec, _ = load_tokenizer(resolve_model(model))
+    require_own_tokenizer(model, loaded, codec.n_vocabulary)
     return LanguageModel(model, loaded, codec, bos, keep_special, chosen)
 
 

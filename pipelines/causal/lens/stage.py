@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +132,7 @@ def train_batches(store: ActivationStore, n_windows: int) -> list[Batch]:
 
 def lens_table(spliced: Spliced, sigma: float, n_tokens: int = 3) -> list[dict[str, Any]]:
     """Every feature's skew, kurtosis, largest weight, and most promoted and suppressed tokens, by id."""
-    text_of = cache(spliced.lm.codec.token_text)
+    text = spliced.lm.codec.token_text
     rows = []
     for first, weights in _blocks(spliced, sigma):
         skew, kurtosis = shape_of(weights)
@@ -145,8 +144,8 @@ def lens_table(spliced: Spliced, sigma: float, n_tokens: int = 3) -> list[dict[s
                     "skew": float(skew[i]),
                     "kurtosis": float(kurtosis[i]),
                     "peak": float(weights[i].abs().max()),
-                    "promoted": [text_of(t) for t in high.indices[i].tolist()],
-                    "suppressed": [text_of(t) for t in low.indices[i].tolist()],
+                    "promoted": [text(t) for t in high.indices[i].tolist()],
+                    "suppressed": [text(t) for t in low.indices[i].tolist()],
                 }
             )
     return rows
@@ -161,14 +160,13 @@ def _blocks(spliced: Spliced, sigma: float) -> Iterator[tuple[int, Tensor]]:
 
 
 def _card(spliced: Spliced, feature: int, sigma: float, top: int) -> dict[str, Any]:
+    text = spliced.lm.codec.token_text
     weights = logit_weights(spliced.lm, spliced.sae.W_dec[feature : feature + 1], sigma)
     skew, kurtosis = shape_of(weights)
 
     def tokens(found: Any, sign: float) -> list[dict[str, Any]]:
         pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
-        return [
-            {"token": token, "text": spliced.lm.codec.token_text(token), "weight": sign * value} for token, value in pairs
-        ]
+        return [{"token": token, "text": text(token), "weight": sign * value} for token, value in pairs]
 
     n = min(top, weights.shape[1])
     return {

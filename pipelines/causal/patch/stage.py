@@ -189,8 +189,8 @@ def _task(config: PatchConfig, lm: LanguageModel, spliced: Spliced | None) -> tu
     if spliced is not None:
         own = dense_codes(spliced.sae, pair.into.at(spliced.site), kept)
         change = -own if config.corrupt is None else dense_codes(spliced.sae, pair.source.at(spliced.site), kept) - own
-    text = lm.codec.text
-    answers = {"target": text([target]), "against": None if against is None else text([against])}
+    text = lm.codec.token_text
+    answers = {"target": text(target), "against": None if against is None else text(against)}
     return Task(lm, spliced, prompt, pair, metric, kept, change), answers
 
 
