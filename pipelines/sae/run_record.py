@@ -25,8 +25,6 @@ SiteLabel = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_]{1,100}\.[0-9]{1,6}\Z")]
 Value = str | int | float | bool | None
 Options = dict[str, Value | dict[str, Value]]
 """What a configuration holds: plain values, and one level of them below a name."""
-EXPECTED = {"config": ("store",), "metrics": ("dead_features", "dead_window_rows")}
-"""What other stages take from these fields of every record."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,18 @@ class RunRecord:
     def run_id(self) -> str:
         """Sixteen hex digits of the record's sha256."""
         return content_hash(asdict(self))[:16]
+
+    def option(self, name: str) -> Any:
+        """An option of the training. Raises InputError for a run that does not say it, such as one saved from memory."""
+        if name not in self.config:
+            raise InputError(f"run {self.run_id}: its config has no {name}; pass it, or a run that `train` wrote.")
+        return self.config[name]
+
+    def figure(self, name: str) -> int | float:
+        """A figure of the training. Raises InputError for a run that does not have it, such as one saved from memory."""
+        if name not in self.metrics:
+            raise InputError(f"run {self.run_id}: its metrics have no {name}; pass a run that `train` or `import` wrote.")
+        return self.metrics[name]
 
     def __repr__(self) -> str:
         """What a reader asks first, on one line; `vars` has all of it."""
@@ -99,9 +109,6 @@ def read_run_record(path: str | Path) -> RunRecord:
         raise NotAStore(f"{file}: was changed after it was written; restore it from a copy.")
     record = checked(value, RunRecord, str(file))
     checked(record.config, Options, f"{file}: config")
-    for field, names in EXPECTED.items():
-        if missing := [name for name in names if name not in value[field]]:
-            raise DamagedStore(f"{file}: {field} has no {missing[0]}; restore it from a copy.")
     if not record.k <= record.n_features >= record.code_width:
         raise DamagedStore(
             f"{file}: k {record.k} and {record.code_width} codes of a row kept, of {record.n_features} features; restore it "

@@ -89,7 +89,7 @@ def run_facts(path: str | Path) -> dict[str, Any]:
         "run_id": record.run_id,
         "kind": "run",
         **{name: value for name, value in vars(record).items() if name not in ("history", "config")},
-        "store": record.config["store"],
+        "store": record.config.get("store", ""),
         **{name: record.config[name] for name in (*TRAINED_WITH, "origin") if name in record.config},
         "disk_bytes": sum(file.stat().st_size for file in Path(path).iterdir() if file.is_file()),
     }

@@ -134,4 +134,4 @@ def test_what_cannot_be_shown_is_refused(analysis: Path, store: Path, codes: Pat
     assert missing.stderr.startswith(f"error: {tmp_path / 'nowhere'}: not a store")
     assert invoke("feature", analysis, 0, "--top", 3).exit_code == 2
     assert invoke("feature", analysis, 0, "--codes", codes).exit_code == 2
-    assert invoke("feature", analysis, 0, "--firings", "--top", 0).exit_code == 2
+    assert invoke("feature", analysis, 0, "--firings", "--top", 0).exit_code == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,6 @@ def test_a_run_of_each_architecture_reads_back(architecture: str, tmp_path: Path
         ({"history": nested(300)}, "history"),
         ({"config": {"store": "s", "k": nested(300)}}, "config"),
         ({"config": {"origin": {"site": {}}}}, "config"),
-        ({"config": {}}, "config has no store"),
-        ({"metrics": {"dead_features": 0}}, "metrics has no dead_window_rows"),
         ({"metrics": {"dead_features": "0", "dead_window_rows": 1}}, "metrics"),
         ({"bos": 1}, "bos"),
         ({"model": {}}, "model"),
@@ -190,3 +189,11 @@ def test_a_changed_weight_is_still_no_run(run: Path) -> None:
     (run / WEIGHTS).write_bytes(data)
     with pytest.raises(NotAStore, match="not this run's weights"):
         load_run(run)
+
+
+def test_a_run_that_does_not_say_what_a_stage_needs_is_one_line(run: Path) -> None:
+    record = replace(read_run_record(run), config={}, metrics={})
+    with pytest.raises(InputError, match=r"run [0-9a-f]{16}: its config has no store; pass it"):
+        record.option("store")
+    with pytest.raises(InputError, match="its metrics have no dead_features"):
+        record.figure("dead_features")

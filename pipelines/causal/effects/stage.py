@@ -13,7 +13,6 @@ published, the parts that it was made of are removed; the same command then meas
 from __future__ import annotations
 
 import shutil
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,6 +44,7 @@ from pipelines.causal.engine.language_model import Spliced, open_spliced
 from pipelines.codes.code_store import CodeStore, open_run_codes
 from pipelines.models.forward import unembedding
 from pipelines.shared.progress import track
+from pipelines.shared.visible_text import say
 
 MEASURES = ("firing", "later")
 PLAN, PARTS = "plan.json", "parts"
@@ -133,10 +133,10 @@ def _measured(
     """A row for each feature, and the number of rows drawn from; goes on where OUT was left."""
     firings = _draw(config, codes)
     if not listed_features(firings):
-        print(
+        say(
             f"effects: no feature has {MIN_FIRINGS} of its {config.firings} firings at most in two documents, so that no "
             f"list is made, only {TABLE}; for lists, stop, and take another --out and more --firings.",
-            file=sys.stderr,
+            err=True,
         )
     features = np.unique(firings.feature)
     n_vocabulary = len(unembedding(spliced.lm.model))

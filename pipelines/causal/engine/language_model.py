@@ -142,7 +142,7 @@ def open_store(run: str | Path, record: RunRecord, store: str | Path | None = No
     """
     if store is not None:
         return ActivationStore(store)
-    recorded = str(record.config["store"])
+    recorded = str(record.option("store"))
     try:
         return ActivationStore(recorded)
     except StoreError as error:
