@@ -154,7 +154,7 @@ def test_ls_lists_every_kind(shelf: Path) -> None:
     kinds = {**{name: name for name in KINDS}, "sweep/k2": "run", "sweep/k4": "run"}
     found = {str(Path(path).relative_to(shelf)): kind for path, kind in listed.items()}
     assert {path: kind for path, kind in found.items() if "evaluations" not in path} == kinds
-    assert [kind for path, kind in found.items() if "evaluations" in path] == ["evaluation"]
+    assert {kind for path, kind in found.items() if "evaluations" in path} == {"evaluation"}
 
 
 def test_verify_takes_every_kind_and_a_folder_of_them(shelf: Path) -> None:
