@@ -60,7 +60,7 @@ def _near(table: TokenTable) -> NDArray[np.bool_]:
     every = np.uint64(max(1, 1 << max(0, (len(table.ids) // MOST_SEQUENCES).bit_length())) - 1)
     train, _ = _sequences(table, 0, n_train, every)
     heldout, documents = _sequences(table, n_train, len(table.heldout), every)
-    known = np.isin(heldout, train)
+    known = np.isin(heldout, train, kind="sort")  # NumPy 2.0 overflows in its other way
     n_all = np.bincount(documents, minlength=len(bounds) - 1)
     n_known = np.bincount(documents[known], minlength=len(bounds) - 1)
     return (n_all > 0) & (n_known >= SHARED_SHARE * n_all)
