@@ -25,12 +25,10 @@ from storekit import files_of
 N_KILLS = int(os.environ.get("ACTSTORE_KILLS", "3"))
 PATIENCE_S = 120
 CLI = [sys.executable, str(ROOT / "cli.py")]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "cli.py")]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 RESULTS = {
     "train": ("sae.safetensors",),
     "sweep": ("sae.safetensors",),
-    "torchrun": ("sae.safetensors",),
 }
 """By command, the files in which two undisturbed runs agree, where these are not all: the others hold times."""
 DONE_BEFORE = ("holds a finished sweep", "out: exists; choose another --out")
@@ -64,7 +62,6 @@ def arguments_of(name: str, made: Made) -> list[object]:
         "collect": ["collect", "--model", made.model, "--corpus", made.texts, "--layer", 1, "--context", 16, "--workers", 2],
         "train": ["train", made.store, *training],
         "sweep": ["train", made.store, *training, "--k", 8],
-        "torchrun": ["train", made.store, *training],
         "encode": ["encode", made.store, made.run, "--workers", 2],
         "analyze": ["analyze", made.codes, "--workers", 2],
         "structure": ["structure", made.analysis, "--run", made.run, "--draws", 30],
@@ -74,7 +71,7 @@ def arguments_of(name: str, made: Made) -> list[object]:
 
 def started(name: str, made: Made, out: Path, log: Path) -> subprocess.Popen[bytes]:
     """The command in a process group of its own, writing to `out`; it goes on with what is there."""
-    command = [*(TORCHRUN if name == "torchrun" else CLI), *map(str, arguments_of(name, made)), "--out", str(out)]
+    command = [*CLI, *map(str, arguments_of(name, made)), "--out", str(out)]
     if name in RESULTS and out.exists() and any(out.rglob("training.safetensors")):
         command.append("--resume")
     with log.open("wb") as file:
@@ -124,7 +121,7 @@ def until(holds: Callable[[], bool], seconds: float) -> bool:
     return False
 
 
-NAMES = ["collect", "sweep", "torchrun", "encode", "analyze", "structure", "effects"]
+NAMES = ["collect", "sweep", "encode", "analyze", "structure", "effects"]
 
 
 @pytest.mark.parametrize("name", NAMES)
