@@ -59,7 +59,13 @@ class Folder(Place):
         return self._own(name).read_bytes()
 
     def read_into(self, name: str, start: int, *buffers: memoryview) -> int:
-        descriptor = os.open(self._own(name), os.O_RDONLY)
+        if name.rpartition("/")[0] not in self._plain:
+            self._own(name)
+        try:
+            descriptor = os.open(f"{self.url}/{name}", os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError:
+            self._refuse_link(name)
+            raise
         try:
             return os.preadv(descriptor, buffers, start)
         finally:
