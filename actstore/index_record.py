@@ -13,7 +13,7 @@ from actstore.layout import Layout
 
 @dataclass(frozen=True)
 class IndexRecord:
-    """Of which codes the index is, how its entries are cut into objects and chunks, and the entry of every object."""
+    """The codes that the index is of, how its entries are cut into objects and chunks, and the entry of every object."""
 
     store_id: Hex16
     snapshot: Hex16

@@ -23,8 +23,6 @@ from actstore.errors import DamagedStore, InputError, NotAStore
 from actstore.files import Entry, content_hash, parse_record, record_bytes
 
 FORMAT_VERSION = 3
-CHUNK_BYTES = 1 << 30
-"""Most bytes of an unpacked chunk: what a reader allocates on the word of a record."""
 TABLE_CHUNK = 1 << 20
 """Values of a table in one object."""
 PARTS = ("train", "heldout")

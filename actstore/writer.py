@@ -151,7 +151,7 @@ class StoreWriter:
         own = paths.sealed_record(segment.index)  # which another, who took this writer for dead, may have put by now
         names = [name for name in self.place.names(paths.commits(segment.index)) if name.endswith(".json") and name != own]
         seal = Seal(
-            {name: object_entry(data) for name in names if (data := _read(self.place, name)) is not None},
+            {name: object_entry(self.place.read(name)) for name in names},
             manifest=self.manifest.to_bytes().decode(),
             segment=segment.to_bytes().decode(),
         )

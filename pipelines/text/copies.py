@@ -36,7 +36,7 @@ class Copies:
 
     @classmethod
     def of(cls, table: TokenTable) -> Copies:
-        """Of one table; documents of other segments are not compared."""
+        """What one table says twice; documents of other segments are not compared."""
         lengths = np.diff(table.offsets) - 1
         return cls(
             documents=len(table.names),
@@ -57,7 +57,7 @@ def _near(table: TokenTable) -> NDArray[np.bool_]:
     bounds = table.offsets[n_train:]
     if len(bounds) < 2 or not n_train:
         return np.zeros(max(0, len(bounds) - 1), np.bool_)
-    every = np.uint64(max(1, 1 << max(0, (len(table.ids) // MOST_SEQUENCES).bit_length())) - 1)
+    every = np.uint64((1 << (len(table.ids) // MOST_SEQUENCES).bit_length()) - 1)
     train, _ = _sequences(table, 0, n_train, every)
     heldout, documents = _sequences(table, n_train, len(table.heldout), every)
     known = np.isin(heldout, train, kind="sort")  # NumPy 2.0 overflows in its other way
