@@ -100,6 +100,12 @@ def object_entry(data: bytes) -> Entry:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
+def file_sha256(path: Path) -> str:
+    """sha256 (hex) of a file, read piece by piece."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def record_bytes(value: dict[str, Any]) -> bytes:
     """A record as readable JSON that carries the content hash of the rest of itself."""
     return json_bytes({**value, CONTENT: content_hash(value)})

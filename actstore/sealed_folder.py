@@ -21,7 +21,7 @@ from msgspec import Meta
 from actstore.checked_json import Count, Hex64, checked, parse_json
 from actstore.errors import DamagedStore, IncompleteStore, OutputExists
 from actstore.files import object_entry, parse_record, record_bytes
-from actstore.folder import LOCK
+from actstore.folder import LOCK, is_temporary
 from actstore.integrity import Fault, read_in_pieces
 from actstore.kind import SEAL, found, kind_words, not_a
 from actstore.lease import LEASES
@@ -90,7 +90,6 @@ def read_folder_seal(place: Place) -> FolderSeal:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise IncompleteStore(f"{place}: is not finished (no {SEAL}); run the command that writes it again.") from error
     where = f"{place}/{SEAL}"
-    parse_json(data, where)
     try:
         return checked(parse_record(data, where), FolderSeal, where)
     except DamagedStore as error:
@@ -175,7 +174,7 @@ def require_unfinished(url: str | Path | Place, own: Collection[str], again: boo
 
 def contents(place: Place) -> set[str]:
     """What lies directly at a place, without its lock and what was being published when a writer was killed."""
-    return {name for name in place.entries() if not is_of_lock(name) and not (name[0] == "." and name[-4:] == ".tmp")}
+    return {name for name in place.entries() if not is_of_lock(name) and not is_temporary(name)}
 
 
 def is_of_lock(name: str) -> bool:

@@ -5,11 +5,11 @@ The weights take rows in raw units: the input scale of training is folded into t
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 
 from actstore.errors import NotAStore
+from actstore.files import file_sha256
 from pipelines.sae.architectures.registry import forms, make
 from pipelines.sae.base import Sae
 from pipelines.sae.run_record import (
@@ -29,7 +29,7 @@ __all__ = ["RECORD", "RUN_VERSION", "WEIGHTS", "RunRecord", "load_run", "require
 def save_run(path: Path, sae: Sae, record: RunRecord) -> RunRecord:
     """Publish a run: first the weights, flushed to disk, then the record. Returns the record with the weights' sha256."""
     publish_tensors(path / WEIGHTS, {name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()})
-    record = replace(record, sae_sha256=_sha256(path / WEIGHTS))
+    record = replace(record, sae_sha256=file_sha256(path / WEIGHTS))
     publish_run_record(path, record)
     return record
 
@@ -42,15 +42,10 @@ def load_run(path: str | Path) -> tuple[Sae, RunRecord]:
     """
     record = read_run_record(path)
     weights = Path(path) / WEIGHTS
-    if not weights.exists() or _sha256(weights) != record.sae_sha256:
+    if not weights.exists() or file_sha256(weights) != record.sae_sha256:
         raise NotAStore(f"{weights}: missing, or not this run's weights; restore them from a copy.")
     shape = (record.architecture, record.d_model, record.n_features, record.k)
     tensors = load_tensors(weights, forms(*shape))
     sae = make(*shape)
     sae.load_state_dict(tensors)
     return sae.eval().requires_grad_(False), record
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,7 +10,7 @@ from typing import Any
 from actstore import paths
 from actstore.encodings.registry import activation_encodings
 from actstore.errors import InputError, NotAStore, StoreError
-from actstore.files import object_entry
+from actstore.files import file_sha256
 from actstore.folder import Folder
 from actstore.integrity import Fault, Inspection
 from actstore.integrity import repair as drop_faults
@@ -96,7 +96,7 @@ def _run_faults(run: Path, level: str) -> Iterator[Fault]:
         return
     if not (run / WEIGHTS).exists():
         yield Fault(WEIGHTS, "missing")
-    elif level != "meta" and object_entry((run / WEIGHTS).read_bytes())["sha256"] != record.sae_sha256:
+    elif level != "meta" and file_sha256(run / WEIGHTS) != record.sae_sha256:
         yield Fault(WEIGHTS, "is not the file of weights that was written")
 
 

@@ -34,7 +34,8 @@ class TextKey:
 
     def update(self, piece: str) -> None:
         data = piece.encode("utf-8")
-        self._raw.update(data)
+        if not self._began:
+            self._raw.update(data)  # decides only where there is no word
         words = _BETWEEN_WORDS.sub(b" ", data.lower())
         inner = words.strip(b" ")
         if inner:

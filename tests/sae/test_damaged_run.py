@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from actstore.errors import DamagedStore, InputError, NotAStore, StoreError
-from actstore.files import content_hash
+from actstore.files import content_hash, file_sha256
 from pipelines.sae.architectures.registry import architectures, forms, make
-from pipelines.sae.checkpoint import RECORD, WEIGHTS, RunRecord, _sha256, load_run, save_run
+from pipelines.sae.checkpoint import RECORD, WEIGHTS, RunRecord, load_run, save_run
 from pipelines.sae.run_record import LARGEST_RECORD, read_run_record
 from pipelines.sae.tensor_file import forms_of
 
@@ -60,7 +60,7 @@ def write_run(path: Path, architecture: str) -> Path:
 
 def restate(run: Path, **changes: Any) -> None:
     """Change a record, None for a field that is dropped, and state the sums that the changed one has."""
-    value = {**json.loads((run / RECORD).read_text()), "sae_sha256": _sha256(run / WEIGHTS)} | changes
+    value = {**json.loads((run / RECORD).read_text()), "sae_sha256": file_sha256(run / WEIGHTS)} | changes
     value = {
         name: field for name, field in value.items() if field is not None and name not in ("run_id", "format", "version")
     }
